@@ -1,0 +1,3 @@
+"""Label-conditional generative radiance fields; train.py and eval.py are the ways in."""
+
+__version__ = "0.1.0"

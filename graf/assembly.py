@@ -1,0 +1,155 @@
+"""Config -> objects: the part of composing a program that train.py and eval.py share. A composition root, imported by nothing below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from graf.config import Config, ConfigError, batch_too_large
+from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
+from graf.data.views import Cameras, PoseRanges, ViewPool
+from graf.evaluation.fidelity import FidelityProtocol
+from graf.evaluation.sampler import Sampler
+from graf.geometry.cameras import Intrinsics
+from graf.geometry.rays import RayCaster
+from graf.geometry.volume_rendering import RaySampling
+from graf.models.discriminator import DiscriminatorShape, PatchDiscriminator
+from graf.models.field import FieldShape
+from graf.models.generator import Generator
+from graf.runtime.amp import Precision
+from graf.runtime.logs import info_once
+from graf.runtime.seeding import derive_seed, preserve_rng, seed_everything
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the photographs say about the world; a checkpoint carries it, so that renders need no photographs.
+
+    fov in degrees; poses_known: whether every photograph has a known camera.
+    """
+
+    class_names: tuple[str, ...]
+    v_list: tuple[float, ...]
+    fov: float
+    poses_known: bool
+
+    def as_meta(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; `Scene(**meta)` reads them back."""
+        return asdict(self)
+
+
+def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
+    """The data set of a configuration. subset: "train", "heldout" or "all"."""
+    return open_dataset(DataSettings.from_mapping(config.data.model_dump(), subset))
+
+
+def check_batch_size(config: Config, num_images: int) -> None:
+    """Raise ConfigError when a batch could never be filled."""
+    if config.training.drop_last and config.training.batch_size > num_images:
+        raise ConfigError(batch_too_large(config.training.batch_size, num_images))
+
+
+def describe_scene(config: Config, dataset: PhotoDataset) -> Scene:
+    """The scene of a data set."""
+    fov = config.data.fov
+    if dataset.fov is not None and abs(dataset.fov - fov) > 1e-3:
+        info_once(f"data.fov={fov}: the data set states {dataset.fov:.3f} degrees, which is used instead")
+        fov = dataset.fov
+    return Scene(tuple(dataset.class_names), tuple(dataset.v_list), fov, dataset.poses_known)
+
+
+def build_cameras(config: Config, scene: Scene) -> Cameras:
+    """How labels become cameras."""
+    return Cameras(config.data.radius, tuple(scene.v_list), config.data.angle_direction)
+
+
+def build_caster(config: Config, scene: Scene) -> RayCaster:
+    """The camera model and the range in which rays are sampled."""
+    data = config.data
+    intrinsics = Intrinsics.from_fov(data.imsize, scene.fov)
+    return RayCaster(intrinsics, data.near, data.far, config.nerf.bounding_radius)
+
+
+def build_pool(config: Config, dataset: PhotoDataset, cameras: Cameras) -> ViewPool:
+    """The distribution of classes and cameras from which generated images take theirs."""
+    data = config.data
+    ranges = None if dataset.poses_known else PoseRanges(data.umin, data.umax, data.vmin, data.vmax)
+    return ViewPool(dataset.labels, cameras, poses=dataset.poses, ranges=ranges)
+
+
+def build_sampler(
+    config: Config, scene: Scene, generator: Generator, precision: Precision, device: torch.device
+) -> Sampler:
+    """Renders whole images at the data's resolution."""
+    caster, uniform_z = build_caster(config, scene), config.z_dist.type == "uniform"
+    return Sampler(generator, caster, precision, device, config.data.imsize, uniform_z)
+
+
+def build_protocol(config: Config) -> FidelityProtocol:
+    """How FID and KID are computed."""
+    evaluation = config.evaluation
+    return FidelityProtocol(
+        evaluation.seed, evaluation.batch_size, evaluation.kid_subsets, evaluation.kid_subset_size
+    )
+
+
+def build_generator(config: Config, num_classes: int) -> Generator:
+    """The generator of a configuration, with weights that depend on config.seed alone."""
+    nerf, z_dist = config.nerf, config.z_dist
+    background = nerf.background
+    if background == "auto":
+        background = "white" if config.data.white_bkgd else "black"
+    shape = FieldShape(
+        depth=nerf.netdepth,
+        width=nerf.netwidth,
+        multires=nerf.multires,
+        multires_views=nerf.multires_views,
+        use_viewdirs=nerf.use_viewdirs,
+        dim_shape=z_dist.dim - z_dist.dim_appearance,
+        dim_appearance=z_dist.dim_appearance,
+        num_classes=num_classes,
+        dim_class=nerf.dim_class,
+        density=nerf.density,
+        density_scale=nerf.density_scale,
+        density_bias=nerf.density_bias,
+        sphere_prior=nerf.sphere_prior,
+        prior_radius=nerf.prior_radius,
+        bounding_radius=nerf.bounding_radius,
+    )
+    with _seeded_weights(config.seed, "generator"):
+        return Generator(shape, RaySampling(nerf.N_samples, nerf.N_importance), background, config.training.chunk)
+
+
+def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
+    """The discriminator of a configuration, with weights that depend on config.seed alone."""
+    discriminator = config.discriminator
+    groups: tuple[int, ...] = ()
+    if discriminator.class_loss > 0:
+        groups = (len(scene.class_names),)
+        if scene.poses_known:
+            groups += (len(scene.v_list), config.data.num_views)
+    shape = DiscriminatorShape(
+        size=config.ray_sampler.patch_size,
+        ndf=discriminator.ndf,
+        max_channels=discriminator.max_channels,
+        norm=discriminator.norm,
+        spectral=discriminator.spectral_norm,
+        num_classes=len(scene.class_names),
+        condition_pose=scene.poses_known,
+        azimuth_harmonics=discriminator.azimuth_harmonics,
+        label_groups=groups,
+    )
+    with _seeded_weights(config.seed, "discriminator"):
+        return PatchDiscriminator(shape)
+
+
+@contextmanager
+def _seeded_weights(seed: int, network: str) -> Iterator[None]:
+    """torch's initialisers draw from the global generator: seed it by purpose and put it back."""
+    with preserve_rng():
+        seed_everything(derive_seed(seed, f"weights/{network}"))
+        yield

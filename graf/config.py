@@ -1,0 +1,467 @@
+"""One frozen, typed, validated configuration out of YAML files with `inherit_from` and command-line overrides.
+
+Key names follow GRAF's configuration files where they exist. Every key is described where it is defined. Whatever is wrong with a
+configuration is found here, before anything is built, and reported with the key, the value, what is allowed and the nearest
+valid key. Only composition roots and the trainer unpack a Config; everything else takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+PATCH_SIZES = (16, 32, 64, 128, 256)
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+#: GRAF keys that have no meaning here, and what to use instead.
+RETIRED_KEYS = {
+    "data.orthographic": "only perspective cameras exist here: remove it",
+    "data.augmentation": "use discriminator.augment",
+    "nerf.i_embed": "use nerf.multires=0 for no positional encoding",
+    "nerf.netchunk": "use training.chunk (rays rendered at once)",
+    "nerf.netdepth_fine": "one network serves coarse and importance samples: remove it",
+    "nerf.netwidth_fine": "one network serves coarse and importance samples: remove it",
+    "nerf.perturb": "use nerf.jitter",
+    "training.take_model_average": "use training.model_average_beta (0 for none)",
+    "training.lr_anneal_end": "use training.lr_anneal_every",
+    "training.equalize_lr": "not supported: remove it",
+    "training.monitor_every": "use training.print_every",
+    "discriminator.nc": "images always have three channels: remove it",
+    "discriminator.type": "there is one discriminator: remove it",
+    "discriminator.imsize": "the patch size is sqrt(ray_sampler.N_samples): remove it",
+}
+
+
+#: a decay rate of Adam
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message has one line per problem."""
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SyntheticConfig(Section):
+    """The embedded procedural data set (data.type=synthetic)."""
+
+    count: int = Field(1000, ge=8, description="number of images to render, once")
+    seed: int = Field(0, ge=0, description="seed of the objects and of the choice of views")
+    instances: int = Field(1, ge=1, description="differently proportioned and coloured objects per class")
+
+
+class DataConfig(Section):
+    """Where the photographs come from and which cameras took them."""
+
+    type: Literal["synthetic", "turntable", "transforms", "image_folder"] = Field(
+        "synthetic", description="how images and labels are found in datadir; synthetic makes its own"
+    )
+    datadir: str = Field("data", description="folder of the images, relative to the working directory")
+    imsize: int = Field(64, ge=16, le=2048, description="side of the square images, pixels")
+    white_bkgd: bool = Field(True, description="background behind transparent pixels, and of renders: white, else black")
+    near: float = Field(2.5, gt=0, description="where rays begin to be sampled, world units from the camera")
+    far: float = Field(4.5, gt=0, description="where rays end, world units from the camera")
+    radius: float = Field(3.5, gt=0, description="distance of the cameras from the origin, world units")
+    fov: float = Field(30.0, gt=0, lt=180, description="horizontal field of view, degrees")
+    umin: float = Field(0.0, ge=0, le=1, description="smallest azimuth / 360 where poses are sampled (image_folder)")
+    umax: float = Field(1.0, ge=0, le=1, description="largest azimuth / 360 where poses are sampled (image_folder)")
+    vmin: float = Field(0.0, ge=0, le=1, description="smallest height v where poses are sampled; polar angle arccos(1-2v)")
+    vmax: float = Field(0.45, ge=0, le=1, description="largest height v where poses are sampled (image_folder)")
+    v_list: tuple[float, ...] | None = Field(None, min_length=1, description="height v of each height_idx; null: the set's own")
+    num_views: int = Field(8, ge=1, le=360, description="azimuths of a sample grid, and azimuth bins of the class loss")
+    angle_direction: Literal["ccw", "cw"] = Field("ccw", description="sense in which label angles grow, seen from above")
+    file_pattern: str | None = Field(None, description="regular expression with groups class, angle and optionally height")
+    classes: tuple[str, ...] | None = Field(None, description="names of the classes to keep; null keeps all")
+    heldout_every: int = Field(0, ge=0, description="hold every n-th distinct angle (or image) out of training; 0: none")
+    strict: bool = Field(False, description="an unusable file is an error instead of a report")
+    cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @field_validator("v_list")
+    @classmethod
+    def _heights_in_range(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if not all(0 <= value <= 1 for value in values or ()):
+            raise ValueError("every height lies in [0, 1] (0 from above, 0.5 from the side)")
+        return values
+
+
+class NerfConfig(Section):
+    """The radiance field and its sampling along rays."""
+
+    N_samples: int = Field(64, ge=2, description="samples per ray")
+    N_importance: int = Field(0, ge=0, description="further samples per ray where the first ones found density")
+    netdepth: int = Field(8, ge=1, description="layers of the density trunk")
+    netwidth: int = Field(256, ge=8, description="units per layer")
+    multires: int = Field(10, ge=0, le=16, description="octaves of the positional encoding of points")
+    multires_views: int = Field(4, ge=0, le=16, description="octaves of the positional encoding of directions")
+    use_viewdirs: bool = Field(True, description="colour may depend on the viewing direction")
+    jitter: bool = Field(True, description="stratified samples at random places of their bins during training")
+    raw_noise_std: float = Field(1.0, ge=0, description="standard deviation of the noise on the raw density")
+    decrease_noise: bool = Field(True, description="let that noise fall linearly to 0")
+    noise_iterations: int = Field(5000, ge=1, description="iterations until it is 0")
+    dim_class: int = Field(32, ge=1, description="length of the class embedding")
+    density: Literal["relu", "softplus"] = Field("relu", description="activation of the raw density")
+    density_scale: float = Field(1.0, gt=0, description="factor on the activated density")
+    density_bias: float = Field(0.0, description="added to the raw density")
+    sphere_prior: float = Field(0.0, ge=0, description="adds sphere_prior (prior_radius - |p|) to the raw density")
+    prior_radius: float = Field(0.6, gt=0, description="radius of that soft ball, world units")
+    bounding_radius: float | None = Field(None, gt=0, description="nothing exists outside this radius; null: no bound")
+    background: Literal["auto", "white", "black", "learned"] = Field(
+        "auto", description="colour behind the object; auto follows data.white_bkgd"
+    )
+
+
+class ZDistConfig(Section):
+    """The latent codes."""
+
+    type: Literal["gauss", "uniform"] = Field("gauss", description="standard normal, or uniform in [-1, 1]")
+    dim: int = Field(256, ge=1, description="length of the whole code")
+    dim_appearance: int = Field(128, ge=0, description="its last part, which acts on colour only")
+
+
+class RaySamplerConfig(Section):
+    """The patches that the discriminator sees."""
+
+    N_samples: int = Field(1024, ge=256, description="rays per patch: the square of the patch side")
+    min_scale: float = Field(0.25, gt=0, le=1, description="smallest side of a patch as a share of the image")
+    max_scale: float = Field(1.0, gt=0, le=1, description="largest side of a patch as a share of the image")
+    scale_anneal: float = Field(0.0025, ge=0, description="s_min(it) = exp(-3 scale_anneal it / 1000); 0: at once")
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return math.isqrt(self.N_samples)
+
+
+class AugmentConfig(Section):
+    """Differentiable augmentation of everything the discriminator sees (Zhao et al., NeurIPS 2020)."""
+
+    colour: float = Field(0.0, ge=0, le=1, description="strength of random brightness, saturation and contrast")
+    translation: float = Field(0.0, ge=0, lt=1, description="largest shift as a share of the patch side")
+    cutout: float = Field(0.0, ge=0, lt=1, description="side of the blanked square as a share of the patch side")
+
+
+class DiscriminatorConfig(Section):
+    """The patch discriminator."""
+
+    ndf: int = Field(64, ge=4, description="channels after the first layer")
+    max_channels: int = Field(512, ge=4, description="largest number of channels")
+    norm: Literal["none", "instance"] = Field("instance", description="normalisation of the hidden layers")
+    spectral_norm: bool = Field(False, description="spectral normalisation of every weight")
+    hflip: bool = Field(False, description="mirror real images at random; contradicts labelled poses")
+    azimuth_harmonics: int = Field(6, ge=1, le=32, description="Fourier features of the azimuth")
+    class_loss: float = Field(0.0, ge=0, description="weight of the auxiliary label classification; 0: no head")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    outdir: str = Field("results", description="folder of all runs; this one is outdir/expname")
+    batch_size: int = Field(8, ge=1, description="images per step; the first thing to lower when memory runs out")
+    max_iterations: int = Field(100_000, ge=1, description="length of the run and horizon of the schedules, iterations")
+    max_minutes: float | None = Field(None, gt=0, description="stop (and save) after this many minutes; null: no limit")
+    nworkers: int = Field(0, ge=0, description="processes that load images; at most 4 and the number of CPUs are used")
+    drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
+    chunk: int = Field(4096, ge=1, description="rays rendered at once, over all images of the batch")
+    use_amp: bool = Field(False, description="mixed precision where the device gains from it")
+    amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="its half-precision type")
+    gan_type: Literal["standard", "hinge", "wgan"] = Field("standard", description="loss of the game")
+    reg_type: Literal["none", "real", "wgangp"] = Field("real", description="real: R1 penalty; wgangp: gradient penalty")
+    reg_param: float = Field(10.0, ge=0, description="its weight: reg_param E ||gradient||^2, per image")
+    reg_every: int = Field(1, ge=1, description="apply it every n-th step with n times the weight (lazy)")
+    share_fakes: bool = Field(False, description="D and G step use the same fake patches: a render less per step")
+    optimizer: Literal["rmsprop", "adam"] = Field("rmsprop", description="RMSprop (alpha .99) or Adam (betas)")
+    betas: tuple[DecayRate, DecayRate] = Field((0.0, 0.99), description="Adam's decay rates")
+    lr_g: float = Field(5e-4, gt=0, description="learning rate of the generator")
+    lr_d: float = Field(1e-4, gt=0, description="learning rate of the discriminator")
+    lr_schedule: Literal["constant", "multistep", "step", "exponential", "cosine"] = Field(
+        "multistep", description="how learning rates fall"
+    )
+    lr_anneal: float = Field(0.5, gt=0, le=1, description="factor of multistep, step and exponential; the cosine's end")
+    lr_anneal_every: tuple[PositiveInt, ...] = Field(
+        (50_000, 100_000, 200_000), min_length=1, description="multistep: the iterations; step, exponential: the period"
+    )
+    lr_decay_start: float = Field(0.0, ge=0, lt=1, description="cosine: share of max_iterations that stays constant")
+    lr_warmup: int = Field(0, ge=0, description="iterations of linear warm-up in front of any schedule")
+    grad_clip: Literal["none", "norm", "value"] = Field("none", description="gradient clipping, after unscaling")
+    grad_clip_at: float = Field(1.0, gt=0, description="the largest norm or value")
+    model_average_beta: float = Field(0.999, ge=0, lt=1, description="EMA of the generator's weights; 0: none")
+    monitoring: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",), description="where scalars go besides metrics.jsonl"
+    )
+    print_every: int = Field(10, ge=1, description="iterations between log lines")
+    sample_every: int = Field(500, ge=0, description="iterations between sample grids (denser at the start); 0: none")
+    sample_objects: int = Field(4, ge=1, description="rows of a sample grid")
+    fid_every: int = Field(5000, ge=0, description="iterations between FID/KID scores; 0: none")
+    save_every: float = Field(900.0, gt=0, description="seconds between checkpoints")
+    backup_every: int = Field(100_000, ge=0, description="iterations between checkpoints that are kept for ever; 0: none")
+    keep_checkpoints: int = Field(3, ge=1, description="how many of the timed checkpoints are kept")
+    save_best: Literal["fid", "kid"] = Field("fid", description="the score that decides model_best.pt")
+
+    @field_validator("lr_anneal_every", mode="before")
+    @classmethod
+    def _split_graf_list(cls, value: Any) -> Any:
+        if isinstance(value, str):  # GRAF writes "50000,100000,200000"
+            return tuple(int(part) for part in value.split(","))
+        return (value,) if isinstance(value, int) else value
+
+
+class EvaluationConfig(Section):
+    """FID / KID."""
+
+    feature_extractor: Literal["auto", "inception", "offline"] = Field(
+        "auto", description="auto: Inception where its weights can be found, else the fixed offline network"
+    )
+    inception_weights: str | None = Field(None, description="file of the Inception weights; null: torch hub's cache")
+    download: bool = Field(True, description="try to download missing Inception weights before training starts")
+    num_images: int = Field(1000, ge=2, description="generated images per score")
+    kid_subset_size: int = Field(1000, ge=2, description="images per KID subset, at most those on either side")
+    kid_subsets: int = Field(100, ge=1, description="KID subsets")
+    batch_size: int = Field(32, ge=1, description="images per pass of the extractor")
+    seed: int = Field(0, ge=0, description="seed of the codes and labels of generated images")
+
+
+class Config(Section):
+    """Everything about one run."""
+
+    expname: str = Field("default", min_length=1, pattern=r"^[\w.\-]+$", description="name of the run's folder")
+    seed: int = Field(0, ge=0, description="every random number of the run derives from it")
+    data: DataConfig = DataConfig()
+    nerf: NerfConfig = NerfConfig()
+    z_dist: ZDistConfig = ZDistConfig()
+    ray_sampler: RaySamplerConfig = RaySamplerConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> Config:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """outdir/expname."""
+        return Path(self.training.outdir) / self.expname
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that `load_config` reads back to an equal Config."""
+        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120))
+
+
+def _contradictions(config: Config) -> list[str]:
+    """Values that are fine one by one and not together, a line each."""
+    problems = []
+    data, rays, training = config.data, config.ray_sampler, config.training
+    if data.near >= data.far:
+        problems.append(f"data.near={data.near}: must be smaller than data.far={data.far}")
+    for low, high in (("umin", "umax"), ("vmin", "vmax")):
+        if getattr(data, low) > getattr(data, high):
+            problems.append(f"data.{low}={getattr(data, low)}: must not exceed data.{high}={getattr(data, high)}")
+    if data.heldout_every == 1:
+        problems.append("data.heldout_every=1: would leave nothing to train on; 0 holds nothing out, 6 every sixth")
+    if config.z_dist.dim_appearance >= config.z_dist.dim:
+        problems.append(
+            f"z_dist.dim_appearance={config.z_dist.dim_appearance}: must be smaller than z_dist.dim={config.z_dist.dim}, "
+            "of which it is a part; the rest is the shape code"
+        )
+    side = rays.patch_size
+    if side * side != rays.N_samples or side not in PATCH_SIZES:
+        nearest = min(PATCH_SIZES, key=lambda size: abs(size - math.sqrt(rays.N_samples)))
+        reason = "is not a perfect square" if side * side != rays.N_samples else f"is a patch of side {side}"
+        problems.append(
+            f"ray_sampler.N_samples={rays.N_samples}: {reason}; the discriminator takes patches of side "
+            f"{', '.join(map(str, PATCH_SIZES))}; try {nearest * nearest}"
+        )
+    elif side > data.imsize:
+        problems.append(
+            f"ray_sampler.N_samples={rays.N_samples}: a patch of side {side} does not fit into data.imsize={data.imsize}"
+        )
+    if rays.min_scale > rays.max_scale:
+        problems.append(f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}")
+    if training.reg_type == "wgangp" and training.gan_type != "wgan":
+        problems.append("training.reg_type=wgangp: needs training.gan_type=wgan; try reg_type=real")
+    if config.discriminator.hflip and data.type != "image_folder":
+        problems.append("discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder")
+    if data.type == "synthetic" and training.drop_last and training.batch_size > data.synthetic.count:
+        problems.append(batch_too_large(training.batch_size, data.synthetic.count))
+    return problems
+
+
+def batch_too_large(batch_size: int, num_images: int) -> str:
+    """The message for a batch that the data set can never fill."""
+    return (
+        f"training.batch_size={batch_size}: the data set has {num_images} images, so with training.drop_last=true no batch "
+        f"is ever complete; try training.batch_size={num_images} or training.drop_last=false"
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and everything it inherits from, apply `section.key=value` overrides, validate.
+
+    Raises ConfigError with one line per problem.
+    """
+    values = read_yaml(Path(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r}: expected section.key=value, as in training.batch_size=4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
+        _set(values, key.strip().split("."), value, override)
+    return build_config(values)
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping. Raises ConfigError with one line per problem."""
+    unknown = list(_unknown_keys(values, Config, ()))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            message = str(problem["msg"]).removeprefix("Value error, ")
+            lines.append(f"{key}={problem['input']!r}: {_lower(message)}{_describe_key(key)}" if key else message)
+        raise ConfigError("\n".join(lines)) from None
+
+
+def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as a nested dict, laid over the files named by its `inherit_from`, unvalidated."""
+    path = _find(path)
+    if path in _seen:
+        raise ConfigError(f"{path}: inherit_from goes in a circle: {' -> '.join(map(str, (*_seen, path)))}")
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    parent = values.pop("inherit_from", None)
+    if parent is None:
+        return values
+    beside = path.parent / str(parent)
+    return _merge(read_yaml(beside if beside.exists() else Path(str(parent)), (*_seen, path)), values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML takes `5e-4` (no dot) for a string."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around strings that `_Loader` would read as floats."""
+
+
+for _resolver in (_Loader, _Dumper):
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path.resolve()
+    known = sorted(str(file) for file in CONFIG_FOLDER.glob("*.yaml"))
+    nearest = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
+    raise ConfigError(f"--config {path}: no such file" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+        values[key] = dict(inner or {})
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """The fields of a model; those that are sections with their own model."""
+    fields = {}
+    for name, info in model.model_fields.items():
+        is_section = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        fields[name] = info.annotation if is_section else None
+    return fields
+
+
+def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Every key with its dots -> its description."""
+    keys: dict[str, str] = {}
+    for name, section in _sections(model).items():
+        if section is not None:
+            keys |= _all_keys(section, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = model.model_fields[name].description or ""
+    return keys
+
+
+def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
+    problems = []
+    fields = _sections(model)
+    for name, value in values.items():
+        key = ".".join((*prefix, str(name)))
+        if name not in fields:
+            if key in RETIRED_KEYS:
+                problems.append(f"{key}={value!r}: {RETIRED_KEYS[key]}")
+                continue
+            keys = [*_all_keys(), *(name for name, section in _sections(Config).items() if section)]
+            problems.append(f"{key}={value!r}: unknown key; did you mean {_nearest(key, keys)}?")
+            continue
+        section = fields[name]
+        if section is not None and isinstance(value, Mapping):
+            problems += _unknown_keys(value, section, (*prefix, str(name)))
+    return problems
+
+
+def _nearest(key: str, keys: Sequence[str]) -> str:
+    """The most similar key; a key that is right but for its section counts as nearest."""
+    last = key.rpartition(".")[2]
+    same_name = [other for other in keys if other.rpartition(".")[2] == last]
+    if same_name:
+        return same_name[0]
+    return max(keys, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
+
+
+def _describe_key(key: str) -> str:
+    description = _all_keys().get(key)
+    return f" ({description})" if description else ""
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,280 @@
+"""Photographs as a torch Dataset of (image in [-1, 1], label), opened from one plain settings object.
+
+How folders are read is in index.py, how a file becomes an image in images.py.
+"""
+
+import difflib
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from graf.data.errors import DataError
+from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size
+from graf.data.index import LoadReport, PhotoIndex, index_image_folder, index_transforms, index_turntable
+from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
+
+__all__ = ["DataError", "DataSettings", "LoadReport", "PhotoDataset", "open_dataset"]
+
+logger = logging.getLogger("graf.data")
+
+DATA_TYPES = ("synthetic", "turntable", "transforms", "image_folder")
+SUBSETS = ("train", "heldout", "all")
+DECODING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Everything that opening a data set needs. Fields carry the names of the config's `data` section.
+
+    `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
+    synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out every
+    k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th photograph
+    (transforms, image_folder). `strict` turns skipped photographs into a DataError. Sets that fit `cache_mib` MiB as uint8
+    are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the synthetic_*
+    fields act on the synthetic set only.
+    """
+
+    type: str
+    datadir: str | Path
+    imsize: int = 64
+    white_bkgd: bool = True
+    v_list: tuple[float, ...] | None = None
+    angle_direction: str = "ccw"
+    file_pattern: str | None = None
+    classes: tuple[str, ...] | None = None
+    heldout_every: int = 0
+    subset: str = "train"
+    strict: bool = False
+    cache_mib: float = 1024
+    radius: float = 3.5
+    fov: float = 30.0
+    synthetic_count: int = 1000
+    synthetic_seed: int = 0
+    synthetic_instances: int = 1
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (
+            ("type", self.type, DATA_TYPES),
+            ("subset", self.subset, SUBSETS),
+            ("angle_direction", self.angle_direction, ("ccw", "cw")),
+        ):
+            if value not in allowed:
+                nearest = difflib.get_close_matches(str(value), allowed, n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise DataError(f"data.{key}={value!r}: expected one of {', '.join(allowed)}{hint}")
+        if self.angle_direction == "cw" and self.type in ("synthetic", "transforms"):
+            raise DataError(
+                f"data.angle_direction=cw: data.type={self.type} has known poses, counter-clockwise; set ccw"
+            )
+        if self.imsize < 1:
+            raise DataError(f"data.imsize={self.imsize}: expected at least 1 pixel")
+        if self.heldout_every < 0 or self.heldout_every == 1:
+            raise DataError(f"data.heldout_every={self.heldout_every}: expected 0 (none) or at least 2")
+        if any(not 0 <= v <= 1 for v in self.v_list or ()):
+            raise DataError(
+                f"data.v_list={list(self.v_list or ())}: expected heights v in [0, 1], v = (1 - sin(elevation)) / 2"
+            )
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], subset: str = "train") -> "DataSettings":
+        """Settings from the config's `data` section as a plain dict; keys of others (near, umin, ...) are ignored."""
+        values = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+        values |= {f"synthetic_{key}": value for key, value in (data.get("synthetic") or {}).items()}
+        for key in ("v_list", "classes"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
+        return cls(**values | {"subset": subset})
+
+
+class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Square photographs float32 (3, imsize, imsize) in [-1, 1] with labels int64 (3,).
+
+    Attributes: `labels` (N, 3); `poses` (N, 4, 4) camera-to-world or None, where they follow from the labels
+    (`poses_known`) or are unknown; `class_names`; `v_list`; `paths`; `imsize`; `fov` in degrees across the square image,
+    or None where the set does not tell; `report`.
+    """
+
+    def __init__(
+        self, index: PhotoIndex, imsize: int, white_bkgd: bool, cache: Tensor | None = None, fov: float | None = None
+    ) -> None:
+        self.index = index
+        self.labels = index.labels
+        self.poses = index.poses
+        self.poses_known = index.poses_known
+        self.class_names = index.class_names
+        self.v_list = index.v_list
+        self.paths = index.paths
+        self.report = index.report
+        self.imsize = imsize
+        self.white_bkgd = white_bkgd
+        self.fov = fov
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image and label; raises DataError where a file that was not decoded at opening turns out to be unreadable."""
+        return self._read_pixels(index).float() / 127.5 - 1, self.labels[index]
+
+    def _read_pixels(self, index: int) -> Tensor:
+        if self._cache is not None:
+            return self._cache[index]
+        try:
+            with quiet_decoders():
+                return read_image(self.paths[index], self.imsize, self.white_bkgd)
+        except UnreadableImage as error:
+            raise DataError(
+                f"{self.paths[index]} cannot be read ({error}); delete or replace it, or raise data.cache_mib so that "
+                f"all photographs are decoded, and bad ones skipped, when the set is opened"
+            ) from error
+
+    def subset_by(self, indices: Sequence[int]) -> "PhotoDataset":
+        """The data set of the photographs at `indices`, in that order."""
+        cache = None if self._cache is None else self._cache[torch.as_tensor(indices, dtype=torch.int64)]
+        return PhotoDataset(self.index.select(indices), self.imsize, self.white_bkgd, cache, self.fov)
+
+    def fingerprint(self) -> str:
+        """Hash of file names and sizes, labels, poses, image size and background: equal data sets have equal ones."""
+        digest = hashlib.sha256(f"{self.imsize} {self.white_bkgd} {self.class_names} {self.v_list}".encode())
+        poses = self.poses if self.poses is not None else [None] * len(self)
+        for name, path, label, pose in zip(self.index.names(), self.paths, self.labels.tolist(), poses, strict=True):
+            digest.update(f"{name} {path.stat().st_size} {label} {None if pose is None else pose.tolist()}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def open_dataset(settings: DataSettings) -> PhotoDataset:
+    """Index, split, check and (where it fits the cache) decode a data set; log what was skipped.
+
+    Raises DataError for a missing or empty folder, wrong labels, an empty subset, and for skipped photographs where
+    `settings.strict`.
+    """
+    index = _index_photographs(settings)
+    if settings.classes:
+        index = index.keep_classes(settings.classes)
+    index = index.select(_choose_subset(index, settings))
+    kept, cache = _read_photographs(index, settings)
+    _log_report(index, settings.strict)
+    if not kept:
+        raise DataError(
+            f"{index.root}: none of the {len(index.paths)} photographs can be read ({index.report.unreadable[0]}); "
+            f"expected PNG, JPEG or another format that Pillow reads"
+        )
+    if len(kept) < len(index.paths):
+        index = index.select(kept)
+    return PhotoDataset(index, settings.imsize, settings.white_bkgd, cache, _find_fov(index))
+
+
+def _index_photographs(settings: DataSettings) -> PhotoIndex:
+    root = Path(settings.datadir).expanduser()
+    if settings.type == "synthetic":
+        synthetic = _synthetic_settings(settings)
+        return index_turntable(ensure_synthetic(root, synthetic), synthetic.v_list, None)
+    if settings.type == "turntable":
+        return index_turntable(root, settings.v_list, settings.file_pattern)
+    if settings.type == "transforms":
+        return index_transforms(root, settings.v_list)
+    return index_image_folder(root, settings.v_list)
+
+
+def _synthetic_settings(settings: DataSettings) -> SyntheticSettings:
+    return SyntheticSettings(
+        imsize=settings.imsize,
+        count=settings.synthetic_count,
+        seed=settings.synthetic_seed,
+        instances=settings.synthetic_instances,
+        radius=settings.radius,
+        fov=settings.fov,
+        v_list=settings.v_list or DEFAULT_V_LIST,
+        white_bkgd=settings.white_bkgd,
+    )
+
+
+def _choose_subset(index: PhotoIndex, settings: DataSettings) -> list[int]:
+    every = settings.heldout_every
+    if settings.subset == "all" or (settings.subset == "train" and every == 0):
+        return list(range(len(index.paths)))
+    if every == 0:
+        raise DataError(
+            "data.heldout_every=0 holds nothing out, but the held-out subset was asked for; set it to 6, for example"
+        )
+    if settings.type in ("turntable", "synthetic"):
+        heldout_angles = index.labels[:, 2].unique()[::every]  # unique() sorts
+        is_heldout = torch.isin(index.labels[:, 2], heldout_angles)
+    else:
+        is_heldout = torch.arange(len(index.paths)) % every == 0
+    chosen = torch.nonzero(is_heldout if settings.subset == "heldout" else ~is_heldout)[:, 0].tolist()
+    if not chosen:
+        raise DataError(
+            f"{index.root}: data.heldout_every={every} leaves no photograph of {len(index.paths)} in the subset "
+            f"{settings.subset!r}; choose a smaller value or 0"
+        )
+    return chosen
+
+
+def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[int], Tensor | None]:
+    """Indices of the readable photographs and their uint8 cache (None where it would not fit); fills the report."""
+    bytes_needed = len(index.paths) * 3 * settings.imsize**2
+    decode = bytes_needed <= settings.cache_mib * 2**20
+    cache = torch.empty((len(index.paths), 3, settings.imsize, settings.imsize), dtype=torch.uint8) if decode else None
+
+    def read(number: int) -> tuple[int, int] | UnreadableImage:
+        try:
+            size = read_image_size(index.paths[number])
+            if cache is not None:
+                cache[number] = read_image(index.paths[number], settings.imsize, settings.white_bkgd)
+        except UnreadableImage as error:
+            return error
+        return size
+
+    kept = []
+    for number, (name, result) in enumerate(zip(index.names(), _map_in_threads(read, len(index.paths)), strict=True)):
+        if isinstance(result, UnreadableImage):
+            index.report.unreadable.append(f"{name} ({result})")
+        else:
+            kept.append(number)
+            index.report.sizes[result] += 1
+    return kept, cache[kept] if cache is not None and len(kept) < len(index.paths) else cache
+
+
+def _map_in_threads(read: Any, count: int) -> Iterator[Any]:
+    # Pillow decodes and resizes without the interpreter lock, so threads help.
+    with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
+        yield from tqdm(pool.map(read, range(count)), "reading photographs", count, leave=False, unit="image", delay=2)
+
+
+def _log_report(index: PhotoIndex, strict: bool) -> None:
+    problems = index.report.problems()
+    if not problems and not index.report.not_images:
+        return
+    summary = f"{index.root}: using {len(index.paths) - len(index.report.unreadable)} photographs; " + "; ".join(
+        index.report.lines()
+    )
+    if strict and problems:
+        raise DataError(
+            f"{summary}. data.strict=true makes this an error; repair or remove them, or set data.strict=false"
+        )
+    logger.warning(summary)
+
+
+def _find_fov(index: PhotoIndex) -> float | None:
+    """Field of view in degrees across the central square of the photographs, from camera_angle_x across their width."""
+    if index.camera_angle_x is None:
+        return None
+    shares = {min(width, height) / width for width, height in index.report.sizes}
+    if len(shares) > 1:
+        raise DataError(
+            f"{index.root}: photographs of different shapes ({', '.join(f'{w}x{h}' for w, h in index.report.sizes)}) "
+            f"share one camera_angle_x; expected one aspect ratio"
+        )
+    return math.degrees(2 * math.atan(math.tan(index.camera_angle_x / 2) * shares.pop()))

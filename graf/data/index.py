@@ -1,0 +1,338 @@
+"""What photographs a folder holds and how they are labelled, without opening them: turntable, transforms, image folder.
+
+A photograph that cannot be used is never dropped silently: every index carries a LoadReport that names it.
+"""
+
+import difflib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graf.data.errors import DataError
+from graf.data.images import IMAGE_SUFFIXES
+from graf.data.labels import (
+    LABELS_FILE,
+    LabelRow,
+    check_heights,
+    compile_file_pattern,
+    natural_key,
+    number_labels,
+    parse_file_name,
+    read_labels_csv,
+)
+from graf.geometry.cameras import angle_label, angles_from_pose
+
+MAX_DERIVED_HEIGHTS = 8
+NAMES_SHOWN = 5
+
+
+@dataclass
+class LoadReport:
+    """What was found besides usable photographs: lists of file names, with the reason where there is one."""
+
+    unreadable: list[str] = field(default_factory=list)  # corrupt or truncated, or not an image in spite of the suffix
+    unlabelled: list[str] = field(
+        default_factory=list
+    )  # images that the pattern, labels.csv or the class folders leave out
+    missing: list[str] = field(default_factory=list)  # labelled, but no such file
+    not_images: list[str] = field(default_factory=list)  # other files; harmless, so not an error even when strict
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the usable photographs
+
+    def problems(self) -> list[tuple[str, list[str]]]:
+        """The non-empty lists of photographs that were skipped: (what is wrong, names)."""
+        kinds = (
+            ("unreadable photographs", self.unreadable),
+            ("photographs without a label", self.unlabelled),
+            ("labelled photographs that are missing", self.missing),
+        )
+        return [(what, names) for what, names in kinds if names]
+
+    def lines(self) -> list[str]:
+        """One line for each kind of skipped or ignored file: count and first names."""
+        ignored = [("files that are not images", self.not_images)] if self.not_images else []
+        return [f"{len(names)} {what}: {_list_names(names)}" for what, names in self.problems() + ignored]
+
+
+@dataclass(frozen=True)
+class PhotoIndex:
+    """Photographs by path with labels int64 (N, 3) and, where they are known apart from labels, poses (N, 4, 4)."""
+
+    root: Path
+    paths: list[Path]
+    labels: Tensor
+    class_names: list[str]
+    v_list: tuple[float, ...]
+    report: LoadReport
+    poses: Tensor | None = None
+    poses_known: bool = True
+    camera_angle_x: float | None = None  # radians, across the whole width of the photograph
+
+    def select(self, indices: Sequence[int]) -> "PhotoIndex":
+        """The index of the photographs at `indices`, in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(
+            self,
+            paths=[self.paths[index] for index in chosen.tolist()],
+            labels=self.labels[chosen],
+            poses=None if self.poses is None else self.poses[chosen],
+        )
+
+    def keep_classes(self, classes: Sequence[str]) -> "PhotoIndex":
+        """The index of these classes alone, renumbered in natural order; raises DataError for an unknown class."""
+        for name in classes:
+            if name not in self.class_names:
+                nearest = difflib.get_close_matches(name, self.class_names, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise DataError(
+                    f"data.classes: {name!r} is not in {self.root}; it has {_list_names(self.class_names)}{hint}"
+                )
+        kept = [name for name in self.class_names if name in classes]
+        renumber = torch.tensor([kept.index(name) if name in kept else -1 for name in self.class_names])
+        new_classes = renumber[self.labels[:, 0]]
+        labels = torch.cat((new_classes[:, None], self.labels[:, 1:]), dim=1)
+        return replace(self, labels=labels, class_names=kept).select(torch.nonzero(new_classes >= 0)[:, 0].tolist())
+
+    def names(self) -> list[str]:
+        """Paths relative to the data folder, with "/"."""
+        return [os.path.relpath(path, self.root).replace(os.sep, "/") for path in self.paths]
+
+
+def index_turntable(root: Path, v_list: Sequence[float] | None, file_pattern: str | None) -> PhotoIndex:
+    """Photographs labelled by labels.csv in `root` or, where there is none, by their file names (also in sub-folders)."""
+    if not v_list:
+        raise DataError(
+            "data.v_list is empty: a turntable set needs one v in [0, 1] for each camera height, "
+            "v = (1 - sin(elevation)) / 2, for example [0.31] for one camera 22 degrees above the table"
+        )
+    _check_folder(root, "photographs labelled by file name (obj14__235.png) or by labels.csv")
+    report = LoadReport()
+    labels_path = root / LABELS_FILE
+    if labels_path.is_file():
+        rows = _list_labelled(root, read_labels_csv(labels_path), report)
+        source = str(labels_path)
+    else:
+        pattern = compile_file_pattern(file_pattern)
+        rows = []
+        for file in _list_images(root, report):
+            row = parse_file_name(file, pattern)
+            if row is None:
+                report.unlabelled.append(file)
+            else:
+                rows.append(row)
+        source = f"{root}, labels from file names"
+        if not rows and report.unlabelled:
+            raise DataError(
+                f"{root}: none of the {len(report.unlabelled)} image names ({_list_names(report.unlabelled)}) matches "
+                f"{pattern.pattern!r}; set data.file_pattern or write a {LABELS_FILE} (file,class,height,angle)"
+            )
+    if not rows:
+        raise DataError(
+            f"{root}: no photographs; expected names like obj14__235.png or a {LABELS_FILE}; correct data.datadir"
+        )
+    check_heights(rows, v_list, source)
+    class_names = sorted({row.class_name for row in rows}, key=natural_key)
+    return PhotoIndex(
+        root, [root / row.file for row in rows], number_labels(rows, class_names), class_names, tuple(v_list), report
+    )
+
+
+def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
+    """Photographs with true poses from NeRF's transforms_*.json.
+
+    `path` is a folder with transforms_train.json (or transforms.json), or one such file. Poses are taken as they stand
+    (OpenGL camera-to-world, world z-up, object at the origin; their radius may vary). Labels: class 0, the nearest entry
+    of `v_list` (where it is not given: the centres of at most 8 equal bins over the poses' v), the pose's label angle.
+    """
+    transforms_path = _find_transforms(path)
+    root = transforms_path.parent
+    camera_angle_x, frames = _read_transforms(transforms_path)
+    report = LoadReport()
+    paths: list[Path] = []
+    matrices: list[Tensor] = []
+    for number, frame in enumerate(frames):
+        file, matrix = _read_frame(frame, f"{transforms_path}, frame {number}")
+        image_path = _find_frame_image(root, file)
+        if image_path is None:
+            report.missing.append(file)
+        else:
+            paths.append(image_path)
+            matrices.append(matrix)
+    if not paths:
+        raise DataError(
+            f"{transforms_path}: none of its {len(frames)} photographs is there ({_list_names(report.missing)}); "
+            f"expected them relative to {root}, with or without suffix"
+        )
+    poses = torch.stack(matrices)
+    u, v = angles_from_pose(poses)
+    heights = tuple(v_list or derive_heights(v))
+    height_idx = (v[:, None] - torch.tensor(heights, dtype=v.dtype)).abs().argmin(dim=1)
+    labels = torch.stack((torch.zeros_like(height_idx), height_idx, angle_label(u)), dim=1)
+    return PhotoIndex(
+        root,
+        paths,
+        labels,
+        [root.resolve().name],
+        heights,
+        report,
+        poses=poses.float(),
+        camera_angle_x=camera_angle_x,
+    )
+
+
+def derive_heights(v: Tensor, count: int = MAX_DERIVED_HEIGHTS) -> list[float]:
+    """Centres of `count` equal bins over the range of `v`; a single entry where all heights agree to 1e-3."""
+    low, high = v.min().item(), v.max().item()
+    if high - low < 1e-3:
+        return [(low + high) / 2]
+    return [low + (high - low) * (index + 0.5) / count for index in range(count)]
+
+
+def index_image_folder(root: Path, v_list: Sequence[float] | None) -> PhotoIndex:
+    """Photographs without poses: class folders where sub-folders hold images (as in torchvision), else one class.
+
+    Heights and angles are unknown and stored as 0.
+    """
+    _check_folder(root, "photographs, or one sub-folder of photographs for each class")
+    report = LoadReport()
+    files = _list_images(root, report)
+    in_folders = [file for file in files if "/" in file]
+    if in_folders:
+        report.unlabelled += [file for file in files if "/" not in file]
+        rows = [LabelRow(file, file.split("/", 1)[0], 0, 0) for file in in_folders]
+    else:
+        rows = [LabelRow(file, root.resolve().name, 0, 0) for file in files]
+    if not rows:
+        raise DataError(
+            f"{root}: no photographs; expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in it or in class "
+            f"folders; correct data.datadir"
+        )
+    class_names = sorted({row.class_name for row in rows}, key=natural_key)
+    return PhotoIndex(
+        root,
+        [root / row.file for row in rows],
+        number_labels(rows, class_names),
+        class_names,
+        tuple(v_list or (0.5,)),
+        report,
+        poses_known=False,
+    )
+
+
+def _check_folder(root: Path, expected: str) -> None:
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise DataError(
+            f"data.datadir={root} {found}; expected a folder of {expected}; correct data.datadir, or use "
+            f"data.type=synthetic, which makes its own data"
+        )
+
+
+def _list_images(root: Path, report: LoadReport) -> list[str]:
+    """Image files under `root` in natural order, relative to it; other files go into the report."""
+    images = []
+    for file in _list_files(root):
+        if Path(file).suffix.lower() in IMAGE_SUFFIXES:
+            images.append(file)
+        else:
+            report.not_images.append(file)
+    return images
+
+
+def _list_files(root: Path) -> list[str]:
+    files = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        inside = Path(folder).relative_to(root)
+        files += [(inside / name).as_posix() for name in names]
+    return sorted(files, key=natural_key)
+
+
+def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list[LabelRow]:
+    """Rows whose file exists; image files beside them that labels.csv leaves out go into the report."""
+    present = [row for row in rows if (root / row.file).is_file()]
+    report.missing += [row.file for row in rows if not (root / row.file).is_file()]
+    labelled = {Path(row.file).as_posix() for row in rows}
+    for folder in sorted({Path("."), *(Path(row.file).parent for row in present)}):
+        for path in sorted((root / folder).iterdir(), key=lambda path: natural_key(path.name)):
+            file = (folder / path.name).as_posix()
+            if not path.is_file() or file in labelled or file == LABELS_FILE:
+                continue
+            (report.unlabelled if path.suffix.lower() in IMAGE_SUFFIXES else report.not_images).append(file)
+    if rows and not present:
+        raise DataError(
+            f"{root / LABELS_FILE}: none of its {len(rows)} photographs is there ({_list_names(report.missing)}); "
+            f"expected paths relative to {root}"
+        )
+    return present
+
+
+def _find_transforms(path: Path) -> Path:
+    if path.is_file():
+        return path
+    _check_folder(path, "NeRF photographs with transforms_train.json, or that file itself")
+    for name in ("transforms_train.json", "transforms.json"):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(other.name for other in path.glob("*.json"))
+    raise DataError(
+        f"{path}: found {_list_names(others) if others else 'no .json file'}; expected transforms_train.json or "
+        f"transforms.json; data.datadir may also name one transforms file"
+    )
+
+
+def _read_transforms(path: Path) -> tuple[float, list[Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); expected NeRF's camera_angle_x and frames") from error
+    keys = list(content) if isinstance(content, dict) else [type(content).__name__]
+    frames = content.get("frames") if isinstance(content, dict) else None
+    angle = content.get("camera_angle_x") if isinstance(content, dict) else None
+    if not isinstance(frames, list) or not frames or not isinstance(angle, (int, float)) or not 0 < angle < math.pi:
+        raise DataError(
+            f"{path}: found {_list_names(keys)} with camera_angle_x={angle!r}; expected camera_angle_x in radians "
+            f"(0 to pi) and a non-empty list 'frames'"
+        )
+    return float(angle), frames
+
+
+def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:
+    if not isinstance(frame, dict) or not isinstance(frame.get("file_path"), str) or "transform_matrix" not in frame:
+        raise DataError(f"{where}: expected an object with file_path and transform_matrix")
+    try:
+        matrix = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: transform_matrix is not a matrix of numbers; expected 4 x 4") from error
+    if matrix.shape != (4, 4) or not torch.isfinite(matrix).all():
+        raise DataError(
+            f"{where}: transform_matrix is {tuple(matrix.shape)} or not finite; expected 4 x 4 finite numbers"
+        )
+    rotation = matrix[:3, :3]
+    error = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max().item()
+    if error > 1e-3 or torch.linalg.det(rotation) < 0:
+        raise DataError(
+            f"{where}: transform_matrix is no camera-to-world rotation (R R^T differs from 1 by {error:.2g}, "
+            f"det R = {torch.linalg.det(rotation).item():.3g}); expected an OpenGL pose without scale or mirror"
+        )
+    return frame["file_path"], matrix
+
+
+def _find_frame_image(root: Path, file: str) -> Path | None:
+    path = root / file
+    if path.is_file():
+        return path
+    candidates = (path.with_name(path.name + suffix) for suffix in sorted(IMAGE_SUFFIXES, key=lambda s: s != ".png"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _list_names(names: Iterable[str]) -> str:
+    all_names = list(names)
+    more = f" and {len(all_names) - NAMES_SHOWN} more" if len(all_names) > NAMES_SHOWN else ""
+    return ", ".join(all_names[:NAMES_SHOWN]) + more

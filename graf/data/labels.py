@@ -1,0 +1,141 @@
+"""Label conventions: how (class, height, angle) is read from a file name or from labels.csv, and numbered.
+
+A label is int64 (class_idx, height_idx, angle_idx). Classes are numbered in natural order of their names (obj5 before
+obj14), heights index `v_list`, angles are whole degrees 0..359.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graf.data.errors import DataError
+
+LABELS_FILE = "labels.csv"
+LABELS_HEADER = ("file", "class", "height", "angle")
+DEFAULT_FILE_PATTERN = r"(?P<class>.+?)(?:_h(?P<height>\d+))?__(?P<angle>-?\d+(?:\.\d+)?)\.\w+"
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """One photograph's label before classes are numbered; `file` is relative to the data folder."""
+
+    file: str
+    class_name: str
+    height: int
+    angle: int
+
+
+def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that orders numbers inside names by value: obj5 before obj14."""
+    parts = re.split(r"(\d+)", text)
+    return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part)
+
+
+def wrap_angle(degrees: float) -> int:
+    """Whole degrees in 0..359; raises ValueError when `degrees` is not finite."""
+    if not math.isfinite(degrees):
+        raise ValueError(f"{degrees} is not a finite angle")
+    return round(degrees) % 360
+
+
+def compile_file_pattern(pattern: str | None) -> re.Pattern[str]:
+    """The regular expression that reads labels from file names; None is the default: obj14__235.png, cup_h2__235.png.
+
+    Named groups `class` and `angle` are required, `height` is optional and counts as 0 where it does not match. A
+    pattern with a "/" is matched against the path relative to the data folder, any other against the file's name; both
+    in full.
+    """
+    text = pattern or DEFAULT_FILE_PATTERN
+    try:
+        compiled = re.compile(text)
+    except re.error as error:
+        raise DataError(f"data.file_pattern={text!r} is not a regular expression: {error}") from error
+    missing = [group for group in ("class", "angle") if group not in compiled.groupindex]
+    if missing:
+        raise DataError(
+            f"data.file_pattern={text!r}: named group(s) {', '.join(missing)} missing; "
+            f"expected (?P<class>...) and (?P<angle>...), optionally (?P<height>...)"
+        )
+    return compiled
+
+
+def parse_file_name(file: str, pattern: re.Pattern[str]) -> LabelRow | None:
+    """The label in the name of `file` (relative to the data folder, with "/"); None when the pattern does not match."""
+    match = pattern.fullmatch(file if "/" in pattern.pattern else file.rsplit("/", 1)[-1])
+    if match is None:
+        return None
+    groups = match.groupdict()
+    try:
+        return LabelRow(file, groups["class"], int(groups.get("height") or 0), wrap_angle(float(groups["angle"])))
+    except ValueError as error:
+        raise DataError(
+            f"{file}: data.file_pattern found height {groups.get('height')!r} and angle {groups['angle']!r}; "
+            f"expected a whole number and degrees; correct data.file_pattern={pattern.pattern!r}"
+        ) from error
+
+
+def read_labels_csv(path: Path) -> list[LabelRow]:
+    """Rows of a labels.csv with the columns file,class,height,angle (any order; further columns are allowed).
+
+    `file` is relative to the csv's folder, `height` an index into v_list, `angle` degrees. Raises DataError that names
+    the file, the line, what was found and what was expected.
+    """
+    rows: list[LabelRow] = []
+    seen: dict[str, int] = {}
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        found = reader.fieldnames or []
+        if not set(LABELS_HEADER) <= set(found):
+            raise DataError(
+                f"{path}, line 1: found {','.join(found) or 'nothing'}; expected the header {','.join(LABELS_HEADER)}"
+            )
+        for entry in reader:
+            where = f"{path}, line {reader.line_num}"
+            row = _read_row(entry, where)
+            if row.file in seen:
+                raise DataError(f"{where}: {row.file!r} is already in line {seen[row.file]}; expected each file once")
+            seen[row.file] = reader.line_num
+            rows.append(row)
+    return rows
+
+
+def _read_row(entry: dict[str, str | None], where: str) -> LabelRow:
+    values = {column: (entry[column] or "").strip() for column in LABELS_HEADER}
+    for column in ("file", "class"):
+        if not values[column]:
+            raise DataError(f"{where}: column {column!r} is empty; expected {'/'.join(LABELS_HEADER)} in every line")
+    try:
+        height = int(values["height"])
+    except ValueError as error:
+        raise DataError(
+            f"{where}: height {values['height']!r}; expected a whole number, an index into data.v_list"
+        ) from error
+    try:
+        angle = wrap_angle(float(values["angle"]))
+    except ValueError as error:
+        raise DataError(f"{where}: angle {values['angle']!r}; expected degrees") from error
+    return LabelRow(values["file"].replace("\\", "/"), values["class"], height, angle)
+
+
+def check_heights(rows: Iterable[LabelRow], v_list: Sequence[float], source: str) -> None:
+    """Raise DataError at the first row whose height is no index into `v_list`; `source` says where labels came from."""
+    for row in rows:
+        if not 0 <= row.height < len(v_list):
+            raise DataError(
+                f"{source}: {row.file} has height {row.height}, but data.v_list has {len(v_list)} "
+                f"heights (indices 0..{len(v_list) - 1}); correct the label or data.v_list"
+            )
+
+
+def number_labels(rows: Sequence[LabelRow], class_names: Sequence[str]) -> Tensor:
+    """Labels int64 (N, 3) of `rows`, with classes numbered by their place in `class_names`."""
+    number = {name: index for index, name in enumerate(class_names)}
+    return torch.tensor([(number[row.class_name], row.height, row.angle) for row in rows], dtype=torch.int64).reshape(
+        -1, 3
+    )

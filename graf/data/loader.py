@@ -1,0 +1,106 @@
+"""Batches in an order that depends on seed and epoch alone: a resumed run sees what an unbroken one would have seen."""
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from graf.data.errors import DataError
+
+MAX_WORKERS = 4
+
+
+def _hash_seed(*parts: int | str) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class BatchOrder(Sampler[list[int]]):
+    """Endless batch sampler: yields the index list of iteration `start_iteration`, of the next one, and so on.
+
+    Epoch e is a permutation of range(length) drawn from (seed, e) alone; iteration i is batch i mod P of epoch i // P
+    with P batches in an epoch. With `drop_last` each epoch leaves out its last length mod batch_size images, else its last
+    batch is short.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, drop_last: bool = True, seed: int = 0, start_iteration: int = 0
+    ) -> None:
+        if batch_size < 1 or start_iteration < 0:
+            raise DataError(
+                f"batch_size={batch_size}, start_iteration={start_iteration}: expected at least 1 and at least 0"
+            )
+        self.batches_per_epoch = length // batch_size if drop_last else -(-length // batch_size)
+        if self.batches_per_epoch == 0:
+            raise DataError(
+                f"training.batch_size={batch_size}: the data set has {length} images and drop_last leaves no batch; "
+                f"use a batch_size of at most {length}"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_iteration = start_iteration
+
+    def order_of_epoch(self, epoch: int) -> list[int]:
+        """The permutation of range(length) that epoch number `epoch` follows."""
+        generator = torch.Generator().manual_seed(_hash_seed("image order", self.seed, epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, batch = divmod(self.start_iteration, self.batches_per_epoch)
+        while True:
+            order = self.order_of_epoch(epoch)
+            for first in range(batch * self.batch_size, self.batches_per_epoch * self.batch_size, self.batch_size):
+                yield order[first : first + self.batch_size]
+            epoch, batch = epoch + 1, 0
+
+
+def count_usable_cpus() -> int:
+    """CPUs that this process may run on (affinity where the system tells it, else the machine's count)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def seed_worker(worker_id: int, seed: int) -> None:
+    """Seed Python, NumPy and torch in a loader worker from (seed, worker_id)."""
+    worker_seed = _hash_seed("worker", seed, worker_id)
+    random.seed(worker_seed)
+    np.random.seed(worker_seed % 2**32)
+    torch.manual_seed(worker_seed)
+
+
+def make_loader(
+    dataset: Dataset[tuple[Tensor, Tensor]],
+    batch_size: int,
+    *,
+    nworkers: int,
+    drop_last: bool,
+    seed: int,
+    start_iteration: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
+
+    Batches are (images float32 (B, 3, H, W), labels int64 (B, 3)). At most min(nworkers, 4, usable CPUs) workers; the
+    global random state is left as it is. Raises DataError where the data set is smaller than a batch and `drop_last` is
+    set.
+    """
+    order = BatchOrder(len(dataset), batch_size, drop_last, seed, start_iteration)  # type: ignore[arg-type]
+    workers = max(0, min(nworkers, MAX_WORKERS, count_usable_cpus()))
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=partial(seed_worker, seed=seed),
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(_hash_seed("loader", seed)),  # else iter() draws from the global one
+    )

@@ -1,0 +1,271 @@
+"""The embedded synthetic set: toys rendered by a small sphere tracer and stored as an ordinary `turntable` folder.
+
+The light belongs to the world, not to the camera, so that a toy is one consistent scene with baked shading. Depth is
+z-depth along the optical axis, 0 where nothing is hit. Marching: Hart, "Sphere tracing" (The Visual Computer, 1996).
+"""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from graf.data.errors import DataError
+from graf.data.labels import LABELS_FILE, LABELS_HEADER
+from graf.data.loader import count_usable_cpus
+from graf.data.shapes import CLASS_NAMES, Toy, build_toy
+from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles
+from graf.geometry.rays import cast_rays, pixel_grid
+
+VERSION = 1  # part of the cache key: raise it whenever the pictures change
+DEPTH_FOLDER, MASK_FOLDER, SCENE_FILE = "depth", "mask", "scene.json"
+DEFAULT_V_LIST = tuple(round((1 - math.sin(math.radians(elevation))) / 2, 4) for elevation in (12, 27, 42))
+ANGLE_COUNTS = (72, 90, 120, 180, 360)
+
+BOUNDING_RADIUS = 0.95
+MAX_STEPS = 64
+HIT_DISTANCE = 1e-3
+NORMAL_STEP = 2e-3
+OCCLUSION_REACH = 0.12
+SUPERSAMPLING = 2
+VIEWS_AT_ONCE = 32
+RAYS_AT_ONCE = 131072  # few enough for the cache, enough to hide the cost of calling an operation
+LIGHT = (0.48, 0.36, 0.80)  # towards the light, unit length: in front, to the left, above
+AMBIENT, DIFFUSE, SKY = 0.56, 0.42, 0.10
+
+
+View = tuple[int, int, int, int]  # class, instance, height, angle
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """What the synthetic set depends on; all of it is in the cache key. `fov` in degrees, `v_list` heights v in [0, 1]."""
+
+    imsize: int = 64
+    count: int = 1000
+    seed: int = 0
+    instances: int = 1
+    radius: float = 3.5
+    fov: float = 30.0
+    v_list: tuple[float, ...] = DEFAULT_V_LIST
+    white_bkgd: bool = True
+
+    def __post_init__(self) -> None:
+        if self.radius <= BOUNDING_RADIUS:
+            raise DataError(
+                f"data.radius={self.radius}: the camera would stand inside the toys, which reach {BOUNDING_RADIUS}; try 3.5"
+            )
+        most = len(CLASS_NAMES) * self.instances * len(self.v_list) * ANGLE_COUNTS[-1]
+        if not len(CLASS_NAMES) <= self.count <= most:
+            raise DataError(
+                f"data.synthetic.count={self.count}: expected {len(CLASS_NAMES)} (one image of each class) to {most} "
+                f"(every degree at every one of {len(self.v_list)} heights)"
+            )
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the set's folder: resolution and a hash of everything that changes the pictures."""
+        key = json.dumps({"version": VERSION, "classes": CLASS_NAMES, **asdict(self)}, sort_keys=True)
+        return f"synthetic_{self.imsize}_{hashlib.sha256(key.encode()).hexdigest()[:10]}"
+
+
+def render_views(
+    class_idx: int,
+    poses: Tensor,
+    intrinsics: Intrinsics,
+    *,
+    instance: int = 0,
+    seed: int = 0,
+    white_bkgd: bool = True,
+    supersampling: int = SUPERSAMPLING,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """True pictures of a toy from camera-to-world `poses` (N, 4, 4), which must lie outside its bounding sphere.
+
+    Returns rgb (N, 3, H, W) in [-1, 1]; z-depth (N, 1, H, W), the mean over the part of the pixel that is covered, 0 where
+    nothing is; mask (N, 1, H, W), the covered share of the pixel in [0, 1]. Computed in float32 on the CPU.
+    """
+    toy = build_toy(class_idx, instance, seed)
+    fine = intrinsics.resized(intrinsics.height * supersampling, intrinsics.width * supersampling)
+    together = max(1, RAYS_AT_ONCE // (fine.height * fine.width))
+
+    def render(some_poses: Tensor) -> list[Tensor]:
+        images = _render_fine(toy, some_poses, fine, white_bkgd)
+        return [torch.nn.functional.avg_pool2d(image, supersampling) for image in images]
+
+    with _one_thread_per_operation(), ThreadPoolExecutor(count_usable_cpus()) as pool:
+        parts = list(pool.map(render, poses.float().cpu().split(together)))
+    rgb, depth, mask = (torch.cat(images) for images in zip(*parts, strict=True))
+    return rgb * 2 - 1, torch.where(mask > 0, depth / mask.clamp(min=1e-6), 0.0), mask
+
+
+@contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    """Views in parallel instead: these operations are so short that joining torch's threads costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _render_fine(toy: Toy, poses: Tensor, intrinsics: Intrinsics, white_bkgd: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """rgb (N, 3, H, W) in [0, 1], depth and mask (N, 1, H, W), one ray per pixel; depth 0 where nothing is hit."""
+    shape = (len(poses), intrinsics.height, intrinsics.width)
+    rays = cast_rays(poses, pixel_grid(*shape), intrinsics, 0.0, math.inf, BOUNDING_RADIUS)
+    origins, directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
+    near, far, axis_cosine = rays.near.flatten(), rays.far.flatten(), rays.axis_cosine.flatten()
+
+    rgb = torch.full((3, len(near)), 1.0 if white_bkgd else 0.0)
+    depth, mask = torch.zeros(len(near)), torch.zeros(len(near))
+    for pixels in torch.nonzero(far > near)[:, 0].split(RAYS_AT_ONCE):
+        origin, direction = origins[pixels].T.contiguous(), directions[pixels].T.contiguous()
+        distance, hit = _march(toy, origin, direction, near[pixels], far[pixels])
+        pixels, distance = pixels[hit], distance[hit]
+        rgb[:, pixels] = _shade(toy, origin[:, hit] + direction[:, hit] * distance)
+        depth[pixels] = distance * axis_cosine[pixels]
+        mask[pixels] = 1.0
+    return rgb.reshape(3, *shape).transpose(0, 1), depth.reshape(shape)[:, None], mask.reshape(shape)[:, None]
+
+
+def _march(toy: Toy, origins: Tensor, directions: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (P,) along rays (3, P) to the surface, and whether it was hit; rays that are done leave the loop."""
+    distance, hit = near.clone(), torch.zeros_like(near, dtype=torch.bool)
+    active = torch.arange(len(near))
+    t, origin, direction, end = near, origins, directions, far
+    for _ in range(MAX_STEPS):
+        step = toy.distance(origin + direction * t)
+        t = t + step
+        arrived = step < HIT_DISTANCE
+        distance[active] = t
+        hit[active[arrived]] = True
+        going = ~arrived & (t < end)
+        active, t, end = active[going], t[going], end[going]
+        origin, direction = origin[:, going], direction[:, going]
+        if len(active) == 0:
+            break
+    return distance, hit
+
+
+def _shade(toy: Toy, points: Tensor) -> Tensor:
+    """Colour (3, P) in [0, 1]: Lambert from one distant light, ambient light, a little sky, darker in creases."""
+    normal = _estimate_normals(toy, points)
+    light = torch.tensor(LIGHT)
+    lambert = (normal * (light / light.norm())[:, None]).sum(0).clamp(min=0)
+    openness = (toy.distance(points + OCCLUSION_REACH * normal) / OCCLUSION_REACH).clamp(0, 1)
+    brightness = (0.6 + 0.4 * openness) * (AMBIENT + DIFFUSE * lambert + SKY * normal[2].clamp(min=0))
+    return (toy.colour(points) * brightness).clamp(0, 1)
+
+
+def _estimate_normals(toy: Toy, points: Tensor) -> Tensor:
+    """Unit normals (3, P): central differences over the corners of a tetrahedron, four evaluations instead of six."""
+    corners = torch.tensor([[1.0, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
+    gradient = sum(corner[:, None] * toy.distance(points + NORMAL_STEP * corner[:, None]) for corner in corners)
+    return torch.nn.functional.normalize(torch.as_tensor(gradient), dim=0)
+
+
+def choose_views(settings: SyntheticSettings) -> list[View]:
+    """The (class, instance, height, angle) of every image, sorted: a seeded choice from a regular grid of angles.
+
+    Classes get equal shares (the first ones an image more where the count does not divide). 72 angles, or the next divisor
+    of 360 where the count needs more.
+    """
+    shares = [len(range(index, settings.count, len(CLASS_NAMES))) for index in range(len(CLASS_NAMES))]
+    rings = settings.instances * len(settings.v_list)
+    angles = next(angles for angles in ANGLE_COUNTS if rings * angles >= shares[0])
+    views = []
+    for class_idx, share in enumerate(shares):
+        chosen = np.random.default_rng([settings.seed, class_idx]).permutation(rings * angles)[:share]
+        for ring, angle_number in sorted(divmod(int(number), angles) for number in chosen):
+            instance, height = divmod(ring, len(settings.v_list))
+            views.append((class_idx, instance, height, angle_number * 360 // angles))
+    return views
+
+
+def ensure_synthetic(datadir: str | Path, settings: SyntheticSettings) -> Path:
+    """Folder of the synthetic set under `datadir`, rendered first where it does not exist yet.
+
+    It holds RGB images and labels.csv (type `turntable`, ccw), and the sub-folders depth (16-bit PNG) and mask (8-bit PNG)
+    with the same file names; depth/scene.json tells the settings and `max_depth`, for which the value 65535 stands. The set
+    is written to a temporary folder and renamed, so that an interrupted run leaves no half set.
+    """
+    root = Path(datadir)
+    folder = root / settings.folder_name
+    if (folder / LABELS_FILE).is_file():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{settings.folder_name}_", dir=root))
+    except OSError as error:
+        raise DataError(
+            f"data.datadir={root} cannot be written ({error}); choose a folder for the synthetic set"
+        ) from error
+    try:
+        _write_set(partial, settings)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / LABELS_FILE).is_file():  # else another process was faster, with the same pictures
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write_set(folder: Path, settings: SyntheticSettings) -> None:
+    for name in (DEPTH_FOLDER, MASK_FOLDER):
+        (folder / name).mkdir()
+    max_depth = settings.radius + BOUNDING_RADIUS
+    intrinsics = Intrinsics.from_fov(settings.imsize, settings.fov)
+    rows = []
+    views = choose_views(settings)
+    with tqdm(desc="rendering synthetic set", total=len(views), unit="image") as progress:
+        for (class_idx, instance), group in groupby(views, key=lambda view: view[:2]):
+            for batch in _split(list(group), VIEWS_AT_ONCE):
+                labels = torch.tensor([(class_idx, height, angle) for _, _, height, angle in batch])
+                u, v = label_angles(labels, settings.v_list)
+                pictures = render_views(
+                    class_idx,
+                    pose_from_angles(u, v, settings.radius),
+                    intrinsics,
+                    instance=instance,
+                    seed=settings.seed,
+                    white_bkgd=settings.white_bkgd,
+                )
+                name = CLASS_NAMES[class_idx] + (f"_i{instance}" if settings.instances > 1 else "")
+                for (_, _, height, angle), rgb, depth, mask in zip(batch, *pictures, strict=True):
+                    file = f"{name}_h{height}__{angle}.png"
+                    _write_view(folder, file, rgb, depth / max_depth, mask)
+                    rows.append((file, CLASS_NAMES[class_idx], height, angle))
+                progress.update(len(batch))
+    with (folder / LABELS_FILE).open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([LABELS_HEADER, *rows])
+    scene = {"version": VERSION, "classes": CLASS_NAMES, "max_depth": max_depth, **asdict(settings)}
+    (folder / DEPTH_FOLDER / SCENE_FILE).write_text(json.dumps(scene, indent=2), encoding="utf-8")
+
+
+def _write_view(folder: Path, file: str, rgb: Tensor, relative_depth: Tensor, mask: Tensor) -> None:
+    pixels = ((rgb + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(folder / file)
+    Image.fromarray((relative_depth[0] * 65535).round().numpy().astype(np.uint16)).save(folder / DEPTH_FOLDER / file)
+    Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()).save(folder / MASK_FOLDER / file)
+
+
+def _split(views: list[View], size: int) -> Iterator[list[View]]:
+    for first in range(0, len(views), size):
+        yield views[first : first + size]

@@ -1,0 +1,308 @@
+"""FID and KID through torch-fidelity: one protocol and one code path for training and for eval.py.
+
+FID: Heusel et al. 2017 (arXiv 1706.08500), eq. 6. KID: Binkowski et al. 2018 (arXiv 1801.01401), unbiased MMD^2 with a
+cubic polynomial kernel, mean over random subsets. Both compare features of uint8 images; a score without its
+provenance (how many images, of what size, through which extractor) means nothing, so the two travel together.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch_fidelity
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from graf.evaluation.extractor import Extractor, hash_file
+from graf.evaluation.render import to_uint8
+from graf.runtime.logs import info_once, warn_once
+from graf.runtime.seeding import preserve_rng
+
+Plain = str | int | float | bool | None
+CACHE_FORMAT = 1  # part of every cache name: raise it when the images handed to the extractor change
+# Scores can be compared only where all of these agree; FID and KID depend on every one of them.
+COMPARABLE = ("extractor", "extractor_hash", "n_real", "n_fake", "resolution", "kid_subset_size")
+
+
+class FidelityError(ValueError):
+    """Images that cannot be scored; the message says what was found and what is needed."""
+
+
+@dataclass(frozen=True)
+class FidelityProtocol:
+    """What fixes a score besides the images.
+
+    seed: draws the KID subsets; batch_size: images per pass of the extractor; kid_subsets: subsets averaged by KID;
+    kid_subset_size: at most so many images a subset, fewer where either side has fewer.
+    """
+
+    seed: int = 0
+    batch_size: int = 64
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "kid_subsets"):
+            if getattr(self, name) < 1:
+                raise FidelityError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.kid_subset_size < 2:
+            raise FidelityError(f"kid_subset_size={self.kid_subset_size}: expected at least 2")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores and where they come from.
+
+    values: {"fid", "kid", "kid_std"}, each with the extractor's suffix ("fid_offline"); provenance: plain values.
+    """
+
+    values: dict[str, float]
+    provenance: dict[str, Plain] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Plain]:
+        """One flat row, provenance first: a line of scores.jsonl, and what a checkpoint keeps of its best score."""
+        return {**self.provenance, **self.values}
+
+
+class ImagesAsUint8(Dataset[Tensor]):
+    """A data set of (float (3, H, W) in [-1, 1], label) as uint8 (3, H, W) images without labels."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.dataset))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_uint8(self.dataset[index][0])
+
+
+class RenderedImages(Dataset[Tensor]):
+    """Images that are rendered while they are read, `batch_size` at a time, and of which one batch is kept.
+
+    `render([i, j, ...])` returns float (B, 3, H, W) in [-1, 1] for the image numbers it is given, which are always the
+    same for a batch: image i does not depend on the order or the batch size in which the images are read. Read
+    in order, each image is rendered once.
+    """
+
+    def __init__(self, render: Callable[[list[int]], Tensor], length: int, batch_size: int) -> None:
+        if batch_size < 1:
+            raise FidelityError(f"batch_size={batch_size}: expected at least 1")
+        self.render = render
+        self.length = length
+        self.batch_size = batch_size
+        self._first = -1
+        self._batch = torch.empty(0, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.length:
+            raise IndexError(f"image {index} of {self.length}")
+        first = index - index % self.batch_size
+        if first != self._first:
+            indices = list(range(first, min(first + self.batch_size, self.length)))
+            with torch.no_grad():
+                self._batch = to_uint8(self.render(indices)).cpu()
+            if len(self._batch) != len(indices):
+                raise FidelityError(f"render returned {len(self._batch)} images for {len(indices)} indices")
+            self._first = first
+        return self._batch[index - first]
+
+
+def score_images(
+    real: Dataset[Tensor],
+    fake: Dataset[Tensor],
+    extractor: Extractor,
+    protocol: FidelityProtocol,
+    device: torch.device,
+    *,
+    real_cache_name: str | None = None,
+    cache_root: str | Path | None = None,
+    provenance: Mapping[str, Plain] | None = None,
+) -> Scores:
+    """Compute FID and KID between two data sets of uint8 (3, H, W) images.
+
+    `real_cache_name` is a fingerprint of the real images: it keeps their features under `cache_root`, under a name that
+    also hashes the extractor's weights and the protocol. Generated images are never cached.
+    `provenance` adds fields of the caller (EMA, pose distribution, checkpoint, iteration). No global random state is
+    advanced. The extractor runs on `device` where that is CUDA, else on the CPU (torch-fidelity knows no other).
+
+    Raises FidelityError for fewer than two images on a side, for images that are not uint8 (3, H, W) or of two sizes,
+    and for a provenance field that is taken or is not a plain value.
+    """
+    n_real, n_fake = len(cast(Any, real)), len(cast(Any, fake))
+    if min(n_real, n_fake) < 2:
+        raise FidelityError(f"FID/KID need at least 2 images on each side, found {n_real} real and {n_fake} generated")
+    with preserve_rng():
+        resolution = _common_resolution(real, fake)
+        subset_size = min(protocol.kid_subset_size, n_real, n_fake)
+        own: dict[str, Plain] = {
+            "n_real": n_real,
+            "n_fake": n_fake,
+            "resolution": resolution,
+            "extractor": extractor.name,
+            "extractor_hash": extractor.hash,
+            "seed": protocol.seed,
+            "kid_subsets": protocol.kid_subsets,
+            "kid_subset_size": subset_size,
+        }
+        names = {key: key + extractor.suffix for key in ("fid", "kid", "kid_std")}
+        extra = _check_provenance(provenance or {}, {*own, *names.values()})
+        cache_name = None
+        if real_cache_name is not None:
+            cache_name = _cache_name(real_cache_name, n_real, resolution, extractor, protocol)
+        _verify_weights(extractor)
+        with warnings.catch_warnings():
+            # torch's own pinning thread, https://github.com/pytorch/pytorch/issues/174546
+            warnings.filterwarnings("ignore", message=".*pin_memory", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*pin memory thread", category=DeprecationWarning)
+            metrics = torch_fidelity.calculate_metrics(
+                input1=real,
+                input2=fake,
+                input1_cache_name=cache_name,
+                cache=cache_name is not None,
+                cache_root=None if cache_root is None else str(cache_root),
+                cuda=device.type == "cuda",
+                batch_size=protocol.batch_size,
+                fid=True,
+                kid=True,
+                kid_subsets=protocol.kid_subsets,
+                kid_subset_size=subset_size,
+                feature_extractor=extractor.name,
+                feature_extractor_weights_path=None if extractor.weights_path is None else str(extractor.weights_path),
+                rng_seed=protocol.seed,
+                save_cpu_ram=True,  # no worker processes: they could not render on the device
+                verbose=False,
+            )
+    values = {
+        names["fid"]: float(metrics[torch_fidelity.KEY_METRIC_FID]),
+        names["kid"]: float(metrics[torch_fidelity.KEY_METRIC_KID_MEAN]),
+        names["kid_std"]: float(metrics[torch_fidelity.KEY_METRIC_KID_STD]),
+    }
+    return Scores(values, {**own, **extra})
+
+
+def _common_resolution(real: Dataset[Tensor], fake: Dataset[Tensor]) -> str:
+    """Return "HxW" of the first image of both sides; raise FidelityError where they are no uint8 images of one size."""
+    sizes = []
+    for side, dataset in (("real", real), ("generated", fake)):
+        image = dataset[0]
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise FidelityError(f"{side} images: expected uint8 (3, H, W), found {found}")
+        sizes.append(f"{image.shape[1]}x{image.shape[2]}")
+    if sizes[0] != sizes[1]:
+        raise FidelityError(f"real images are {sizes[0]}, generated ones {sizes[1]}: render at the data set's size")
+    return sizes[0]
+
+
+def _check_provenance(extra: Mapping[str, Plain], taken: set[str]) -> dict[str, Plain]:
+    for key, value in extra.items():
+        if key in taken:
+            raise FidelityError(f"provenance field {key!r} is set by score_images: choose another name")
+        if value is not None and not isinstance(value, str | int | float | bool):
+            raise FidelityError(f"provenance field {key!r} is a {type(value).__name__}: expected a plain value")
+    return dict(extra)
+
+
+def _cache_name(
+    fingerprint: str, n_real: int, resolution: str, extractor: Extractor, protocol: FidelityProtocol
+) -> str:
+    """Name the cached features by everything they depend on; torch-fidelity itself looks at nothing but the name."""
+    parts = json.dumps(
+        [CACHE_FORMAT, fingerprint, n_real, resolution, extractor.name, extractor.hash, asdict(protocol)]
+    )
+    return f"graf-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
+
+
+def _verify_weights(extractor: Extractor) -> None:
+    """torch-fidelity unpickles the weights (weights_only=False), which runs whatever is in them."""
+    if extractor.weights_path is not None and hash_file(extractor.weights_path) != extractor.hash:
+        raise FidelityError(f"{extractor.weights_path} has changed since it was chosen: its sha256 is another")
+
+
+def is_better(new: Scores | Mapping[str, Plain], best: Mapping[str, Plain] | None, metric: str) -> bool:
+    """Whether `new` replaces `best` as the lowest `metric`, "fid" or "kid"; arguments are Scores or their `as_dict()`.
+
+    Scores of different extractors, counts or resolutions are never compared: the record starts over with `new`, which
+    is said once. A score that is not finite is never better.
+    """
+    new_row = new.as_dict() if isinstance(new, Scores) else new
+    name, value = _find_metric(new_row, metric)
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    differing = [key for key in COMPARABLE if new_row.get(key) != best.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} {best.get(key)} -> {new_row.get(key)}" for key in differing)
+        info_once(f"the best score so far cannot be compared ({changes}): best {name} starts over")
+        return True
+    return not value >= _find_metric(best, metric)[1]  # a best that is not finite loses
+
+
+def _find_metric(row: Mapping[str, Plain], metric: str) -> tuple[str, float]:
+    if metric not in ("fid", "kid"):
+        raise FidelityError(f"training.save_best={metric}: expected fid or kid")
+    for name in (metric, f"{metric}_offline"):
+        if row.get(name) is not None:
+            return name, float(cast(float, row[name]))
+    raise FidelityError(f"a score row without {metric}: it has {', '.join(row)}")
+
+
+def write_scores(folder: str | Path, scores: Scores) -> None:
+    """Append the scores to `folder`/scores.jsonl and write all its rows as `folder`/scores.csv.
+
+    A line cut off by a killed run is reported and left out of the CSV; columns are the union over the rows.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines_path = folder / "scores.jsonl"
+    row = {key: json_value(value) for key, value in scores.as_dict().items()}
+    with open(lines_path, "a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+    _write_csv(folder / "scores.csv", read_scores(lines_path))
+
+
+def read_scores(path: str | Path) -> list[dict[str, Plain]]:
+    """Read the rows of a scores.jsonl, oldest first; a line that is no JSON object is reported and left out."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            warn_once(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}; the line is left out")
+    return rows
+
+
+def json_value(value: Plain) -> Plain:
+    """JSON has no infinities and no NaN: they are written as strings, which float() reads back."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_csv(path: Path, rows: list[dict[str, Plain]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    partial = path.with_suffix(".csv.partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)

@@ -1,0 +1,75 @@
+"""Pictures of what a generator has learned: objects in rows, views in columns, as colour, depth and opacity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graf.data.views import Cameras, Views
+from graf.evaluation.render import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid
+from graf.evaluation.sampler import Renders, Sampler
+from graf.geometry.cameras import ring
+
+
+@dataclass(frozen=True)
+class Showcase:
+    """Objects (codes z (R, dim_z) and class_idx (R,)) and the azimuths u and heights v (both (C,)) to see them from."""
+
+    z: Tensor
+    class_idx: Tensor
+    u: Tensor
+    v: Tensor
+
+    @classmethod
+    def around(cls, z: Tensor, class_idx: Sequence[int], num_views: int, v: float) -> Showcase:
+        """`num_views` azimuths at one height."""
+        u, heights = ring(num_views, v)
+        return cls(z, torch.tensor(list(class_idx)), u, heights)
+
+    @property
+    def columns(self) -> int:
+        """Views per object."""
+        return len(self.u)
+
+    def views_of_row(self, row: int, cameras: Cameras) -> Views:
+        """The C views of object `row`."""
+        return cameras.views_at(self.class_idx[row].expand(self.columns), self.u, self.v)
+
+
+def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase) -> Renders:
+    """All objects from all views, row by row: R * C images on the CPU."""
+    rows = [
+        sampler.render(showcase.z[row : row + 1].expand(showcase.columns, -1), showcase.views_of_row(row, cameras))
+        for row in range(len(showcase.z))
+    ]
+    return Renders(
+        torch.cat([row.rgb for row in rows]),
+        torch.cat([row.depth for row in rows]),
+        torch.cat([row.opacity for row in rows]),
+    )
+
+
+def draw_showcase(
+    renders: Renders, columns: int, near: float, far: float, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
+) -> dict[str, Picture]:
+    """The grids by name, "rgb", "depth" and "opacity", with captions where they are given."""
+    kinds = {
+        "rgb": renders.rgb,
+        "depth": depth_to_rgb(renders.depth, near, far, renders.opacity),
+        "opacity": opacity_to_rgb(renders.opacity),
+    }
+    return {name: label_grid(tile_grid(images, columns), row_labels, column_labels) for name, images in kinds.items()}
+
+
+def path_frames(
+    sampler: Sampler, cameras: Cameras, z: Tensor, class_idx: Sequence[int], u: Tensor, v: Tensor
+) -> Iterator[Picture]:
+    """Frames along a path: frame f shows codes z[f] (R, dim_z) of z (F, R, dim_z) from azimuth u[f] and height v[f]."""
+    classes = torch.tensor(list(class_idx))
+    for codes, azimuth, height in zip(z, u, v, strict=True):
+        views = cameras.views_at(classes, azimuth.expand(len(codes)), height.expand(len(codes)))
+        yield tile_grid(sampler.render(codes, views).rgb, len(codes))
+

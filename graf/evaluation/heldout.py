@@ -1,0 +1,268 @@
+"""The held-out measurement: renders of a labelled view against photographs of it that training never saw.
+
+For each photograph and each of `num_z` fixed latents one render is made at the photograph's own label, one at the
+mirrored azimuth (-angle) and one at +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores
+as well at the wrong azimuths as at the right one; the gates ask for a margin. Blur wins PSNR, so KID must also be lower
+than that of the blurriest sensible answer, the mean of the object's training photographs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from graf.evaluation.extractor import Extractor
+from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
+from graf.evaluation.render import to_uint8
+
+MARGIN_DB = 0.3
+LEAST_PSNR_DB = 19.0
+
+Gate = tuple[str, float, float, bool]
+
+
+class HeldoutError(ValueError):
+    """A held-out set that cannot be measured; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class HeldoutPhotographs:
+    """What the renders are held against.
+
+    images: float (N, 3, H, W) in [-1, 1]; labels: int64 (N, 3) of (class, height, angle in degrees); training_means:
+    {class: float (3, H, W)}, the mean of that object's training photographs; class_names: one per class index.
+    """
+
+    images: Tensor
+    labels: Tensor
+    training_means: dict[int, Tensor]
+    class_names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if len(self.images) < 2 or self.labels.shape != (len(self.images), 3):
+            raise HeldoutError(
+                f"the held-out set has {len(self.images)} images and labels of shape {tuple(self.labels.shape)}: "
+                f"expected at least 2 images with labels (N, 3); set data.heldout_every, for example to 6"
+            )
+        for class_idx in self.classes():
+            if class_idx not in self.training_means:
+                raise HeldoutError(
+                    f"object {self.class_names[class_idx]} has held-out photographs but no training ones"
+                )
+
+    def classes(self) -> list[int]:
+        """Class indices that occur, ascending."""
+        return sorted(set(self.labels[:, 0].tolist()))
+
+
+@dataclass(frozen=True)
+class ObjectRow:
+    """One object's mean PSNR in dB, over its photographs and the latents.
+
+    labelled: at the photograph's own azimuth; labelled_unmirrored: the same without the angles 0 and 180, which mirror
+    onto themselves; mirrored: at -angle, likewise without them (NaN where nothing is left); plus90: at angle + 90.
+    """
+
+    name: str
+    photographs: int
+    labelled: float
+    labelled_unmirrored: float
+    mirrored: float
+    plus90: float
+
+
+@dataclass(frozen=True)
+class HeldoutReport:
+    """Result of `measure_heldout`: per-object PSNR, and FID/KID of the renders and of the per-object mean images."""
+
+    objects: tuple[ObjectRow, ...]
+    renders: Scores
+    mean_images: Scores
+    kid_name: str
+    num_z: int
+
+    def average(self) -> ObjectRow:
+        """Mean over the objects, each counted once however many photographs it has."""
+
+        def mean(column: str) -> float:
+            values = [getattr(row, column) for row in self.objects]
+            kept = [value for value in values if value == value]
+            return sum(kept) / len(kept) if kept else float("nan")
+
+        columns = ("labelled", "labelled_unmirrored", "mirrored", "plus90")
+        return ObjectRow("average", sum(row.photographs for row in self.objects), *(mean(column) for column in columns))
+
+    def gates(self) -> list[Gate]:
+        """(name, value, threshold, passed) of each gate; a value that is NaN does not pass."""
+        average = self.average()
+        kid, kid_mean = self.renders.values[self.kid_name], self.mean_images.values[self.kid_name]
+        mirrored, plus90 = average.mirrored + MARGIN_DB, average.plus90 + MARGIN_DB
+        return [
+            (f"{self.kid_name} below mean images", kid, kid_mean, kid < kid_mean),
+            (f"psnr over mirrored + {MARGIN_DB} dB", *_at_least(average.labelled_unmirrored, mirrored)),
+            (f"psnr over +90 degrees + {MARGIN_DB} dB", *_at_least(average.labelled, plus90)),
+            ("psnr", *_at_least(average.labelled, LEAST_PSNR_DB)),
+        ]
+
+    def passed(self) -> bool:
+        """Whether every gate holds."""
+        return all(gate[3] for gate in self.gates())
+
+    def rows(self) -> list[dict[str, Plain]]:
+        """One row per object, then the average; PSNR in dB, as a string where it is not finite."""
+        rows = (*self.objects, self.average())
+        return [_plain_row(vars(row)) for row in rows]
+
+    def text(self) -> str:
+        """The report as a table for people."""
+        lines = [
+            f"held-out PSNR in dB, mean over {self.num_z} latents ([..]: without 0 and 180 degrees)",
+            f"{'object':<16}{'photos':>8}{'labelled':>10}{'[labelled]':>12}{'[mirrored]':>12}{'+90':>8}",
+        ]
+        for row in (*self.objects, self.average()):
+            lines.append(
+                f"{row.name[:15]:<16}{row.photographs:>8}{row.labelled:>10.2f}"
+                f"{row.labelled_unmirrored:>12.2f}{row.mirrored:>12.2f}{row.plus90:>8.2f}"
+            )
+        for scores, name in ((self.renders, "renders"), (self.mean_images, "per-object mean images")):
+            values = ", ".join(f"{key} {value:.5f}" for key, value in scores.values.items())
+            lines.append(
+                f"{name}: {values} ({scores.provenance['n_fake']} against {scores.provenance['n_real']} photographs, "
+                f"KID subsets of {scores.provenance['kid_subset_size']})"
+            )
+        for name, value, threshold, passed in self.gates():
+            lines.append(f"{'pass' if passed else 'FAIL'}  {name}: {value:.5g} (gate {threshold:.5g})")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything as plain values, for JSON."""
+        gate_keys = ("name", "value", "threshold", "passed")
+        return {
+            "num_z": self.num_z,
+            "objects": self.rows(),
+            "renders": _plain_row(self.renders.as_dict()),
+            "mean_images": _plain_row(self.mean_images.as_dict()),
+            "gates": [_plain_row(dict(zip(gate_keys, gate, strict=True))) for gate in self.gates()],
+            "passed": self.passed(),
+        }
+
+
+def _plain_row(row: dict[str, Plain]) -> dict[str, Plain]:
+    return {key: json_value(value) for key, value in row.items()}
+
+
+def _at_least(value: float, threshold: float) -> tuple[float, float, bool]:
+    return value, threshold, value >= threshold
+
+
+class _Images(Dataset[Tensor]):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, (N, C, H, W) in [-1, 1] twice -> (N,); infinite where equal.
+
+    10 log10(2^2 / MSE): the peak is the width of the range.
+    """
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
+    return 10.0 * torch.log10(4.0 / error)
+
+
+def turn_labels(labels: Tensor, degrees: int) -> Tensor:
+    """Labels (N, 3) of the same objects and heights, `degrees` further round."""
+    turned = labels.clone()
+    turned[:, 2] = (turned[:, 2] + degrees) % 360
+    return turned
+
+
+def mirror_labels(labels: Tensor) -> Tensor:
+    """Labels (N, 3) at the azimuths -angle."""
+    mirrored = labels.clone()
+    mirrored[:, 2] = -mirrored[:, 2] % 360
+    return mirrored
+
+
+def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
+    """Mean image (C, H, W) of each class in (N, C, H, W) images with (N, 3) labels."""
+    return {int(c): images[labels[:, 0] == c].mean(dim=0) for c in labels[:, 0].unique()}
+
+
+@torch.no_grad()
+def measure_heldout(
+    photographs: HeldoutPhotographs,
+    render: Callable[[Tensor, int], Tensor],
+    extractor: Extractor,
+    protocol: FidelityProtocol,
+    device: torch.device,
+    *,
+    num_z: int = 8,
+    batch_size: int = 16,
+    provenance: dict[str, Plain] | None = None,
+) -> HeldoutReport:
+    """Render at the held-out labels and compare with the photographs.
+
+    `render(labels (B, 3), z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in
+    every call, and labels come on the CPU. 3 num_z N images are rendered, `batch_size` at a time; the num_z N at the
+    photographs' own labels stay in memory as uint8.
+
+    KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
+    The mean images are treated alike: the mean of the object's training photographs once per photograph and latent, so
+    that both sides have the same counts, the same objects in the same numbers, and the same subset draws.
+    """
+    if num_z < 1 or batch_size < 1:
+        raise HeldoutError(f"num_z={num_z}, batch_size={batch_size}: expected at least 1 of each")
+    images, labels = photographs.images.cpu(), photographs.labels.cpu()
+
+    views = {"labelled": labels, "mirrored": mirror_labels(labels), "plus90": turn_labels(labels, 90)}
+    scores_db = {view: torch.empty(num_z, len(labels)) for view in views}
+    renders = []
+    for z_index in range(num_z):
+        for start in range(0, len(labels), batch_size):
+            rows = slice(start, min(start + batch_size, len(labels)))
+            for view, view_labels in views.items():
+                rendered = render(view_labels[rows], z_index).cpu()
+                if rendered.shape != images[rows].shape:
+                    raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images[rows].shape)}")
+                scores_db[view][z_index, rows] = psnr(rendered, images[rows])
+                if view == "labelled":
+                    renders.append(to_uint8(rendered))
+
+    means = torch.stack([photographs.training_means[int(c)].cpu() for c in labels[:, 0]]).repeat(num_z, 1, 1, 1)
+    real = _Images(to_uint8(images))
+    extra = {**(provenance or {}), "num_z": num_z}
+    scored = {
+        name: score_images(real, _Images(fake), extractor, protocol, device, provenance={**extra, "scored": name})
+        for name, fake in (("heldout renders", torch.cat(renders)), ("heldout mean images", to_uint8(means)))
+    }
+    return HeldoutReport(
+        objects=tuple(
+            _measure_object(photographs.class_names[class_idx], labels, labels[:, 0] == class_idx, scores_db)
+            for class_idx in photographs.classes()
+        ),
+        renders=scored["heldout renders"],
+        mean_images=scored["heldout mean images"],
+        kid_name="kid" + extractor.suffix,
+        num_z=num_z,
+    )
+
+
+def _measure_object(name: str, labels: Tensor, chosen: Tensor, scores_db: dict[str, Tensor]) -> ObjectRow:
+    """Average the (num_z, N) PSNR over the latents and the photographs of one object."""
+    two_sided = chosen & (labels[:, 2] % 180 != 0)
+    return ObjectRow(
+        name=name,
+        photographs=int(chosen.sum()),
+        labelled=float(scores_db["labelled"][:, chosen].mean()),
+        labelled_unmirrored=float(scores_db["labelled"][:, two_sided].mean()),
+        mirrored=float(scores_db["mirrored"][:, two_sided].mean()),
+        plus90=float(scores_db["plus90"][:, chosen].mean()),
+    )

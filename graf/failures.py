@@ -1,0 +1,41 @@
+"""Failures as a person meets them: one line for what the program foresees; anything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+from graf.config import ConfigError
+from graf.data.errors import DataError
+from graf.evaluation.extractor import ExtractorError
+from graf.evaluation.fidelity import FidelityError
+from graf.evaluation.heldout import HeldoutError
+from graf.runtime.checkpoint import CheckpointError
+from graf.runtime.device import DeviceError
+from graf.runtime.memory import is_out_of_memory
+from graf.training.trainer import DivergenceError
+
+FORESEEN = (
+    ConfigError,
+    DataError,
+    ExtractorError,
+    FidelityError,
+    HeldoutError,
+    CheckpointError,
+    DeviceError,
+    DivergenceError,
+    OSError,
+)
+
+
+def explain_failure(error: Exception) -> str:
+    """What to print for a failure that the program foresees; re-raises one that it does not."""
+    if is_out_of_memory(error):
+        return (
+            "out of memory; lower training.batch_size first, then ray_sampler.N_samples (rays per patch), "
+            f"nerf.N_samples (samples per ray) or training.chunk (rays rendered at once) [{_first_line(error)}]"
+        )
+    if isinstance(error, FORESEEN):
+        return str(error)
+    raise error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

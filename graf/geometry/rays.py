@@ -1,0 +1,158 @@
+"""Rays through pixels, and patches on one continuous grid for rays and real images alike.
+
+The image plane has continuous coordinates in [-1, 1] x [-1, 1], x right and y down, edge to edge: the centre of pixel (i, j)
+of an H x W image lies at ((2 j + 1) / W - 1, (2 i + 1) / H - 1) (`align_corners=False` in torch's words). A patch of K x K
+pixels with scale s and centre c covers the square c +- s with K x K square cells and samples the middle of each. So s = 1 is
+the whole image, K = W with s = 1 is every pixel, s = K / W at a whole-pixel offset is a crop, and a patch of n K pixels with
+the same s and c covers the same square n times as finely. This is GRAF's patch sampler (Schwarz et al. 2020, section 3.2)
+on pixel areas instead of corner points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graf.geometry.cameras import Intrinsics
+
+
+@dataclass(frozen=True)
+class Rays:
+    """A bundle of rays per image.
+
+    origins, directions: (B, N, 3), directions of unit length. near, far: (B, N, 1), distances along the ray between which
+    it is sampled; near == far means that the ray meets nothing. axis_cosine: (B, N, 1), cosine between the ray and the
+    optical axis: z-depth = axis_cosine * distance.
+    """
+
+    origins: Tensor
+    directions: Tensor
+    near: Tensor
+    far: Tensor
+    axis_cosine: Tensor
+
+    def __len__(self) -> int:
+        return self.origins.shape[1]
+
+    def slice(self, start: int, stop: int) -> Rays:
+        """The rays start..stop of every image."""
+        return Rays(*(part[:, start:stop] for part in self._parts()))
+
+    def images(self, start: int, stop: int) -> Rays:
+        """All rays of the images start..stop."""
+        return Rays(*(part[start:stop] for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.origins, self.directions, self.near, self.far, self.axis_cosine
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Where a batch of square patches lies: `scale` (B,) in (0, 1] and `centre` (B, 2) with |centre| <= 1 - scale."""
+
+    scale: Tensor
+    centre: Tensor
+
+    def images(self, start: int, stop: int) -> Patches:
+        return Patches(self.scale[start:stop], self.centre[start:stop])
+
+    @classmethod
+    def whole(cls, count: int, device: torch.device | str = "cpu") -> Patches:
+        """The whole image, `count` times."""
+        return cls(torch.ones(count, device=device), torch.zeros(count, 2, device=device))
+
+
+def annealed_min_scale(iteration: int, min_scale: float, max_scale: float, anneal: float) -> float:
+    """The smallest patch scale at `iteration`: GRAF's s_min = max(min_scale, min(0.9 max_scale, max_scale e)), e = exp(-3 anneal (it // 1000)).
+
+    anneal <= 0 means no annealing: min_scale from the start. GRAF anneals in steps of 1000 iterations; here the same curve is
+    continuous, e = exp(-3 anneal it / 1000), so that short runs anneal too.
+    """
+    if anneal <= 0:
+        return min_scale
+    return max(min_scale, min(0.9 * max_scale, max_scale * math.exp(-3 * anneal * iteration / 1000)))
+
+
+def place_patches(uniforms: Tensor, min_scale: float, max_scale: float) -> Patches:
+    """Patches with scale uniform in [min_scale, max_scale], placed uniformly inside the image.
+
+    uniforms: (B, 3) in [0, 1): the random numbers for the scale and the two coordinates.
+    """
+    scale = min_scale + (max_scale - min_scale) * uniforms[:, 0]
+    centre = (2 * uniforms[:, 1:] - 1) * (1 - scale)[:, None]
+    return Patches(scale, centre)
+
+
+def patch_grid(patches: Patches, size: int) -> Tensor:
+    """Image-plane coordinates (B, size, size, 2), x then y, of the pixel centres of patches of size x size pixels."""
+    cells = (2 * torch.arange(size, device=patches.scale.device, dtype=patches.scale.dtype) + 1) / size - 1
+    x = patches.centre[:, 0, None] + patches.scale[:, None] * cells
+    y = patches.centre[:, 1, None] + patches.scale[:, None] * cells
+    return torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
+
+
+def pixel_grid(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Image-plane coordinates (batch, height, width, 2) of all pixel centres of a whole image."""
+    x = (2 * torch.arange(width, device=device, dtype=torch.float32) + 1) / width - 1
+    y = (2 * torch.arange(height, device=device, dtype=torch.float32) + 1) / height - 1
+    grid = torch.stack([x[None, :].expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
+    return grid[None].expand(batch, -1, -1, -1)
+
+
+def crop_images(images: Tensor, patches: Patches, size: int) -> Tensor:
+    """The patches of real images: (B, C, H, W) -> (B, C, size, size), bilinear; the outermost half pixel repeats the edge."""
+    grid = patch_grid(patches, size).to(images.dtype)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def cast_rays(
+    poses: Tensor, grid: Tensor, intrinsics: Intrinsics, near: float, far: float, bounding_radius: float | None = None
+) -> Rays:
+    """Rays through image-plane coordinates.
+
+    poses: (B, 4, 4); grid: (B, ..., 2), flattened to N coordinates per image. With `bounding_radius`, near and far shrink to
+    the sphere of that radius around the origin, so that no sample is spent outside it; a ray that misses it gets near == far.
+    """
+    grid = grid.reshape(grid.shape[0], -1, 2).to(poses.dtype)
+    x = grid[..., 0] * (intrinsics.width / (2 * intrinsics.focal))
+    y = -grid[..., 1] * (intrinsics.height / (2 * intrinsics.focal))
+    camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
+    length = camera.norm(dim=-1, keepdim=True)
+    directions = torch.einsum("bij,bnj->bni", poses[:, :3, :3], camera / length)
+    origins = poses[:, None, :3, 3].expand_as(directions)
+    near_t, far_t = torch.full_like(length, near), torch.full_like(length, far)
+    if bounding_radius is not None:
+        middle = -(origins * directions).sum(-1, keepdim=True)
+        half_squared = bounding_radius**2 - (origins.square().sum(-1, keepdim=True) - middle.square())
+        half = half_squared.clamp(min=0).sqrt()
+        near_t = torch.maximum(near_t, middle - half)
+        far_t = torch.maximum(torch.minimum(far_t, middle + half), near_t)
+        missed = half_squared <= 0
+        near_t, far_t = torch.where(missed, middle, near_t), torch.where(missed, middle, far_t)
+    return Rays(origins, directions, near_t, far_t, 1 / length)
+
+
+@dataclass(frozen=True)
+class RayCaster:
+    """One camera model for a whole collection: intrinsics, the sampled range near..far and an optional bounding sphere."""
+
+    intrinsics: Intrinsics
+    near: float
+    far: float
+    bounding_radius: float | None = None
+
+    def cast(self, poses: Tensor, grid: Tensor) -> Rays:
+        """Rays of cameras (B, 4, 4) through image-plane coordinates (B, ..., 2)."""
+        return cast_rays(poses, grid, self.intrinsics, self.near, self.far, self.bounding_radius)
+
+    def cast_patches(self, poses: Tensor, patches: Patches, size: int) -> Rays:
+        """Rays of patches of size x size pixels, row by row."""
+        return self.cast(poses, patch_grid(patches, size))
+
+    def cast_images(self, poses: Tensor, resolution: int) -> Rays:
+        """Rays of whole square images of `resolution` pixels, which may differ from that of the intrinsics, row by row."""
+        return self.cast(poses, pixel_grid(len(poses), resolution, resolution, poses.device))

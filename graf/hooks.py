@@ -1,0 +1,198 @@
+"""What happens between training steps: logging, sample grids, scores, checkpoints, stopping. A composition root: train.py injects these."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from graf.config import Config
+from graf.data.views import Cameras, ViewPool
+from graf.evaluation.extractor import Extractor
+from graf.evaluation.fidelity import FidelityProtocol, Scores, is_better, write_scores
+from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
+from graf.evaluation.render import save_png
+from graf.evaluation.sampler import Sampler
+from graf.evaluation.scoring import score_generator
+from graf.runs import BEST_CHECKPOINT, RunFolder
+from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
+from graf.runtime.interrupt import StopRequest
+from graf.runtime.logs import RunLog, logger
+from graf.runtime.memory import read_memory, release_cache
+from graf.training.trainer import Trainer
+
+#: iterations with a sample grid besides the multiples of training.sample_every
+EARLY_SAMPLES = (1, 10, 50, 100, 250)
+
+
+def is_due(iteration: int, every: int) -> bool:
+    """Whether something that happens every `every` iterations (0: never) happens after this one."""
+    return every > 0 and iteration % every == 0
+
+
+@dataclass
+class LogHook:
+    """Scalars to console, metrics.jsonl and the configured monitors, every print_every iterations."""
+
+    log: RunLog
+    every: int
+    batch_size: int
+    _since: tuple[int, float] | None = None
+
+    def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        progress = trainer.progress
+        if self._since is None:
+            self._since = (progress.iteration - 1, 0.0 if progress.iteration == 1 else progress.seconds)
+        if not is_due(progress.iteration, self.every) and progress.iteration != 1:
+            return
+        steps, seconds = progress.iteration - self._since[0], progress.seconds - self._since[1]
+        self._since = (progress.iteration, progress.seconds)
+        scalars = trainer.scalars_of(statistics)
+        scalars["images_per_second"] = steps * self.batch_size / seconds if seconds > 0 else float("nan")
+        memory = read_memory(trainer.device)
+        scalars |= {f"memory_{name}": value for name, value in memory.items()}
+        self.log.scalars(progress.iteration, scalars)
+        shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
+        self.log.progress(progress.iteration, shown | {"MiB": next(iter(memory.values()))})
+
+
+@dataclass
+class SampleHook:
+    """Grids of fixed objects from all sides, from the averaged weights: rgb, depth and opacity."""
+
+    sampler: Sampler
+    cameras: Cameras
+    showcase: Showcase
+    folder: RunFolder
+    log: RunLog
+    every: int
+    row_labels: list[str]
+
+    def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        iteration = trainer.progress.iteration
+        early = self.every > 0 and iteration in EARLY_SAMPLES and iteration < self.every
+        if early or is_due(iteration, self.every):
+            self.write(iteration)
+            release_cache(trainer.device)
+
+    def write(self, iteration: int) -> None:
+        """Render and save the grids of this iteration."""
+        caster = self.sampler.caster
+        renders = render_showcase(self.sampler, self.cameras, self.showcase)
+        columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
+        grids = draw_showcase(renders, self.showcase.columns, caster.near, caster.far, self.row_labels, columns)
+        for name, picture in grids.items():
+            save_png(self.folder.samples / f"{name}_{iteration:08d}.png", picture)
+            self.log.image(iteration, f"samples/{name}", picture)
+
+
+@dataclass
+class ScoreHook:
+    """FID and KID of the averaged weights; remembers the best score in trainer.progress.best and saves model_best.pt."""
+
+    sampler: Sampler
+    pool: ViewPool
+    photographs: Dataset[Any]
+    fingerprint: str
+    extractor: Extractor
+    protocol: FidelityProtocol
+    config: Config
+    folder: RunFolder
+    log: RunLog
+    checkpoints: CheckpointHook
+    _last: int = -1
+
+    def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        if is_due(trainer.progress.iteration, self.config.training.fid_every):
+            self.write(trainer)
+            release_cache(trainer.device)
+
+    def write(self, trainer: Trainer) -> None:
+        """Score now, unless this iteration has been scored already."""
+        iteration = trainer.progress.iteration
+        if iteration == self._last:
+            return
+        self._last = iteration
+        scores = self.score(trainer)
+        write_scores(self.folder.path, scores)
+        self.log.scalars(iteration, scores.values)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
+        if is_better(scores, trainer.progress.best or None, self.config.training.save_best):
+            trainer.progress.best = scores.as_dict()
+            self.checkpoints.save(trainer, BEST_CHECKPOINT)
+            values += f"; the best so far by {self.config.training.save_best}"
+        logger.info("iteration %d: %s", iteration, values)
+
+    def score(self, trainer: Trainer) -> Scores:
+        """FID and KID of the averaged weights as they are."""
+        return score_generator(
+            self.sampler,
+            self.pool,
+            self.photographs,
+            self.fingerprint,
+            self.config.evaluation.num_images,
+            self.extractor,
+            self.protocol,
+            {"iteration": trainer.progress.iteration, "ema": self.config.training.model_average_beta > 0},
+            self.folder.path / "feature_cache",
+        )
+
+
+@dataclass
+class CheckpointHook:
+    """model_XXXXXXXX.pt every save_every seconds, of which the last few are kept, and backup_XXXXXXXX.pt every backup_every iterations."""
+
+    folder: RunFolder
+    meta: dict[str, Any]
+    save_every: float
+    backup_every: int
+    keep: int
+    _last: float = field(default_factory=time.monotonic)
+    _last_iteration: int = -1
+
+    def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        iteration = trainer.progress.iteration
+        if time.monotonic() - self._last >= self.save_every:
+            self.save_latest(trainer)
+        if is_due(iteration, self.backup_every):
+            self.save(trainer, checkpoint_name(iteration).replace("model_", "backup_"))
+
+    def save_latest(self, trainer: Trainer) -> None:
+        """Save model_XXXXXXXX.pt of this iteration, unless it exists, and drop the oldest ones."""
+        if trainer.progress.iteration == self._last_iteration:
+            return
+        self.save(trainer, checkpoint_name(trainer.progress.iteration))
+        prune_checkpoints(self.folder.checkpoints, self.keep)
+        self._last, self._last_iteration = time.monotonic(), trainer.progress.iteration
+
+    def save(self, trainer: Trainer, name: str) -> None:
+        """Write one checkpoint file of the whole training state."""
+        meta = self.meta | {"iteration": trainer.progress.iteration}
+        save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
+        release_cache(trainer.device)
+
+
+@dataclass
+class StopHook:
+    """Asks the trainer to stop after a signal, or once max_minutes have passed since the program started."""
+
+    request: StopRequest
+    max_minutes: float | None
+    started: float
+
+    def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        if self.request.reason is not None:
+            trainer.stop_reason = self.request.reason
+        elif self.max_minutes is not None and time.monotonic() - self.started >= 60 * self.max_minutes:
+            trainer.stop_reason = f"training.max_minutes={self.max_minutes:g} have passed"
+
+
+def fixed_showcase(sampler: Sampler, config: Config, num_classes: int, v: float) -> Showcase:
+    """The objects and views of every sample grid of a run: classes in turn, codes from the run's seed."""
+    rows = config.training.sample_objects
+    classes = torch.arange(rows) % num_classes
+    return Showcase.around(sampler.codes(config.seed, range(rows)), classes.tolist(), config.data.num_views, v)

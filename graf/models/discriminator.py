@@ -1,0 +1,156 @@
+"""The patch discriminator: is this patch of this scale and place a photograph of that class from that side?
+
+A convolutional network halves the patch down to 4 x 4 and on to one feature vector h. The decision is
+psi(h) + <e(condition), h> / sqrt(dim h): conditioning by projection (Miyato & Koyama, ICLR 2018). The condition is the class and,
+where poses are known, azimuth and height as Fourier features, and always the patch's scale and centre (GRAF, Schwarz et al.
+2020, uses scale and place only through the sampling). An auxiliary head can classify the label (see MCE_Loss).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+
+from graf.geometry.rays import Patches
+from graf.runtime.amp import float32_region
+
+PATCH_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class DiscriminatorShape:
+    """Sizes and options of :class:`PatchDiscriminator`.
+
+    size: patch side, a power of two from 16 to 256; ndf: channels after the first layer, doubled up to max_channels.
+    norm: "none" | "instance"; spectral: spectral normalisation of every weight matrix.
+    condition_pose: condition on azimuth and height (poses known); azimuth_harmonics: Fourier features of the azimuth.
+    label_groups: sizes of the groups of the auxiliary class head, () for none.
+    """
+
+    size: int = 32
+    ndf: int = 64
+    max_channels: int = 512
+    norm: str = "instance"
+    spectral: bool = False
+    num_classes: int = 1
+    condition_pose: bool = True
+    azimuth_harmonics: int = 6
+    label_groups: Sequence[int] = ()
+
+
+class SpectralNorm(nn.Module):
+    """Divides a weight by its largest singular value, estimated by power iteration (Miyato et al., ICLR 2018).
+
+    The iteration advances only in :meth:`advance`, which the training loop calls once per update, never in a forward pass:
+    R1, the generator's step, recomputation and micro-batches all see one and the same weight.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("left", functional.normalize(torch.ones(matrix.shape[0]), dim=0))
+        self.register_buffer("right", functional.normalize(torch.ones(matrix.shape[1]), dim=0))
+        for _ in range(15):
+            self.advance(weight)
+
+    @torch.no_grad()
+    def advance(self, weight: Tensor) -> None:
+        """One power iteration on the unnormalised `weight`."""
+        matrix = weight.flatten(1).to(self.left.dtype)
+        self.right.copy_(functional.normalize(matrix.t() @ self.left, dim=0))
+        self.left.copy_(functional.normalize(matrix @ self.right, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with float32_region(weight.device.type):
+            # cloned: the buffers move at the next `advance`, possibly before this graph is back-propagated
+            sigma = torch.dot(self.left.clone(), weight.flatten(1) @ self.right.clone())
+            return weight / sigma
+
+
+class PatchDiscriminator(nn.Module):
+    """Logits of patches, given what they are said to show."""
+
+    def __init__(self, shape: DiscriminatorShape) -> None:
+        super().__init__()
+        if shape.size not in PATCH_SIZES:
+            raise ValueError(f"patch size {shape.size}: the discriminator takes one of {PATCH_SIZES}")
+        self.shape = shape
+        stages = int(math.log2(shape.size)) - 2
+        channels = [min(shape.ndf * 2**stage, shape.max_channels) for stage in range(stages)]
+        layers: list[nn.Module] = []
+        for stage, (inside, outside) in enumerate(zip([3, *channels[:-1]], channels, strict=True)):
+            layers.append(nn.Conv2d(inside, outside, 4, stride=2, padding=1))
+            if shape.norm == "instance" and stage > 0:
+                layers.append(nn.InstanceNorm2d(outside))
+            layers.append(nn.LeakyReLU(0.2))
+        features = channels[-1]
+        layers += [nn.Conv2d(features, features, 4), nn.Flatten(), nn.LeakyReLU(0.2)]
+        self.trunk = nn.Sequential(*layers)
+        self.decision = nn.Linear(features, 1)
+        self.class_embedding = nn.Embedding(shape.num_classes, 32)
+        self.condition = nn.Sequential(
+            nn.Linear(32 + self._num_place_features(), 128), nn.LeakyReLU(0.2), nn.Linear(128, features)
+        )
+        self.label_head = nn.Linear(features, sum(shape.label_groups)) if shape.label_groups else None
+        if shape.spectral:
+            for module in self.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
+
+    def forward(self, patches: Tensor, condition: PatchCondition) -> tuple[Tensor, Tensor | None]:
+        """Logits (B,), float32, and those of the label head (B, sum of groups), or None without one.
+
+        patches: (B, 3, size, size) in [-1, 1].
+        """
+        features = self.trunk(patches)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        with float32_region(patches.device.type):
+            embedding = self.condition(self._describe(condition))
+            logits = self.decision(features)[:, 0] + (embedding * features).sum(-1) / math.sqrt(features.shape[1])
+            return logits, None if self.label_head is None else self.label_head(features)
+
+    def advance_spectral_norm(self) -> None:
+        """One power iteration of every spectral norm: call it once per update of the discriminator, before its first pass."""
+        for module in self.modules():
+            if isinstance(module, parametrize.ParametrizationList):
+                for parametrization in module:
+                    if isinstance(parametrization, SpectralNorm):
+                        parametrization.advance(module.original)
+
+    def _num_place_features(self) -> int:
+        return 3 + (2 * self.shape.azimuth_harmonics + 4 if self.shape.condition_pose else 0)
+
+    def _describe(self, condition: PatchCondition) -> Tensor:
+        parts = [
+            self.class_embedding(condition.class_idx),
+            torch.log2(condition.patches.scale)[:, None],
+            condition.patches.centre,
+        ]
+        if self.shape.condition_pose:
+            harmonics = torch.arange(1, self.shape.azimuth_harmonics + 1, device=condition.u.device)
+            azimuth = 2 * math.pi * condition.u[:, None] * harmonics
+            polar = math.pi * condition.v[:, None] * torch.arange(1, 3, device=condition.v.device)
+            parts += [azimuth.sin(), azimuth.cos(), polar.sin(), polar.cos()]
+        return torch.cat(parts, dim=-1)
+
+
+@dataclass(frozen=True)
+class PatchCondition:
+    """What a patch is said to show: class_idx (B,) int64, azimuth u and height v (B,), and where it lies in its image."""
+
+    class_idx: Tensor
+    u: Tensor
+    v: Tensor
+    patches: Patches
+
+    def images(self, start: int, stop: int) -> PatchCondition:
+        """The images start..stop."""
+        return PatchCondition(
+            self.class_idx[start:stop], self.u[start:stop], self.v[start:stop], self.patches.images(start, stop)
+        )

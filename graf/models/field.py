@@ -1,0 +1,213 @@
+"""The conditional radiance field: GRAF's MLP (Schwarz et al. 2020, section 3.1), arranged so that nothing constant is recomputed.
+
+The plain network concatenates [encoded point; shape code] for its trunk and [feature; encoded view direction; appearance code]
+for its colour branch, and so multiplies the codes at every point. A linear layer splits over a concatenation,
+W [x; z] + b = W_x x + (W_z z + b): here the code's share is computed once per image and the view direction's once per ray,
+which gives the same function and the same gradients (tested) for about half the work. `feature_linear`, which no non-linearity
+separates from the view layer, is folded into it for the same reason.
+
+The field is conditioned on the class through an embedding and on nothing else of the label: height and angle act through the
+camera alone, otherwise the field could paint each view separately and would not be 3D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graf.runtime.amp import float32_region
+
+
+@dataclass(frozen=True)
+class FieldShape:
+    """Sizes and output laws of :class:`ConditionalField`.
+
+    depth x width: the density trunk; `skip`: the layer that sees the input again (GRAF: 5 of 8, counted from 0).
+    multires, multires_views: octaves of the positional encoding of points and directions; use_viewdirs: whether colour
+    may depend on the direction. dim_shape, dim_appearance: latent codes; num_classes, dim_class: the class embedding.
+    density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius - |p|)),
+    which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
+    bounding_radius: no density outside this distance from the origin (None: everywhere).
+    """
+
+    depth: int = 8
+    width: int = 256
+    multires: int = 10
+    multires_views: int = 4
+    use_viewdirs: bool = True
+    dim_shape: int = 128
+    dim_appearance: int = 128
+    num_classes: int = 1
+    dim_class: int = 32
+    density: str = "relu"
+    density_scale: float = 1.0
+    density_bias: float = 0.0
+    sphere_prior: float = 0.0
+    prior_radius: float = 0.6
+    bounding_radius: float | None = None
+
+    @property
+    def skip(self) -> int | None:
+        """Index of the layer whose input is joined by the encoded point and shape code again."""
+        return self.depth // 2 + 1 if self.depth >= 4 else None
+
+
+def positional_encoding(x: Tensor, octaves: int) -> Tensor:
+    """[x, sin(2^k pi x), cos(2^k pi x)] for k < octaves: (..., D) -> (..., D (1 + 2 octaves)), float32 (NeRF, eq. 4).
+
+    Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only every
+    fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an octave. The
+    argument is reduced exactly before it meets pi, so the error stays below 1e-5 in every octave, wherever the point lies.
+    """
+    with float32_region(x.device.type):
+        x = _at_least_float32(x)
+        parts = [x]
+        for octave in range(octaves):
+            if octave % 5 == 0:
+                half_turns = 2**octave * x
+                half_turns = half_turns - 2 * torch.round(half_turns / 2)
+                sin, cos = torch.sin(math.pi * half_turns), torch.cos(math.pi * half_turns)
+            else:
+                sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
+            parts += [sin, cos]
+        return torch.cat(parts, dim=-1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
+    """W x + share, where `share` (B, 1, out) came out of the same layer's other columns; in the dtype of the product."""
+    product = functional.linear(x, weight)
+    return product + share.to(product.dtype)
+
+
+def encoding_size(octaves: int) -> int:
+    """Channels of :func:`positional_encoding` of a 3-vector."""
+    return 3 * (1 + 2 * octaves)
+
+
+@dataclass(frozen=True)
+class FieldCodes:
+    """Everything of one batch that does not depend on the point: made once by `ConditionalField.prepare`, float32.
+
+    trunk_in, trunk_skip, view: each (B, 1, width of its layer), the latents' shares with the layer's bias.
+    view_weight: (half width, width), `feature_linear` folded into the view layer.
+    """
+
+    trunk_in: Tensor
+    trunk_skip: Tensor | None
+    view: Tensor
+    view_weight: Tensor
+
+    def images(self, start: int, stop: int) -> FieldCodes:
+        """The codes of the images start..stop."""
+        skip = None if self.trunk_skip is None else self.trunk_skip[start:stop]
+        return FieldCodes(self.trunk_in[start:stop], skip, self.view[start:stop], self.view_weight)
+
+
+class ConditionalField(nn.Module):
+    """Radiance and density of points, conditioned on shape code, appearance code and class."""
+
+    def __init__(self, shape: FieldShape) -> None:
+        super().__init__()
+        self.shape = shape
+        points, directions = encoding_size(shape.multires), encoding_size(shape.multires_views)
+        codes = shape.dim_shape + shape.dim_class
+        width, half = shape.width, shape.width // 2
+        self.class_embedding = nn.Embedding(shape.num_classes, shape.dim_class)
+        self.trunk_in = nn.Linear(points, width)
+        self.trunk_in_codes = nn.Linear(codes, width, bias=False)
+        self.trunk = nn.ModuleList(nn.Linear(width, width) for _ in range(shape.depth - 1))
+        if shape.skip is not None:
+            self.trunk_skip = nn.Linear(points, width, bias=False)
+            self.trunk_skip_codes = nn.Linear(codes, width, bias=False)
+        self.density = nn.Linear(width, 1)
+        self.feature_linear = nn.Linear(width, width)
+        self.view = nn.Linear(width, half)
+        self.view_codes = nn.Linear(shape.dim_appearance + shape.dim_class, half, bias=False)
+        if shape.use_viewdirs:
+            self.view_directions = nn.Linear(directions, half, bias=False)
+        self.rgb = nn.Linear(half, 3)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Each split layer starts as the one concatenated layer would: uniform within 1 / sqrt(its whole fan-in) (torch's Linear)."""
+        shape = self.shape
+        points, codes = encoding_size(shape.multires), shape.dim_shape + shape.dim_class
+        view_fan_in = shape.width + shape.dim_appearance + shape.dim_class
+        view_fan_in += encoding_size(shape.multires_views) if shape.use_viewdirs else 0
+        groups: list[tuple[int, list[nn.Linear]]] = [(points + codes, [self.trunk_in, self.trunk_in_codes])]
+        if shape.skip is not None:
+            joined = [self.trunk[shape.skip - 1], self.trunk_skip, self.trunk_skip_codes]
+            groups.append((shape.width + points + codes, joined))  # type: ignore[arg-type]
+        views = [self.view, self.view_codes] + ([self.view_directions] if shape.use_viewdirs else [])
+        groups.append((view_fan_in, views))
+        for fan_in, layers in groups:
+            bound = 1 / math.sqrt(fan_in)
+            for layer in layers:
+                nn.init.uniform_(layer.weight, -bound, bound)
+                if layer.bias is not None:
+                    nn.init.uniform_(layer.bias, -bound, bound)
+
+    def prepare(self, z: Tensor, class_idx: Tensor) -> FieldCodes:
+        """The share of the latents: z (B, dim_shape + dim_appearance), class_idx (B,) int64."""
+        with float32_region(z.device.type):
+            embedding = self.class_embedding(class_idx)
+            shape_code = torch.cat([z[:, : self.shape.dim_shape], embedding], dim=-1)
+            appearance_code = torch.cat([z[:, self.shape.dim_shape :], embedding], dim=-1)
+            trunk_in = self.trunk_in_codes(shape_code) + self.trunk_in.bias
+            skip = None
+            if self.shape.skip is not None:
+                skip = (self.trunk_skip_codes(shape_code) + self._skip_layer.bias)[:, None]
+            view = self.view_codes(appearance_code) + (self.view.weight @ self.feature_linear.bias + self.view.bias)
+            return FieldCodes(trunk_in[:, None], skip, view[:, None], self.view.weight @ self.feature_linear.weight)
+
+    def forward(
+        self, points: Tensor, directions: Tensor, codes: FieldCodes, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """rgb (B, N, S, 3) in [-1, 1] and density (B, N, S) >= 0, float32 (float64 for float64 points and weights).
+
+        points: (B, N, S, 3); directions: (B, N, 3), unit length; noise: (B, N, S), added to the raw density.
+        """
+        batch, num_rays, num_samples, _ = points.shape
+        encoded = positional_encoding(points, self.shape.multires).reshape(batch, num_rays * num_samples, -1)
+        hidden = torch.relu_(_linear_plus(encoded, self.trunk_in.weight, codes.trunk_in))
+        for layer in self.trunk:
+            if codes.trunk_skip is not None and layer is self._skip_layer:
+                again = _linear_plus(encoded, self.trunk_skip.weight, codes.trunk_skip)
+                hidden = torch.relu_(functional.linear(hidden, layer.weight) + again)
+            else:
+                hidden = torch.relu_(layer(hidden))
+        raw = _at_least_float32(self.density(hidden)).view(batch, num_rays, num_samples)
+
+        colour = functional.linear(hidden, codes.view_weight).view(batch, num_rays, num_samples, -1)
+        per_ray = codes.view
+        if self.shape.use_viewdirs:
+            encoded_directions = positional_encoding(directions, self.shape.multires_views)
+            per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
+        colour = torch.relu_(colour + per_ray[:, :, None].to(colour.dtype))
+        return torch.tanh(_at_least_float32(self.rgb(colour))), self._activate_density(raw, points, noise)
+
+    @property
+    def _skip_layer(self) -> nn.Module:
+        assert self.shape.skip is not None
+        return self.trunk[self.shape.skip - 1]
+
+    def _activate_density(self, raw: Tensor, points: Tensor, noise: Tensor | None) -> Tensor:
+        shape = self.shape
+        if noise is not None:
+            raw = raw + noise
+        distance = points.norm(dim=-1)
+        raw = raw + shape.density_bias
+        if shape.sphere_prior:
+            raw = raw + shape.sphere_prior * (shape.prior_radius - distance)
+        density = torch.relu(raw) if shape.density == "relu" else functional.softplus(raw)
+        if shape.bounding_radius is not None:
+            density = density * (distance <= shape.bounding_radius)
+        return shape.density_scale * density

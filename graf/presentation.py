@@ -1,0 +1,293 @@
+"""What eval.py can do with a checkpoint: grids, videos, scores. A composition root: it opens the run and calls graf.evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from graf import assembly
+from graf.config import Config, ConfigError
+from graf.data.views import Cameras
+from graf.evaluation.extractor import choose_extractor
+from graf.evaluation.fidelity import Scores, write_scores
+from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
+from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
+from graf.evaluation.render import Picture, save_png, write_video
+from graf.evaluation.sampler import Sampler
+from graf.evaluation.scoring import score_generator
+from graf.geometry.cameras import median_height, ring
+from graf.models.generator import Generator
+from graf.runs import RunFolder, newest_run
+from graf.runtime.amp import choose_precision
+from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
+from graf.runtime.device import configure_backends, describe_device, pick_device
+from graf.runtime.logs import logger, setup_console
+
+NUM_HELDOUT_CODES = 8
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """A generator ready to render, with the choices of the command line."""
+
+    options: argparse.Namespace
+    config: Config
+    scene: assembly.Scene
+    cameras: Cameras
+    sampler: Sampler
+    folder: Path
+    checkpoint: str
+    iteration: int
+    classes: list[int]
+    heights: list[float]
+
+    def codes(self) -> Tensor:
+        """One code per object, (objects, dim_z); the same ones for every class, so that classes compare."""
+        return self.sampler.codes(self.options.seed, range(self.options.objects))
+
+    def path(self, name: str) -> Path:
+        """A file in the evaluation folder."""
+        return self.folder / name
+
+    def progress(self, frames: Iterable[Picture], name: str) -> Iterable[Picture]:
+        """A progress bar over the frames of a video."""
+        return tqdm(frames, desc=name, total=self.options.frames, unit="frame", leave=False)
+
+
+class AverageOnly:
+    """Restores the averaged generator out of a checkpoint's average and leaves everything else unread."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.generator.state_dict(), "updates": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["module"])
+
+
+def open_presentation(options: argparse.Namespace) -> Presentation:
+    """Find run and checkpoint and rebuild the averaged generator."""
+    setup_console()
+    run = RunFolder(Path(options.run)) if options.run else newest_run(Path(options.outdir))
+    if options.checkpoint and not options.run:
+        run = RunFolder(Path(options.checkpoint).resolve().parent.parent)
+    config = run.load_config()
+    file = Path(options.checkpoint) if options.checkpoint else run.choose_checkpoint()
+    checkpoint = read_checkpoint(file)
+    try:
+        scene = assembly.Scene(**checkpoint["meta"]["scene"])
+        iteration = int(checkpoint["meta"]["iteration"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: has no description of its scene ({error}); it is not a checkpoint of train.py") from error
+    device = pick_device(options.device)
+    configure_backends(device)
+    precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
+    generator = assembly.build_generator(config, len(scene.class_names)).to(device)
+    restore({**checkpoint, "objects": {"average": checkpoint["objects"]["average"]}}, {"average": AverageOnly(generator)}, file)
+    if options.chunk is not None:
+        if options.chunk < 1:
+            raise ConfigError(f"--chunk={options.chunk}: expected at least 1 ray")
+        generator.chunk = options.chunk
+    logger.info("%s, iteration %d, on %s", file, iteration, describe_device(device))
+    heights = options.heights or [scene.v_list[median_height(scene.v_list)]]
+    for name, value, low, high in (
+        ("--views", options.views, 1, 360),
+        ("--frames", options.frames, 2, 100_000),
+        ("--objects", options.objects, 1, 10_000),
+        *(("--heights", height, 0, 1) for height in heights),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={value}: expected {low} to {high}")
+    return Presentation(
+        options=options,
+        config=config,
+        scene=scene,
+        cameras=assembly.build_cameras(config, scene),
+        sampler=assembly.build_sampler(config, scene, generator, precision, device),
+        folder=run.evaluation,
+        checkpoint=str(file),
+        iteration=iteration,
+        classes=_choose_classes(options.classes, scene.class_names),
+        heights=list(heights),
+    )
+
+
+def _choose_classes(names: list[str] | None, known: tuple[str, ...]) -> list[int]:
+    """Indices of the classes named on the command line, by name or by index."""
+    if names is None:
+        return list(range(len(known)))
+    indices = []
+    for name in names:
+        if name in known:
+            indices.append(known.index(name))
+        elif name.isdigit() and int(name) < len(known):
+            indices.append(int(name))
+        else:
+            raise ConfigError(f"--classes {name}: expected names or indices of {', '.join(known)}")
+    return indices
+
+
+def write_grids(shown: Presentation) -> list[Path]:
+    """One grid per class: objects (and heights) in rows, azimuths in columns; rgb, depth and opacity."""
+    z, written = shown.codes(), []
+    columns = [f"{360 * view / shown.options.views:.0f}" for view in range(shown.options.views)]
+    caster = shown.sampler.caster
+    for class_idx in tqdm(shown.classes, desc="grids", unit="class", leave=False):
+        parts = [
+            render_showcase(
+                shown.sampler, shown.cameras, Showcase.around(z, [class_idx] * len(z), shown.options.views, height)
+            )
+            for height in shown.heights
+        ]
+        rows = [f"{number}  v {height:g}" for height in shown.heights for number in range(len(z))]
+        for name, picture in draw_showcase(_join(parts), shown.options.views, caster.near, caster.far, rows, columns).items():
+            written.append(save_png(shown.path(f"grid_{shown.scene.class_names[class_idx]}_{name}.png"), picture))
+    return written
+
+
+def _join(parts: list[Any]) -> Any:
+    kind = type(parts[0])
+    return kind(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rgb", "depth", "opacity")))
+
+
+def _write_path(shown: Presentation, name: str, z: Tensor, classes: list[int], u: Tensor, v: Tensor) -> list[Path]:
+    """A video of objects side by side along a path of codes and cameras, one frame for each of (z, u, v)."""
+    frames = path_frames(shown.sampler, shown.cameras, z, classes, u, v)
+    return [write_video(shown.path(f"{name}.mp4"), shown.progress(frames, name), shown.options.fps)]
+
+
+def _all_objects(shown: Presentation) -> tuple[Tensor, list[int]]:
+    """Every object of every class: codes (R, dim_z) and classes."""
+    z = shown.codes()
+    return z.repeat(len(shown.classes), 1), [class_idx for class_idx in shown.classes for _ in range(len(z))]
+
+
+def write_rotation(shown: Presentation) -> list[Path]:
+    """A full turn at every height."""
+    z, classes = _all_objects(shown)
+    written = []
+    for height in shown.heights:
+        u, v = ring(shown.options.frames, height)
+        name = "rotation" if len(shown.heights) == 1 else f"rotation_v{height:g}"
+        written += _write_path(shown, name, z.expand(len(u), *z.shape), classes, u, v)
+    return written
+
+
+def write_elevation(shown: Presentation) -> list[Path]:
+    """From the lowest to the highest camera of the collection and back, from azimuth 45 degrees."""
+    z, classes = _all_objects(shown)
+    low, high = max(shown.scene.v_list), min(shown.scene.v_list)
+    if low - high < 0.05:  # one height: show what the field has learned around it
+        low, high = min(low + 0.15, 0.5), max(high - 0.15, 0.0)
+    swing = 0.5 - 0.5 * torch.cos(2 * torch.pi * torch.arange(shown.options.frames) / shown.options.frames)
+    u = torch.full_like(swing, 0.125)
+    return _write_path(shown, "elevation", z.expand(len(u), *z.shape), classes, u, low + (high - low) * swing)
+
+
+def write_interpolation(shown: Presentation) -> list[Path]:
+    """From object to object and back to the first, along straight lines between codes, of every class."""
+    count = max(shown.options.objects, 3)
+    corners = shown.sampler.codes(shown.options.seed, range(count))
+    place = torch.arange(shown.options.frames) * count / shown.options.frames
+    start, share = place.long(), (place - place.long())[:, None]
+    z = corners[start] * (1 - share) + corners[(start + 1) % count] * share
+    u, v = torch.full_like(place, 0.125), torch.full_like(place, shown.heights[0])
+    return _write_path(shown, "interpolation", z[:, None].expand(-1, len(shown.classes), -1), shown.classes, u, v)
+
+
+def write_shape_appearance(shown: Presentation) -> list[Path]:
+    """Per class a grid of shape codes (rows) x appearance codes (columns), from azimuth 45 degrees."""
+    count, written = max(shown.options.objects, 5), []
+    z, split = shown.sampler.codes(shown.options.seed, range(count)), shown.sampler.generator.field.shape.dim_shape
+    codes = torch.cat([z[:, None, :split].expand(-1, count, -1), z[None, :, split:].expand(count, -1, -1)], dim=-1)
+    for class_idx in tqdm(shown.classes, desc="shape x appearance", unit="class", leave=False):
+        classes = torch.full((count * count,), class_idx)
+        views = shown.cameras.views_at(classes, torch.full((len(classes),), 0.125), torch.full((len(classes),), shown.heights[0]))
+        renders = shown.sampler.render(codes.reshape(count * count, -1), views)
+        labels = [str(number) for number in range(count)]
+        picture = draw_showcase(renders, count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels])["rgb"]
+        written.append(save_png(shown.path(f"shape_appearance_{shown.scene.class_names[class_idx]}.png"), picture))
+    return written
+
+
+def write_fid_kid(shown: Presentation) -> list[Path]:
+    """FID and KID against the training photographs, computed exactly as during training."""
+    evaluation = shown.config.evaluation
+    photographs = assembly.open_photographs(shown.config)
+    scores = score_generator(
+        shown.sampler,
+        assembly.build_pool(shown.config, photographs, shown.cameras),
+        photographs,
+        photographs.fingerprint(),
+        shown.options.num_images or evaluation.num_images,
+        choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download),
+        assembly.build_protocol(shown.config),
+        {"iteration": shown.iteration, "ema": shown.config.training.model_average_beta > 0},
+        shown.folder.parent / "feature_cache",
+    )
+    write_scores(shown.folder, scores)
+    _print_scores(scores)
+    return [shown.path("scores.csv"), _write_json(shown.path("scores.json"), scores.as_dict())]
+
+
+def write_heldout(shown: Presentation) -> list[Path]:
+    """Renders at the labels that training never saw against their photographs; see graf.evaluation.heldout."""
+    if not shown.config.data.heldout_every:
+        raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
+    training, heldout = (_stack(assembly.open_photographs(shown.config, subset)) for subset in ("train", "heldout"))
+    photographs = HeldoutPhotographs(*heldout, mean_images_by_class(*training), shown.scene.class_names)
+    codes = shown.sampler.codes(shown.options.seed, range(NUM_HELDOUT_CODES))
+    with tqdm(desc="held-out views", unit="image", total=3 * len(codes) * len(heldout[0]), leave=False) as bar:
+
+        def render(labels: Tensor, code: int) -> Tensor:
+            bar.update(len(labels))
+            views = shown.cameras.views_of_labels(labels)
+            return shown.sampler.render(codes[code : code + 1].expand(len(labels), -1), views).rgb
+
+        report = measure_heldout(
+            photographs,
+            render,
+            choose_extractor("offline"),
+            assembly.build_protocol(shown.config),
+            shown.sampler.device,
+            num_z=len(codes),
+            provenance={"iteration": shown.iteration},
+        )
+    print(report.text())
+    return [_write_json(shown.path("heldout.json"), report.as_dict())]
+
+
+def _stack(photographs: Any) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*(photographs[index] for index in range(len(photographs))), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def _print_scores(scores: Scores) -> None:
+    print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
+
+
+def _write_json(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path
+
+
+ACTIONS: dict[str, Callable[[Presentation], list[Path]]] = {
+    "grid": write_grids,
+    "rotation": write_rotation,
+    "elevation": write_elevation,
+    "shape_appearance": write_shape_appearance,
+    "interpolate": write_interpolation,
+    "fid_kid": write_fid_kid,
+    "heldout": write_heldout,
+}

@@ -1,0 +1,99 @@
+"""Where a run keeps its files, and how the newest run and checkpoint are found. A composition root: it knows no network and no image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graf.config import Config, ConfigError, load_config
+from graf.runtime.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
+
+BEST_CHECKPOINT = "model_best.pt"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, itself a valid --config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """model_XXXXXXXX.pt, backup_XXXXXXXX.pt and model_best.pt."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Sample grids of the training run."""
+        return self.path / "samples"
+
+    @property
+    def evaluation(self) -> Path:
+        """What eval.py writes."""
+        return self.path / "eval"
+
+    def load_config(self) -> Config:
+        """The configuration that the run was trained with."""
+        if not self.config_file.is_file():
+            raise ConfigError(f"--run {self.path}: no run is there (no config.yaml); train one with train.py --config ...")
+        return load_config(self.config_file)
+
+    def choose_checkpoint(self) -> Path:
+        """The best checkpoint, else the newest one."""
+        best = self.checkpoints / BEST_CHECKPOINT
+        chosen = best if best.is_file() else newest_checkpoint(self.checkpoints)
+        if chosen is None:
+            raise CheckpointError(
+                f"{self.path}: the run has no checkpoint yet; let train.py run until it saves one (training.save_every)"
+            )
+        return chosen
+
+
+def newest_run(results: Path) -> RunFolder:
+    """The run under `results` that wrote a checkpoint last."""
+    newest: dict[Path, float] = {}
+    for config_file in results.glob("*/config.yaml"):
+        saved = list_checkpoints(config_file.parent / "checkpoints")
+        newest[config_file.parent] = max((file.stat().st_mtime for file in saved), default=0.0)
+    if not newest:
+        raise ConfigError(f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run")
+    return RunFolder(max(newest, key=lambda folder: newest[folder]))
+
+
+def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | None]:
+    """The folder to train in and the checkpoint to continue from, if any.
+
+    resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh, beside an existing run in
+    outdir/expname-2, -3, ...; anything else is the path of a checkpoint.
+    """
+    folder = config.run_folder
+    if resume == "none":
+        number = 2
+        while newest_checkpoint(folder / "checkpoints") is not None:
+            folder = config.run_folder.with_name(f"{config.expname}-{number}")
+            number += 1
+        return RunFolder(folder), None
+    if resume == "auto":
+        return RunFolder(folder), newest_checkpoint(folder / "checkpoints")
+    if not Path(resume).is_file():
+        raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
+    return RunFolder(folder), Path(resume)
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys whose values differ between two nested mappings, as "key: old -> new"."""
+    changes = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += describe_changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {before} -> {after}")
+    return changes

@@ -1,0 +1,1 @@
+"""How a program runs on a machine: device, precision, memory, randomness, checkpoints, logs; no images, no cameras."""

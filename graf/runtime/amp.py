@@ -1,0 +1,180 @@
+"""Mixed precision: which dtype autocast uses on a device and how gradients are scaled; the only place naming torch.amp.
+
+float16 has 5 exponent bits, so its gradients underflow without a scaler; bfloat16 has float32's range and needs none.
+Use one scaler per optimiser: an inf in one must not shrink the other's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+
+from graf.runtime.logs import warn_once
+
+Outputs = TypeVar("Outputs")
+
+
+@runtime_checkable
+class Scaler(Protocol):
+    """What the training step uses of `torch.amp.GradScaler`."""
+
+    def scale(self, outputs: Any) -> Any: ...
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def step(self, optimizer: torch.optim.Optimizer) -> float | None: ...
+    def update(self) -> None: ...
+    def get_scale(self) -> float: ...
+    def is_enabled(self) -> bool: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class NoOpScaler:
+    """A scaler of scale 1 that never skips a step, so that the training step needs no `if use_amp`."""
+
+    def scale(self, outputs: Outputs) -> Outputs:
+        return outputs
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients are not scaled."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> float | None:
+        return optimizer.step()
+
+    def update(self) -> None:
+        """The scale stays 1."""
+
+    def get_scale(self) -> float:
+        return 1.0
+
+    def is_enabled(self) -> bool:
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """A scale of 1 is right whatever the scale was: there is nothing to restore."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How forward passes are computed: autocast to `dtype` on `device_type`, or float32 where `dtype` is None."""
+
+    device_type: str
+    dtype: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A fresh context under which matrix products and convolutions run in `dtype`; a null context when off."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.amp.autocast(self.device_type, dtype=self.dtype)
+
+    def make_scaler(self, enabled: bool | None = None) -> Scaler:
+        """A gradient scaler for one optimiser: real for float16, else a no-op; `enabled` overrides that choice."""
+        if not (self.dtype is torch.float16 if enabled is None else enabled):
+            return NoOpScaler()
+        if hasattr(torch.amp, "GradScaler"):
+            return cast(Scaler, torch.amp.GradScaler(self.device_type))
+        if self.device_type == "cuda" and hasattr(torch.cuda, "amp"):  # torch before 2.3
+            return cast(Scaler, torch.cuda.amp.GradScaler())
+        warn_once(
+            f"torch {torch.__version__} has no gradient scaler for {self.device_type}: gradients are not scaled and "
+            "small ones may vanish; update torch or use amp_dtype bfloat16"
+        )
+        return NoOpScaler()
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        if self.dtype is None:
+            return "float32"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} autocast with gradient scaling" if self.dtype is torch.float16 else f"{name} autocast"
+
+
+def choose_precision(
+    use_amp: bool, amp_dtype: Literal["auto", "float16", "bfloat16"], device: torch.device
+) -> Precision:
+    """The precision to run with; whatever differs from the request is said once.
+
+    CUDA: float16 for `auto`; bfloat16 where asked for and native, else float16. CPU: bfloat16 where the processor
+    computes it natively (2x float32), else float32; never float16, which is 4x slower there. Other devices: float32.
+    """
+    if amp_dtype not in ("auto", "float16", "bfloat16"):
+        raise ValueError(f"amp_dtype={amp_dtype!r}: expected auto, float16 or bfloat16")
+    if not use_amp:
+        return Precision(device.type, None)
+    if device.type == "cuda":
+        return Precision("cuda", _choose_cuda_dtype(amp_dtype, device))
+    if device.type == "cpu":
+        return Precision("cpu", _choose_cpu_dtype(amp_dtype))
+    warn_once(f"mixed precision is off: {device.type} runs in float32")
+    return Precision(device.type, None)
+
+
+def _choose_cuda_dtype(amp_dtype: str, device: torch.device) -> torch.dtype:
+    if amp_dtype != "bfloat16":
+        return torch.float16
+    # is_bf16_supported() also counts emulation, which is slower than float32; native means compute capability 8.
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    warn_once(f"amp_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no native bfloat16; float16 is used")
+    return torch.float16
+
+
+def _choose_cpu_dtype(amp_dtype: str) -> torch.dtype | None:
+    if not has_native_bfloat16():
+        warn_once(
+            "mixed precision is off: this processor has no native bfloat16 (AVX512-BF16 or AMX), and emulating it is "
+            "slower than float32"
+        )
+        return None
+    if amp_dtype == "float16":
+        warn_once("amp_dtype=float16: on the CPU it is slower than float32; bfloat16 is used")
+    return torch.bfloat16
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX).
+
+    Asks torch where it can tell, else Linux; where neither knows the answer is no, which only costs speed.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is not None:
+        found = capabilities()
+        return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
+    return not read_processor_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+def read_processor_flags(path: str = "/proc/cpuinfo") -> set[str]:
+    """Instruction-set flags of the first processor as Linux lists them; empty on other systems."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return next((set(line.partition(":")[2].split()) for line in file if line.startswith("flags")), set())
+    except FileNotFoundError:
+        return set()
+
+
+def float32_region(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which autocast is off, for R1, compositing and losses; its inputs still need `.float()`."""
+    is_available = getattr(torch.amp, "is_autocast_available", lambda kind: kind in ("cuda", "cpu"))  # torch >= 2.4
+    if not is_available(device_type):
+        return nullcontext()
+    return torch.amp.autocast(device_type, enabled=False)
+
+
+def optimizer_step(scaler: Scaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Step `optimizer` through `scaler` and say whether it really stepped; False means an inf or NaN gradient.
+
+    Does not call `update()`: that happens once per scaler at the end of the step. Reading the answer costs a
+    device synchronisation, which an enabled scaler pays in `step` anyway.
+    """
+    scaler.step(optimizer)
+    if not scaler.is_enabled():
+        return True
+    # Torch records found_inf per optimiser and has no public reader for it; the name is the same since torch 1.6.
+    found_inf = cast(Any, scaler)._found_inf_per_device(optimizer)
+    return not any(bool(value.item()) for value in found_inf.values())

@@ -1,0 +1,259 @@
+"""Named stateful objects in one file: written atomically, read without running pickled code, found by name.
+
+A file is {"format": 1, "meta": plain values, "objects": {name: state_dict}}. One process writes to a folder at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from graf.runtime.amp import Scaler
+from graf.runtime.logs import info_once, warn_once
+from graf.runtime.memory import MIB, is_out_of_memory
+
+FORMAT = 1
+
+_NUMBERED = re.compile(r"model_(\d{8,})\.pt")
+_TEMPORARY = ".checkpoint.saving"  # one name per folder: a killed process leaves at most one, the next save reuses it
+_PLAIN = (type(None), bool, int, float, str)
+
+
+class Stateful(Protocol):
+    """Anything whose state goes into a checkpoint: modules, optimisers, scalers, EMA."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, read or used; the message is one line that says what to do."""
+
+
+def save_checkpoint(path: Path | str, objects: Mapping[str, Stateful], meta: Mapping[str, Any]) -> None:
+    """Write the objects' states and `meta` (plain Python values) to `path`, wholly or not at all.
+
+    The file is written and synced under a temporary name beside `path` and then renamed over it, so a crash, a kill or
+    a full disk leaves the file that was there. Raises `CheckpointError` when writing fails, and before writing
+    when a value could not be read back with `weights_only=True`.
+    """
+    path = Path(path)
+    contents = {
+        "format": FORMAT,
+        "meta": dict(meta),
+        "objects": {name: stateful.state_dict() for name, stateful in objects.items()},
+    }
+    _require_loadable(contents["meta"], "meta", with_tensors=False)
+    _require_loadable(contents["objects"], "objects", with_tensors=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(contents, path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: the checkpoint could not be written ({_find_reason(error)}; {_count_free_mib(path)} free there); "
+            "the previous checkpoint is intact. Free some space or choose another output folder, then resume"
+        ) from error
+    _sync_folder(path.parent)
+
+
+def _write_and_rename(contents: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(_TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt too must not leave half a file behind
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; without it a power cut may bring the previous file back, whole."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        warn_once(f"{folder}: this file system does not sync folders ({error}): a power cut may undo the last save")
+
+
+def _require_loadable(value: Any, where: str, with_tensors: bool) -> None:
+    kind = type(value)  # not isinstance: numpy.float64 is a float, and not loadable
+    if kind in _PLAIN or (with_tensors and isinstance(value, torch.Tensor)):
+        return
+    if kind in (dict, OrderedDict):
+        for key, item in value.items():
+            _require_loadable(key, f"a key of {where}", with_tensors)
+            _require_loadable(item, f"{where}[{key!r}]", with_tensors)
+    elif kind in (list, tuple):
+        for index, item in enumerate(value):
+            _require_loadable(item, f"{where}[{index}]", with_tensors)
+    else:
+        raise CheckpointError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}: a checkpoint holds plain Python values"
+            f"{' and tensors' if with_tensors else ''} only; convert it with int(), float(), str() or .tolist()"
+        )
+
+
+def _find_reason(error: BaseException) -> str:
+    """The operating system's own words: torch reports a full disk as an internal check that failed."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+        link = link.__cause__ or link.__context__
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _count_free_mib(path: Path) -> str:
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    return f"{shutil.disk_usage(folder).free / MIB:,.1f} MiB"
+
+
+def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """The contents of a checkpoint: `format`, `meta`, `objects`.
+
+    Raises `CheckpointError` when the file is missing, cut short, or not a checkpoint of this program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; {_suggest_other(path)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch explains foreign pickles in warnings; the error below does it once
+            contents = torch.load(path, map_location=map_location, weights_only=True)
+    except (
+        Exception
+    ) as error:  # what a foreign file raises depends on its first bytes: KeyError, EOFError, OSError, ...
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be read: it is cut short or not a checkpoint of this program "
+            f"({type(error).__name__}: {_first_line(error)}); {_suggest_other(path)}"
+        ) from error
+    if not isinstance(contents, dict) or not {"format", "meta", "objects"} <= contents.keys():
+        raise CheckpointError(f"{path}: is not a checkpoint of this program; {_suggest_other(path)}")
+    if contents["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {contents['format']!r}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    return contents
+
+
+def _suggest_other(path: Path) -> str:
+    others = [other for other in list_checkpoints(path.parent) if other != path]
+    return f"try {others[-1]}" if others else "there is no other checkpoint in that folder: start a new run"
+
+
+def restore(checkpoint: Mapping[str, Any], objects: Mapping[str, Stateful], path: Path | str) -> None:
+    """Load each object's state from `checkpoint` (as read from `path`, which only messages use).
+
+    Names, keys and shapes are compared first, so a mismatch raises `CheckpointError` before anything is loaded. A
+    module's (or an EMA's) tensors must exist in it already; only an optimiser fills its own later. A scaler that is
+    off on either side (another precision) keeps its fresh state. Loaded states may share memory with `checkpoint`:
+    restore once, then drop it.
+    """
+    saved: Mapping[str, Any] = checkpoint["objects"]
+    for name in [*objects, *saved]:
+        if name not in saved or name not in objects:
+            where = "this run has it, the checkpoint does not" if name in objects else "the checkpoint alone has it"
+            raise _mismatch(path, f"object {name!r}: {where}")
+    for name, stateful in objects.items():
+        difference = _find_difference(stateful, saved[name])
+        if difference is not None:
+            raise _mismatch(path, f"object {name!r}: {difference}")
+    for name, stateful in objects.items():
+        if isinstance(stateful, Scaler) and not (stateful.is_enabled() and saved[name]):
+            if stateful.is_enabled() or saved[name]:
+                info_once(f"{path}: {name!r} was saved under another precision; it starts from its initial scale")
+            continue
+        try:
+            stateful.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise _mismatch(path, f"object {name!r}: {_first_line(error)}") from error
+
+
+def _mismatch(path: Path | str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what}: a checkpoint of another config; use the config in its run folder, or start a new run"
+    )
+
+
+def _find_difference(stateful: Stateful, saved: Any) -> str | None:
+    """The first difference of structure between an object and its saved state, in words; None when they fit."""
+    current = stateful.state_dict()
+    if isinstance(stateful, torch.optim.Optimizer):
+        return _find_group_difference(current["param_groups"], saved.get("param_groups", ()))
+    shapes, saved_shapes = dict(_list_tensor_shapes(current)), dict(_list_tensor_shapes(saved))
+    for key in [*shapes, *saved_shapes]:
+        if shapes.get(key) != saved_shapes.get(key):
+            return f"{key!r} is {_name_shape(saved_shapes, key)} in the checkpoint and {_name_shape(shapes, key)} here"
+    return None
+
+
+def _find_group_difference(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> str | None:
+    if len(groups) != len(saved):
+        return f"'param_groups' has {len(saved)} entries in the checkpoint and {len(groups)} here"
+    for index, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        count, saved_count = len(group["params"]), len(saved_group["params"])
+        if count != saved_count:
+            return f"'param_groups.{index}.params' has {saved_count} entries in the checkpoint and {count} here"
+        # Versions of torch add keys on one side; another kind of optimiser (alpha, betas) differs on both.
+        own, foreign = group.keys() - saved_group.keys(), saved_group.keys() - group.keys()
+        if own and foreign:
+            return f"'param_groups.{index}.{min(foreign)}' is in the checkpoint, 'param_groups.{index}.{min(own)}' here"
+    return None
+
+
+def _list_tensor_shapes(value: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    if isinstance(value, torch.Tensor):
+        yield prefix, tuple(value.shape)
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _list_tensor_shapes(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _name_shape(shapes: Mapping[str, tuple[int, ...]], key: str) -> str:
+    return f"of shape {shapes[key]}" if key in shapes else "missing"
+
+
+def checkpoint_name(iteration: int) -> str:
+    """`model_00000500.pt`: names sort by iteration."""
+    return f"model_{iteration:08d}.pt"
+
+
+def list_checkpoints(folder: Path | str) -> list[Path]:
+    """The numbered checkpoints in `folder`, oldest iteration first; none when there is no such folder."""
+    found = ((match, path) for path in Path(folder).glob("model_*.pt") if (match := _NUMBERED.fullmatch(path.name)))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
+
+
+def newest_checkpoint(folder: Path | str) -> Path | None:
+    """The numbered checkpoint of the highest iteration in `folder`, or None."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def prune_checkpoints(folder: Path | str, keep: int) -> None:
+    """Remove all numbered checkpoints but the newest `keep` (at least 1); other files are never touched."""
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least 1 checkpoint has to stay")
+    for path in list_checkpoints(folder)[:-keep]:
+        path.unlink()

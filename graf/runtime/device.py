@@ -1,0 +1,106 @@
+"""Picks the device that a run computes on, sets its backend flags, and moves tensors to it.
+
+A device is a `torch.device` with an explicit index on CUDA (`cuda:0`), so that it compares equal to `tensor.device`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+
+Transferable = TypeVar("Transferable", bound="torch.Tensor | Sequence[torch.Tensor]")
+
+
+class DeviceError(RuntimeError):
+    """A device was asked for that this machine or this build of torch does not have."""
+
+
+def pick_device(request: str) -> torch.device:
+    """The device that `request` names: `auto` (first of cuda, mps, cpu), `cpu`, `cuda`, `cuda:1`, `mps`.
+
+    Raises `DeviceError` with the request, what is available and the next step when it is not there.
+    """
+    available = list_devices()
+    if request == "auto":
+        return torch.device(available[0])
+    wanted = "cuda:0" if request == "cuda" else request
+    if wanted in available:
+        return torch.device(wanted)
+    raise DeviceError(
+        f"device {request!r} is not available; this machine offers {', '.join(available)}. "
+        f"Use one of these or 'auto'{_explain_absence(request)}"
+    )
+
+
+def list_devices() -> list[str]:
+    """Names of the devices that can be used here, in the order in which `auto` prefers them."""
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return [*names, "cpu"]
+
+
+def _explain_absence(request: str) -> str:
+    if not request.startswith("cuda") or torch.cuda.is_available():
+        return "."
+    if torch.version.cuda is None and torch.version.hip is None:
+        return ", or install a build of torch with CUDA: this one has none."
+    return ", or check the driver with nvidia-smi: this build of torch has CUDA but finds no usable GPU."
+
+
+def configure_backends(device: torch.device) -> None:
+    """Set the process-wide flags that make `device` fast; call it before the first computation.
+
+    CUDA: TF32 matrix products and convolutions (float32's range with a 10-bit mantissa, several times faster; what
+    must be exact belongs in elementwise operations), cuDNN's search for the fastest convolution (shapes repeat, so it
+    is paid once per shape; two runs may pick different algorithms and differ in the last bits), and `device` as the
+    current one, so that library code that only says "cuda" lands on it.
+
+    CPU: denormals are flushed to zero. Densities and Adam's moments decay through the denormal range, where one
+    operation costs on the order of a hundred cycles. The flag belongs to a thread, and worker threads inherit it when
+    the first parallel operation starts them: hence before the first computation.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "cpu":
+        # Older NumPy warns when it first measures a float type while denormals are flushed: measure them now.
+        for dtype in (np.float32, np.float64):
+            np.finfo(dtype)
+        torch.set_flush_denormal(True)
+
+
+def describe_device(device: torch.device) -> str:
+    """One phrase for the log: name, memory or thread count."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.1f} GiB)"
+    if device.type == "cpu":
+        return f"cpu ({_processor_name()}, {torch.get_num_threads()} threads)"
+    return f"{device} ({platform.processor() or platform.machine()})"
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except FileNotFoundError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def to_device(tensors: Transferable, device: torch.device) -> Transferable:
+    """Move a tensor, or a (nested) tuple or list of tensors, to `device`.
+
+    On CUDA the copy is asynchronous (`non_blocking`): it overlaps with computation when the source is pinned, and later
+    kernels wait for it. Elsewhere it blocks: an asynchronous copy to the CPU could be read before it has arrived.
+    """
+    if isinstance(tensors, torch.Tensor):
+        return cast(Transferable, tensors.to(device, non_blocking=device.type == "cuda"))
+    return type(tensors)(to_device(tensor, device) for tensor in tensors)  # type: ignore[call-arg]

@@ -1,0 +1,203 @@
+"""What a run says: console lines, a progress bar, metrics.jsonl, TensorBoard and Weights & Biases.
+
+The logger is "graf"; rooms that may not import this one use its children (`logging.getLogger("graf.data")`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+logger = logging.getLogger("graf")
+
+METRICS_FILE = "metrics.jsonl"
+MONITORS = ("tensorboard", "wandb", "jsonl")
+
+_said: set[str] = set()
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes through `tqdm.write`, so that a progress bar survives: warnings to stderr, the rest to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            is_warning = record.levelno >= logging.WARNING
+            prefix = f"{record.levelname.lower()}: " if is_warning else ""
+            tqdm.write(prefix + self.format(record), file=sys.stderr if is_warning else sys.stdout)
+        except Exception:  # logging's convention: a failing log line is reported on stderr, it never stops the program
+            self.handleError(record)
+
+
+def setup_console() -> None:
+    """Show the "graf" logger's INFO lines and above on the console; calling it again changes nothing."""
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
+
+
+def warn_once(message: str, key: str | None = None) -> None:
+    """Log a warning the first time that `key` (default: the message) is seen in this process."""
+    _log_once(logging.WARNING, message, key)
+
+
+def info_once(message: str, key: str | None = None) -> None:
+    """Log an INFO line the first time that `key` (default: the message) is seen in this process."""
+    _log_once(logging.INFO, message, key)
+
+
+def _log_once(level: int, message: str, key: str | None) -> None:
+    if (key or message) not in _said:
+        _said.add(key or message)
+        logger.log(level, "%s", message)
+
+
+class RunLog:
+    """The records of one run, in `folder`; a context manager.
+
+    `start` is the last iteration already done (0 for a new run) and `total` the last one to do. metrics.jsonl is
+    always written, one JSON object a line: `iteration`, `time` (seconds since 1970) and the scalars, where a number
+    that is not finite is a string ("nan", "inf", "-inf"). A resumed run continues the file after dropping what an
+    earlier attempt wrote past `start`. `monitoring` adds "tensorboard" and "wandb"; a missing one is said once.
+    """
+
+    def __init__(
+        self, folder: Path, *, total: int, start: int, monitoring: Sequence[str] = (), progress: bool = True
+    ) -> None:
+        unknown = [name for name in monitoring if name not in MONITORS]
+        if unknown:
+            raise ValueError(f"monitoring: {unknown[0]!r} is unknown; expected some of {', '.join(MONITORS)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics_path = folder / METRICS_FILE
+        drop_metrics_after(self._metrics_path, start)
+        self._tensorboard = _open_tensorboard(folder, start) if "tensorboard" in monitoring else None
+        self._wandb = _open_wandb(folder) if "wandb" in monitoring else None
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            unit="it",
+            dynamic_ncols=True,
+            disable=not progress,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a redirected bar is one line per refresh
+        )
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Record named numbers at `iteration`; "iteration" and "time" are taken. Raises OSError on a full disk."""
+        reserved = {"iteration", "time"} & values.keys()
+        if reserved:
+            raise ValueError(f"scalar {min(reserved)!r}: the name is taken by {METRICS_FILE}; use another")
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"iteration": iteration, "time": round(time.time(), 3)}
+        line |= {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}  # type: ignore[misc]
+        _append_line(self._metrics_path, json.dumps(line, allow_nan=False))
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=iteration)
+
+    def progress(self, iteration: int, status: str | Mapping[str, float]) -> None:
+        """Move the bar to `iteration` and show `status` (text, or numbers by name) behind the time left."""
+        text = status if isinstance(status, str) else "  ".join(f"{name} {value:.4g}" for name, value in status.items())
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(iteration - self._bar.n)
+
+    def image(self, iteration: int, tag: str, pixels: np.ndarray) -> None:
+        """Show a picture (uint8, H x W x 3) in TensorBoard and W&B."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(f"image {tag!r}: found {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(tag, pixels, iteration, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({tag: wandb.Image(pixels)}, step=iteration)
+
+    def close(self) -> None:
+        """Finish all records; calling it again changes nothing."""
+        self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._tensorboard = self._wandb = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _append_line(path: Path, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:  # closing it is the flush
+            file.write(line + "\n")
+    except OSError as error:  # a failed flush does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def drop_metrics_after(path: Path, iteration: int) -> None:
+    """Remove from a metrics.jsonl the lines past `iteration`, and lines cut short by a kill; says how many."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _is_metrics_line_until(line, iteration)]
+    if len(kept) == len(lines):
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
+
+
+def _is_metrics_line_until(line: str, iteration: int) -> bool:
+    try:
+        return bool(json.loads(line)["iteration"] <= iteration)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+def _open_tensorboard(folder: Path, start: int) -> Any:
+    """A SummaryWriter that hides events past `start`, or None with a message when TensorBoard is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside TensorBoard's and protobuf's own modules
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        warn_once(f"monitoring: TensorBoard is not installed ({error}); run pip install tensorboard, or leave it out")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+
+def _open_wandb(folder: Path) -> Any:
+    """A W&B run that a resumed run continues, or None with a message when W&B is not installed or cannot start."""
+    try:
+        import wandb
+    except ImportError as error:
+        warn_once(f"monitoring: W&B is not installed ({error}); run pip install wandb, or leave it out")
+        return None
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8), encoding="ascii")
+    try:
+        return wandb.init(
+            project="graf", name=folder.name, dir=str(folder), id=id_file.read_text(encoding="ascii"), resume="allow"
+        )
+    except Exception as error:  # W&B's own error types vary over versions: no login, no network, no disk
+        warn_once(f"monitoring: W&B could not start ({error}); the run goes on without it")
+        return None

@@ -1,0 +1,100 @@
+"""Device memory: releasing caches, reading current and peak use, recognising an out-of-memory error.
+
+All amounts are MiB (2^20 bytes).
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+
+import torch
+
+from graf.runtime.logs import info_once
+
+MIB = 2**20
+
+_OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",  # "CUDA error: out of memory", "MPS backend out of memory"
+    "can't allocate memory",  # the CPU allocator on Linux and macOS
+    "not enough memory",  # the CPU allocator on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def release_cache(device: torch.device) -> float:
+    """Collect garbage and give the allocator's cached blocks back to the device; returns the seconds it took.
+
+    Belongs at phase boundaries (after sampling, scoring, a checkpoint): the next step allocates everything anew.
+    """
+    start = time.perf_counter()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    return time.perf_counter() - start
+
+
+def read_memory(device: torch.device) -> dict[str, float]:
+    """Memory use in MiB.
+
+    CUDA: `allocated`, `reserved`, `peak` (of allocated). MPS: `current`, `driver`. CPU: `rss` and `peak_rss` of this
+    process; only `peak_rss` where there is no /proc.
+    """
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device) / MIB,
+            "reserved": torch.cuda.memory_reserved(device) / MIB,
+            "peak": torch.cuda.max_memory_allocated(device) / MIB,
+        }
+    if device.type == "mps":
+        return {
+            "current": torch.mps.current_allocated_memory() / MIB,
+            "driver": torch.mps.driver_allocated_memory() / MIB,
+        }
+    return _read_process_memory()
+
+
+def _read_process_memory() -> dict[str, float]:
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            kib = {
+                key: float(value.split()[0]) for key, _, value in (line.partition(":") for line in file) if "Vm" in key
+            }
+        return {"rss": kib["VmRSS"] / 1024, "peak_rss": kib["VmHWM"] / 1024}
+    except (FileNotFoundError, KeyError):  # macOS, Windows, some sandboxes
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        info_once("this system has no way to read a process's memory without another package: it is not logged")
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_rss": peak / MIB if sys.platform == "darwin" else peak / 1024}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak; where the system cannot (MPS, CPU outside Linux) that is said once and the old one stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if device.type == "cpu":
+        try:
+            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                file.write("5")  # proc(5): resets VmHWM to the current resident size
+            return
+        except OSError as error:
+            reason = str(error)
+    else:
+        reason = f"{device.type} keeps no peak"
+    info_once(f"the memory peak cannot be restarted here ({reason}): it counts from the start of the process")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: CUDA, MPS, torch's CPU allocator, NumPy or Python."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)

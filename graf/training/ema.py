@@ -1,0 +1,38 @@
+"""The exponential moving average of a module's weights, which is what samples and scores are drawn from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ModelAverage:
+    """A frozen copy whose weights follow a module: w <- beta_t w + (1 - beta_t) w_module, beta_t = min(beta, (1 + t) / (10 + t)).
+
+    The warm-up lets the average forget the random initialisation within tens of updates. Buffers are copied.
+    """
+
+    def __init__(self, module: nn.Module, beta: float) -> None:
+        self.beta = beta
+        self.updates = 0
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the weights of `module`."""
+        beta = min(self.beta, (1 + self.updates) / (10 + self.updates))
+        for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(current, 1 - beta)
+        for average, current in zip(self.module.buffers(), module.buffers(), strict=True):
+            average.copy_(current)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.updates = int(state["updates"])

@@ -1,0 +1,108 @@
+"""Everything random about one training step, drawn before it: latents, views, patch places, ray noise, augmentation.
+
+Row i of every tensor depends on (seed, iteration, purpose, i) alone, so a step can be repeated, split over micro-batches
+and resumed with equal results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graf.data.views import ViewPool, Views
+from graf.geometry.rays import Patches, place_patches
+from graf.geometry.volume_rendering import RayNoise, RaySampling
+from graf.models.discriminator import PatchCondition
+from graf.runtime.seeding import Draws
+from graf.training.augment import NUM_UNIFORMS
+
+
+@dataclass(frozen=True)
+class FakeInputs:
+    """What a batch of generated patches is made from: z (B, dim), views, places, ray noise, augmentation's random numbers."""
+
+    z: Tensor
+    views: Views
+    patches: Patches
+    noise: RayNoise
+    augment: Tensor
+
+    @property
+    def condition(self) -> PatchCondition:
+        """What the discriminator is told about these patches."""
+        return PatchCondition(self.views.class_idx, self.views.u, self.views.v, self.patches)
+
+
+@dataclass(frozen=True)
+class RealInputs:
+    """A batch of photographs (B, 3, H, W), their views, and which patches of them to show."""
+
+    images: Tensor
+    views: Views
+    patches: Patches
+    augment: Tensor
+    mix: Tensor
+
+    @property
+    def condition(self) -> PatchCondition:
+        """What the discriminator is told about these patches."""
+        return PatchCondition(self.views.class_idx, self.views.u, self.views.v, self.patches)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The schedules' values at one iteration: range of patch scales and standard deviation of the density noise."""
+
+    min_scale: float
+    max_scale: float
+    density_noise: float
+
+
+@dataclass(frozen=True)
+class InputSampler:
+    """Draws the inputs of a step. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random."""
+
+    pool: ViewPool
+    dim_z: int
+    uniform_z: bool
+    patch_size: int
+    sampling: RaySampling
+    jitter: bool
+    hflip: bool
+    device: torch.device
+
+    def draw_fakes(self, draws: Draws, purpose: str, settings: StepSettings) -> FakeInputs:
+        """Inputs of generated patches; `purpose` tells the D step's from the G step's."""
+        num_rays = self.patch_size**2
+        z = draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1 if self.uniform_z else draws.normal(f"{purpose}/z", self.dim_z)
+        views = self.pool.pick(draws.uniform(f"{purpose}/view", 3))
+        places = draws.uniform(f"{purpose}/patch", 3)
+        augment = draws.uniform(f"{purpose}/augment", NUM_UNIFORMS)
+        jitter = fine_jitter = density = None
+        if self.jitter:
+            jitter = draws.uniform(f"{purpose}/jitter", num_rays, self.sampling.coarse, device=self.device)
+            if self.sampling.importance:
+                shape = (num_rays, self.sampling.importance)
+                fine_jitter = draws.uniform(f"{purpose}/importance", *shape, device=self.device)
+        if settings.density_noise > 0:
+            density = draws.normal(f"{purpose}/density", num_rays, self.sampling.total, device=self.device)
+            density *= settings.density_noise
+        patches = place_patches(self._move(places), settings.min_scale, settings.max_scale)
+        noise = RayNoise(jitter, fine_jitter, density)
+        return FakeInputs(self._move(z), views.to(self.device), patches, noise, self._move(augment))
+
+    def draw_reals(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings) -> RealInputs:
+        """Inputs of real patches from a batch of photographs and labels, which may still be on the CPU."""
+        images = images.to(self.device, non_blocking=True)
+        if self.hflip:
+            mirrored = self._move(draws.uniform("real/hflip")) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        patches = place_patches(self._move(draws.uniform("real/patch", 3)), settings.min_scale, settings.max_scale)
+        augment = self._move(draws.uniform("real/augment", NUM_UNIFORMS))
+        mix = self._move(draws.uniform("real/mix"))
+        return RealInputs(images, self.pool.cameras.views_of_labels(labels).to(self.device), patches, augment, mix)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)

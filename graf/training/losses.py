@@ -1,0 +1,65 @@
+"""Losses of the game as pure functions of logits, one value per image, so that any split of a batch adds up to the same sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graf.runtime.amp import Scaler
+
+
+def discriminator_real_loss(gan_type: str, logits: Tensor) -> Tensor:
+    """D's loss on real images (B,): non-saturating, hinge or Wasserstein."""
+    if gan_type == "standard":
+        return functional.softplus(-logits)
+    return torch.relu(1 - logits) if gan_type == "hinge" else -logits
+
+
+def discriminator_fake_loss(gan_type: str, logits: Tensor) -> Tensor:
+    """D's loss on generated images (B,)."""
+    if gan_type == "standard":
+        return functional.softplus(logits)
+    return torch.relu(1 + logits) if gan_type == "hinge" else logits
+
+
+def generator_loss(gan_type: str, logits: Tensor) -> Tensor:
+    """G's loss (B,): -log sigmoid(D(fake)), the non-saturating one, or -D(fake) for hinge and Wasserstein."""
+    return functional.softplus(-logits) if gan_type == "standard" else -logits
+
+
+def input_gradient_norms(logits: Tensor, images: Tensor, scaler: Scaler) -> Tensor:
+    """||gradient of D at each image||^2 (B,), itself differentiable.
+
+    The inner gradient is scaled as well, else it could underflow in half precision, and unscaled before it is squared.
+    """
+    (gradient,) = torch.autograd.grad(scaler.scale(logits.sum()), images, create_graph=True)
+    return (gradient / scaler.get_scale()).square().flatten(1).sum(1)
+
+
+def r1_penalty(logits: Tensor, real: Tensor, scaler: Scaler) -> Tensor:
+    """R1 (Mescheder et al., ICML 2018) without the 1/2: ||grad_x D(x_real)||^2 per image (B,)."""
+    return input_gradient_norms(logits, real, scaler)
+
+
+def gradient_penalty(logits: Tensor, mixed: Tensor, scaler: Scaler) -> Tensor:
+    """WGAN-GP (Gulrajani et al., NeurIPS 2017): (||grad_x D(x)|| - 1)^2 per image (B,), x between real and fake."""
+    return (torch.sqrt(input_gradient_norms(logits, mixed, scaler) + 1e-12) - 1).square()
+
+
+class MCE_Loss(nn.Module):
+    """Multi-task class loss: the sum over label groups of the cross-entropy, one value per image (B,).
+
+    groups: the number of values of each group; logits (B, sum(groups)); targets (B, len(groups)), int64.
+    """
+
+    def __init__(self, groups: Sequence[int]) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        parts = torch.split(logits, self.groups, dim=1)
+        losses = [functional.cross_entropy(part, targets[:, i], reduction="none") for i, part in enumerate(parts)]
+        return torch.stack(losses).sum(0)

@@ -1,0 +1,263 @@
+"""The factored radiance field against the plain GRAF network with its concatenations, and its output laws."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.testing import assert_close
+
+from graf.models.field import ConditionalField, FieldShape, encoding_size, positional_encoding
+
+SMALL = FieldShape(
+    depth=3, width=16, multires=3, multires_views=2, dim_shape=5, dim_appearance=4, num_classes=3, dim_class=6
+)
+
+
+def encode_plainly(x: Tensor, octaves: int) -> Tensor:
+    parts = [x]
+    for octave in range(octaves):
+        parts += [torch.sin(2**octave * math.pi * x), torch.cos(2**octave * math.pi * x)]
+    return torch.cat(parts, -1)
+
+
+def plain_graf(field: ConditionalField, points, directions, z, class_idx, noise=None) -> tuple[Tensor, Tensor]:
+    """GRAF's network as published: every layer sees its whole concatenated input at every point."""
+    shape = field.shape
+    samples = points.shape[2]
+    per_point = (*points.shape[:3], -1)
+    embedding = field.class_embedding(class_idx)
+    shape_code = torch.cat([z[:, : shape.dim_shape], embedding], 1)[:, None, None].expand(per_point)
+    appearance = torch.cat([z[:, shape.dim_shape :], embedding], 1)[:, None, None].expand(per_point)
+    encoded = torch.cat([encode_plainly(points, shape.multires), shape_code], -1)
+
+    first = torch.cat([field.trunk_in.weight, field.trunk_in_codes.weight], 1)
+    hidden = torch.relu(functional.linear(encoded, first, field.trunk_in.bias))
+    for index, layer in enumerate(field.trunk, start=1):
+        weight = layer.weight
+        if index == shape.skip:
+            weight = torch.cat([weight, field.trunk_skip.weight, field.trunk_skip_codes.weight], 1)
+            hidden = torch.cat([hidden, encoded], -1)
+        hidden = torch.relu(functional.linear(hidden, weight, layer.bias))
+    raw = field.density(hidden)[..., 0]
+
+    inputs, weights = [field.feature_linear(hidden), appearance], [field.view.weight, field.view_codes.weight]
+    if shape.use_viewdirs:
+        seen_from = encode_plainly(directions, shape.multires_views)[:, :, None].expand(-1, -1, samples, -1)
+        inputs.append(seen_from)
+        weights.append(field.view_directions.weight)
+    colour = torch.relu(functional.linear(torch.cat(inputs, -1), torch.cat(weights, 1), field.view.bias))
+    raw = raw if noise is None else raw + noise
+    return torch.tanh(field.rgb(colour)), torch.relu(raw)
+
+
+def draw_inputs(shape: FieldShape, dtype: torch.dtype = torch.float64, batch: int = 2):
+    points = torch.rand(batch, 3, 4, 3, dtype=dtype) * 2 - 1
+    directions = functional.normalize(torch.randn(batch, 3, 3, dtype=dtype), dim=-1)
+    z = torch.randn(batch, shape.dim_shape + shape.dim_appearance, dtype=dtype)
+    class_idx = torch.arange(batch) % shape.num_classes
+    return points, directions, z, class_idx
+
+
+@pytest.mark.parametrize("use_viewdirs", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 8])
+def test_the_factored_field_is_the_plain_network_in_outputs_and_all_gradients(depth, use_viewdirs):
+    shape = replace(SMALL, depth=depth, use_viewdirs=use_viewdirs)
+    field = ConditionalField(shape).double()
+    points, directions, z, class_idx = draw_inputs(shape)
+    z.requires_grad_(True)
+    noise = torch.randn(2, 3, 4, dtype=torch.float64)
+    rgb_gradient, density_gradient = torch.randn(2, 3, 4, 3).double(), torch.randn(2, 3, 4).double()
+    with torch.no_grad():
+        field.density.bias.add_(0.5)  # so that most densities are positive and the ReLU lets gradients through
+
+    names = ["z", *dict(field.named_parameters())]
+    leaves = [z, *field.parameters()]
+    outputs, gradients = [], []
+    for run in (
+        lambda: field(points, directions, field.prepare(z, class_idx), noise),
+        lambda: plain_graf(field, points, directions, z, class_idx, noise),
+    ):
+        rgb, density = run()
+        outputs.append((rgb, density))
+        loss = (rgb * rgb_gradient).sum() + (density * density_gradient).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    assert_close(outputs[0][0], outputs[1][0], atol=1e-10, rtol=0)
+    assert_close(outputs[0][1], outputs[1][1], atol=1e-10, rtol=0)
+    for name, factored, plain in zip(names, *gradients, strict=True):
+        assert plain.abs().max() > 0, name
+        assert_close(factored, plain, atol=1e-10, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("depth", "skip"), [(1, None), (3, None), (4, 3), (8, 5)])
+def test_the_skip_is_where_graf_has_it(depth, skip):
+    assert FieldShape(depth=depth).skip == skip
+
+
+def test_parameter_count_is_that_of_the_plain_published_network():
+    shape = FieldShape()
+    points, views = encoding_size(10) + 128 + 32, encoding_size(4) + 128 + 32
+    layers = [(points, 256), *[(256, 256)] * 6, (256 + points, 256), (256, 1), (256, 256), (256 + views, 128), (128, 3)]
+    expected = sum((inside + 1) * outside for inside, outside in layers) + shape.dim_class
+    assert sum(parameter.numel() for parameter in ConditionalField(shape).parameters()) == expected
+
+
+def test_split_layers_start_within_the_bounds_of_their_whole_layer():
+    shape = replace(SMALL, depth=8, width=64)
+    field = ConditionalField(shape)
+    points, codes = encoding_size(3), 11
+    for fan_in, layers in (
+        (points + codes, (field.trunk_in, field.trunk_in_codes)),
+        (64 + points + codes, (field.trunk[4], field.trunk_skip, field.trunk_skip_codes)),
+        (64 + 10 + encoding_size(2), (field.view, field.view_codes, field.view_directions)),
+    ):
+        for layer in layers:
+            assert layer.weight.abs().max().item() == pytest.approx(fan_in**-0.5, rel=0.05)
+
+
+def test_the_class_changes_density_and_colour():
+    field = ConditionalField(replace(SMALL, density="softplus"))
+    points, directions, z, _ = draw_inputs(SMALL, torch.float32, batch=1)
+    outputs = [field(points, directions, field.prepare(z, torch.tensor([idx]))) for idx in (0, 1, 0)]
+    for part in (0, 1):
+        assert not torch.allclose(outputs[0][part], outputs[1][part])
+        assert torch.equal(outputs[0][part], outputs[2][part])
+
+
+def test_the_appearance_code_changes_colour_and_never_density():
+    field = ConditionalField(SMALL)
+    points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
+    other = z.clone()
+    other[:, SMALL.dim_shape :] += 1
+    (rgb, density), (other_rgb, other_density) = (
+        field(points, directions, field.prepare(code, class_idx)) for code in (z, other)
+    )
+    assert torch.equal(density, other_density)
+    assert not torch.allclose(rgb, other_rgb)
+
+
+@pytest.mark.parametrize("use_viewdirs", [True, False])
+def test_the_view_direction_changes_colour_only_where_asked_and_never_density(use_viewdirs):
+    field = ConditionalField(replace(SMALL, use_viewdirs=use_viewdirs))
+    points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
+    codes = field.prepare(z, class_idx)
+    (rgb, density), (other_rgb, other_density) = (field(points, way, codes) for way in (directions, -directions))
+    assert torch.equal(density, other_density)
+    assert torch.allclose(rgb, other_rgb) is not use_viewdirs
+
+
+def test_codes_of_some_images_give_their_rows():
+    shape = replace(SMALL, depth=4)
+    field = ConditionalField(shape)
+    points, directions, z, class_idx = draw_inputs(shape, torch.float32, batch=3)
+    codes = field.prepare(z, class_idx)
+    whole = field(points, directions, codes)
+    part = field(points[1:3], directions[1:3], codes.images(1, 3))
+    assert_close(part[0], whole[0][1:3])
+    assert_close(part[1], whole[1][1:3])
+
+
+# -------------------------------------------------------------------------------------------------- positional encoding
+
+
+@pytest.mark.parametrize("reach", [1.0, 4.5])
+@pytest.mark.parametrize("octaves", [0, 1, 4, 10, 16])
+def test_encoding_in_float32_is_that_of_direct_sines_to_1e_5(reach, octaves):
+    x = torch.linspace(-reach, reach, 30_001)[:, None]
+    found = positional_encoding(x, octaves)
+    assert found.dtype == torch.float32
+    assert found.shape[-1] == 1 + 2 * octaves
+    assert_close(found.double(), encode_plainly(x.double(), octaves), atol=1e-5, rtol=0)
+
+
+def test_encoding_in_float64_is_that_of_direct_sines():
+    x = torch.linspace(-2, 2, 1001, dtype=torch.float64).reshape(-1, 1)
+    assert_close(positional_encoding(x, 10), encode_plainly(x, 10), atol=1e-9, rtol=0)
+
+
+def test_encoding_size_counts_the_channels():
+    assert positional_encoding(torch.zeros(2, 3), 7).shape[-1] == encoding_size(7)
+
+
+def test_encoding_and_outputs_stay_float32_under_bfloat16_autocast():
+    x = torch.rand(100, 3)
+    field = ConditionalField(SMALL)
+    points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoded = positional_encoding(x, 10)
+        codes = field.prepare(z, class_idx)
+        rgb, density = field(points, directions, codes)
+        assert field.trunk_in(positional_encoding(points, 3)).dtype == torch.bfloat16  # the matrix products are not
+    assert encoded.dtype == codes.trunk_in.dtype == codes.view_weight.dtype == torch.float32
+    assert torch.equal(encoded, positional_encoding(x, 10))
+    assert rgb.dtype == density.dtype == torch.float32
+    exact = field(points, directions, field.prepare(z, class_idx))
+    assert_close(rgb, exact[0], atol=0.03, rtol=0)
+    assert_close(density, exact[1], atol=0.03, rtol=0)
+
+
+def test_half_precision_points_are_encoded_in_float32():
+    assert positional_encoding(torch.rand(4, 3).to(torch.bfloat16), 6).dtype == torch.float32
+
+
+def test_the_gradient_of_the_encoding_passes_gradcheck():
+    x = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: positional_encoding(x, 7), (x,))
+
+
+# ------------------------------------------------------------------------------------------------------- output laws
+
+
+def raw_of(field: ConditionalField, *inputs) -> Tensor:
+    """The raw density, read off softplus without bias or prior."""
+    plain = replace(field.shape, density="softplus", density_scale=1.0, density_bias=0.0, sphere_prior=0.0)
+    shape, field.shape = field.shape, replace(plain, bounding_radius=None)
+    _, density = field(*inputs)
+    field.shape = shape
+    return torch.log(torch.expm1(density))
+
+
+@pytest.mark.parametrize("kind", ["relu", "softplus"])
+def test_noise_bias_prior_and_scale_act_on_the_raw_density_as_documented(kind):
+    shape = replace(
+        SMALL, density=kind, density_scale=10.0, density_bias=-0.2, sphere_prior=6.0, prior_radius=0.7
+    )
+    field = ConditionalField(shape).double()
+    points, directions, z, class_idx = draw_inputs(shape)
+    codes = field.prepare(z, class_idx)
+    noise = torch.randn(2, 3, 4, dtype=torch.float64)
+    expected = raw_of(field, points, directions, codes) + noise - 0.2 + 6 * (0.7 - points.norm(dim=-1))
+    expected = 10 * (torch.relu(expected) if kind == "relu" else functional.softplus(expected))
+    found_rgb, found = field(points, directions, codes, noise)
+    assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    assert torch.equal(found_rgb, field(points, directions, codes)[0])  # noise never reaches the colour
+
+
+def test_the_sphere_prior_starts_as_a_ball():
+    shape = replace(SMALL, density="softplus", density_scale=10.0, density_bias=-2.0, sphere_prior=30.0)
+    field = ConditionalField(shape)
+    directions = functional.normalize(torch.randn(1, 1, 3), dim=-1)
+    points = directions[:, :, None] * torch.tensor([0.1, 0.3, 0.9, 1.2])[None, None, :, None]
+    density = field(points, directions, field.prepare(torch.randn(1, 9), torch.tensor([0])))[1].flatten()
+    assert density[:2].min() > 20
+    assert density[2:].max() < 0.1
+
+
+def test_nothing_exists_outside_the_bounding_radius():
+    field = ConditionalField(replace(SMALL, density="softplus", bounding_radius=0.8))
+    points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
+    density = field(points, directions, field.prepare(z, class_idx))[1]
+    inside = points.norm(dim=-1) <= 0.8
+    assert bool(inside.any())
+    assert not bool(inside.all())
+    assert torch.equal(density > 0, inside)
+
+
+def test_the_gradient_at_the_origin_is_finite():
+    field = ConditionalField(replace(SMALL, density="softplus", sphere_prior=6.0))
+    points = torch.zeros(1, 1, 1, 3, requires_grad=True)
+    _, density = field(points, torch.tensor([[[0.0, 0, 1]]]), field.prepare(torch.randn(1, 9), torch.tensor([0])))
+    density.sum().backward()
+    assert bool(torch.isfinite(points.grad).all())

@@ -1,0 +1,155 @@
+"""The generator: chunks, backgrounds, depth, and the layout of images."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from graf.geometry.cameras import Intrinsics, pose_from_angles
+from graf.geometry.rays import RayCaster
+from graf.geometry.volume_rendering import RayNoise, RaySampling, points_along, render_rays, stratified_distances
+from graf.models.field import FieldShape
+from graf.models.generator import Generator, rays_to_image
+
+SHAPE = FieldShape(
+    depth=4, width=16, multires=3, multires_views=2, dim_shape=5, dim_appearance=3, num_classes=2, dim_class=4,
+    density="softplus",
+)  # fmt: skip
+SAMPLING = RaySampling(6, 3)
+CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)
+
+
+def draw_inputs(dtype: torch.dtype = torch.float64, batch: int = 2):
+    poses = pose_from_angles(torch.rand(batch, dtype=dtype), 0.2 + 0.4 * torch.rand(batch, dtype=dtype), 3.5)
+    rays = CASTER.cast_images(poses, 4)
+    count = len(rays)
+    noise = RayNoise(
+        torch.rand(batch, count, 6, dtype=dtype),
+        torch.rand(batch, count, 3, dtype=dtype),
+        torch.randn(batch, count, 9, dtype=dtype),
+    )
+    return torch.randn(batch, 8, dtype=dtype), torch.arange(batch) % 2, rays, noise
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 31])
+def test_chunks_change_neither_outputs_nor_gradients(chunk):
+    generator = Generator(SHAPE, SAMPLING, "learned").double()
+    z, class_idx, rays, noise = draw_inputs()
+    target = torch.randn(2, 16, 3, dtype=torch.float64)
+    runs = []
+    for size in (4096, chunk):
+        generator.chunk = size
+        found = generator(z, class_idx, rays, noise)
+        loss = (found.rgb * target).sum() + found.depth.sum() + found.opacity.square().sum()
+        runs.append((found, torch.autograd.grad(loss, list(generator.parameters()))))
+    (whole, whole_gradients), (parts, part_gradients) = runs
+    for name in ("rgb", "depth", "opacity"):
+        assert_close(getattr(parts, name), getattr(whole, name), atol=1e-12, rtol=0)
+    assert_close(part_gradients, whole_gradients, atol=1e-10, rtol=1e-10)
+
+
+def test_a_chunk_counts_rays_over_all_images_of_the_batch(monkeypatch):
+    generator = Generator(SHAPE, SAMPLING, chunk=8)
+    sizes, render = [], generator.render_chunk
+    monkeypatch.setattr(
+        generator, "render_chunk", lambda codes, rays, noise: sizes.append(len(rays)) or render(codes, rays, noise)
+    )
+    z, class_idx, rays, _ = draw_inputs(torch.float32)
+    generator(z, class_idx, rays)
+    assert sizes == [4, 4, 4, 4]
+
+
+def test_images_of_a_batch_do_not_touch_each_other():
+    generator = Generator(SHAPE, SAMPLING).double()
+    z, class_idx, rays, noise = draw_inputs(batch=3)
+    whole = generator(z, class_idx, rays, noise)
+    alone = generator(z[1:2], class_idx[1:2], rays.images(1, 2), noise.images(1, 2))
+    assert_close(alone.rgb, whole.rgb[1:2], atol=1e-12, rtol=0)
+
+
+def test_without_noise_rendering_is_deterministic_and_samples_sit_mid_bin():
+    generator = Generator(SHAPE, RaySampling(6)).double()
+    z, class_idx, rays, _ = draw_inputs()
+    found = generator(z, class_idx, rays)
+    assert torch.equal(found.rgb, generator(z, class_idx, rays).rgb)
+    middle = RayNoise(jitter=torch.full((2, 16, 6), 0.5, dtype=torch.float64))
+    assert_close(found.rgb, generator(z, class_idx, rays, middle).rgb)
+
+
+@pytest.mark.parametrize(("background", "value"), [("white", 1.0), ("black", -1.0), ("learned", 0.0)])
+def test_rays_that_meet_nothing_show_the_background(background, value):
+    generator = Generator(SHAPE, SAMPLING, background)
+    z, class_idx, rays, _ = draw_inputs(torch.float32)
+    missed = (rays.near == rays.far)[..., 0]
+    assert bool(missed.any())
+    found = generator(z, class_idx, rays)
+    assert torch.equal(found.rgb[missed], torch.full_like(found.rgb[missed], value))
+    assert found.opacity[missed].abs().max() == 0
+
+
+def test_only_a_learned_background_is_trained_and_stays_in_range():
+    assert "background" not in dict(Generator(SHAPE, SAMPLING, "white").named_parameters())
+    generator = Generator(SHAPE, SAMPLING, "learned")
+    z, class_idx, rays, _ = draw_inputs(torch.float32)
+    found = generator(z, class_idx, rays)
+    found.rgb.sum().backward()
+    # tanh'(0) = 1, so the gradient is the transparency that the rays leave
+    expected = (1 - found.opacity.detach()).sum().expand(3)
+    assert_close(generator.background.grad, expected, rtol=1e-4, atol=0)
+    with torch.no_grad():
+        generator.background.fill_(100.0)
+    assert generator(z, class_idx, rays).rgb.max() <= 1 + 1e-6
+
+
+def test_an_unknown_background_is_named():
+    with pytest.raises(ValueError, match="background='grey'.*white, black, learned"):
+        Generator(SHAPE, SAMPLING, "grey")
+
+
+def test_depth_is_z_depth_along_the_optical_axis():
+    """An opaque wall across the optical axis has the same z-depth in every pixel, though not the same distance."""
+    pose = pose_from_angles(torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64), 3.5)
+    rays = RayCaster(Intrinsics.from_fov(8, 60.0), 1.0, 6.0).cast_images(pose, 8)
+
+    def wall(points, directions, noise):
+        z = ((pose[0, :3, 3] - points) * pose[0, :3, 2]).sum(-1)
+        return torch.zeros_like(points), torch.where(z > 3.0, 1e4, 0.0).to(points)
+
+    depth = render_rays(wall, rays, RaySampling(4000), RayNoise()).depth
+    assert_close(depth, torch.full_like(depth, 3.0), atol=2e-3, rtol=0)
+    distance = depth / rays.axis_cosine
+    assert distance.max() - distance.min() > 0.5
+
+
+def test_the_generator_renders_its_own_field():
+    generator = Generator(SHAPE, RaySampling(6), "black").double()
+    z, class_idx, rays, _ = draw_inputs()
+    codes = generator.field.prepare(z, class_idx)
+    distances = stratified_distances(rays.near, rays.far, 6)
+    rgb, density = generator.field(points_along(rays, distances), rays.directions, codes)
+    found = render_rays(
+        lambda *_: (rgb, density), rays, RaySampling(6), RayNoise(), torch.full((3,), -1.0, dtype=torch.float64)
+    )
+    assert_close(generator(z, class_idx, rays).rgb, found.rgb)
+
+
+def test_outputs_are_float32_under_bfloat16_autocast_and_float64_in_double():
+    z, class_idx, rays, noise = draw_inputs(torch.float32)
+    generator = Generator(SHAPE, SAMPLING, "learned")
+    exact = generator(z, class_idx, rays, noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = generator(z, class_idx, rays, noise)
+    assert found.rgb.dtype == found.depth.dtype == found.opacity.dtype == torch.float32
+    assert_close(found.rgb, exact.rgb, atol=0.05, rtol=0)
+    assert generator.double()(*draw_inputs()[:3]).rgb.dtype == torch.float64
+
+
+def test_dim_z_is_shape_and_appearance():
+    assert Generator(SHAPE, SAMPLING).dim_z == 8
+
+
+def test_rays_become_images_row_by_row():
+    values = torch.arange(2 * 9 * 3).reshape(2, 9, 3)
+    images = rays_to_image(values, 3)
+    assert images.shape == (2, 3, 3, 3)
+    for b, c, i, j in [(0, 0, 0, 0), (1, 2, 0, 1), (0, 1, 2, 0), (1, 0, 2, 2)]:
+        assert images[b, c, i, j] == values[b, 3 * i + j, c]

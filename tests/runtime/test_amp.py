@@ -1,0 +1,257 @@
+"""Claims about precision per device, gradient scaling per optimiser, and builds of torch without a scaler."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from graf.runtime import amp, logs
+from graf.runtime.amp import NoOpScaler, Precision, Scaler, choose_precision, float32_region, optimizer_step
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def fresh_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_said", set())
+
+
+def pretend_native_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(amp, "has_native_bfloat16", lambda: native)
+
+
+@pytest.mark.parametrize("amp_dtype", ["auto", "float16", "bfloat16"])
+@pytest.mark.parametrize("native", [True, False])
+def test_cpu_never_runs_float16_and_runs_bfloat16_only_where_native(
+    monkeypatch: pytest.MonkeyPatch, amp_dtype: str, native: bool
+) -> None:
+    pretend_native_bfloat16(monkeypatch, native)
+    precision = choose_precision(True, amp_dtype, CPU)
+    assert precision == Precision("cpu", torch.bfloat16 if native else None)
+    assert not precision.make_scaler().is_enabled()
+
+
+def test_each_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pretend_native_bfloat16(monkeypatch, False)
+    with caplog.at_level(logging.INFO, "graf"):
+        for _ in range(3):
+            choose_precision(True, "auto", CPU)
+            choose_precision(True, "auto", torch.device("mps"))
+    assert len(caplog.records) == 2
+    assert "no native bfloat16" in caplog.messages[0]
+    assert "mps" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, torch.device("mps")])
+def test_without_use_amp_everything_is_float32_and_silent(
+    device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert choose_precision(False, "auto", device) == Precision(device.type, None)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("amp_dtype", "capability", "expected"),
+    [
+        ("auto", (9, 0), torch.float16),
+        ("float16", (9, 0), torch.float16),
+        ("bfloat16", (8, 0), torch.bfloat16),
+        ("bfloat16", (7, 5), torch.float16),
+    ],
+)
+def test_cuda_runs_float16_unless_bfloat16_is_asked_for_and_native(
+    monkeypatch: pytest.MonkeyPatch, amp_dtype: str, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert choose_precision(True, amp_dtype, CUDA) == Precision("cuda", expected)
+
+
+def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="amp_dtype='half': expected auto, float16 or bfloat16"):
+        choose_precision(True, "half", CPU)  # type: ignore[arg-type]
+
+
+def test_native_bfloat16_agrees_between_torch_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.cpu, "get_capabilities") or not Path("/proc/cpuinfo").exists():
+        pytest.skip("needs both ways of asking")
+    by_torch = amp.has_native_bfloat16()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert amp.has_native_bfloat16() == by_torch
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [("fpu avx2 avx512f avx512bw", False), ("avx512f avx512_bf16", True), ("amx_tile amx_bf16", True)],
+)
+def test_native_bfloat16_is_read_from_processor_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, native: bool
+) -> None:
+    listing = tmp_path / "cpuinfo"
+    listing.write_text(f"processor\t: 0\nflags\t\t: {flags}\nflags\t\t: other\n")
+    found = amp.read_processor_flags(str(listing))
+    assert found == set(flags.split())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)
+    monkeypatch.setattr(amp, "read_processor_flags", lambda: found)
+    assert amp.has_native_bfloat16() == native
+
+
+def test_a_machine_without_proc_lists_no_flags(tmp_path: Path) -> None:
+    assert amp.read_processor_flags(str(tmp_path / "absent")) == set()
+
+
+def test_autocast_multiplies_in_its_dtype_and_float32_region_switches_it_off_inside() -> None:
+    left, right = torch.rand(4, 4), torch.rand(4, 4)
+    with Precision("cpu", torch.bfloat16).autocast():
+        assert (left @ right).dtype is torch.bfloat16
+        with float32_region("cpu"):
+            assert torch.equal(left @ right, left.matmul(right))
+            assert (left @ right).dtype is torch.float32
+        assert (left @ right).dtype is torch.bfloat16
+    with Precision("cpu", None).autocast():
+        assert (left @ right).dtype is torch.float32
+
+
+def test_float32_region_is_null_on_a_device_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind: False)
+    with float32_region("mps"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+def test_describe_names_dtype_and_scaling() -> None:
+    assert Precision("cpu", None).describe() == "float32"
+    assert Precision("cpu", torch.bfloat16).describe() == "bfloat16 autocast"
+    assert Precision("cuda", torch.float16).describe() == "float16 autocast with gradient scaling"
+
+
+# --- scalers: real, enabled torch.amp.GradScaler("cpu") -------------------------------------------------------------
+
+
+def make_pair(optimizer_class: type = torch.optim.SGD, **options: object) -> tuple[torch.nn.Parameter, object]:
+    weight = torch.nn.Parameter(torch.ones(3))
+    return weight, optimizer_class([weight], lr=0.5, **options)
+
+
+def enabled_scaler() -> Scaler:
+    scaler = Precision("cpu", torch.bfloat16).make_scaler(enabled=True)
+    assert isinstance(scaler, torch.amp.GradScaler)
+    assert scaler.is_enabled()
+    return scaler
+
+
+def test_an_inf_skips_only_its_own_optimiser_and_halves_only_its_own_scale() -> None:
+    (weight_g, optimizer_g), (weight_d, optimizer_d) = make_pair(), make_pair()
+    scaler_g, scaler_d = enabled_scaler(), enabled_scaler()
+    before = scaler_g.get_scale()
+
+    scaler_g.scale((2 * weight_g).sum()).backward()
+    scaler_d.scale((weight_d * torch.tensor([1.0, float("inf"), 1.0])).sum()).backward()
+    assert optimizer_step(scaler_g, optimizer_g) is True
+    assert optimizer_step(scaler_d, optimizer_d) is False
+    scaler_g.update()
+    scaler_d.update()
+
+    assert torch.equal(weight_g, torch.zeros(3)), "1 - lr 0.5 x gradient 2, unscaled"
+    assert torch.equal(weight_d, torch.ones(3)), "the skipped optimiser has not moved"
+    assert scaler_g.get_scale() == before
+    assert scaler_d.get_scale() == before / 2
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_skip_is_reported_after_explicit_unscaling_too(bad: float) -> None:
+    weight, optimizer = make_pair()
+    scaler = enabled_scaler()
+    scaler.scale((weight * bad).sum()).backward()
+    scaler.unscale_(optimizer)
+    assert optimizer_step(scaler, optimizer) is False
+
+
+def test_a_step_works_again_after_a_skip() -> None:
+    weight, optimizer = make_pair()
+    scaler = enabled_scaler()
+    for factor, stepped in [(float("inf"), False), (2.0, True)]:
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale((weight * factor).sum()).backward()
+        assert optimizer_step(scaler, optimizer) is stepped
+        scaler.update()
+    assert torch.equal(weight, torch.zeros(3))
+
+
+def test_a_fused_optimiser_reports_its_skip() -> None:
+    weight, optimizer = make_pair(torch.optim.Adam, fused=True)
+    scaler = enabled_scaler()
+    scaler.scale((weight * float("inf")).sum()).backward()
+    assert optimizer_step(scaler, optimizer) is False
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_scale_and_growth_tracker_survive_a_state_dict_round_trip() -> None:
+    weight, optimizer = make_pair()
+    scaler = enabled_scaler()
+    for factor in (float("inf"), 1.0, 1.0, 1.0):
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale((weight * factor).sum()).backward()
+        optimizer_step(scaler, optimizer)
+        scaler.update()
+    state = scaler.state_dict()
+    assert state["scale"] == 2.0**15
+    assert state["_growth_tracker"] == 3
+
+    resumed = enabled_scaler()
+    resumed.load_state_dict(state)
+    assert resumed.get_scale() == 2.0**15
+    assert resumed.state_dict() == state
+    optimizer.zero_grad(set_to_none=True)
+    resumed.scale(weight.sum()).backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0**15)), "the restored scale is the one that is used"
+    optimizer_step(resumed, optimizer)
+    resumed.update()
+    assert resumed.state_dict()["_growth_tracker"] == 4
+
+
+def test_only_float16_gets_a_real_scaler() -> None:
+    assert Precision("cpu", torch.float16).make_scaler().is_enabled()
+    for dtype in (None, torch.bfloat16):
+        assert isinstance(Precision("cpu", dtype).make_scaler(), NoOpScaler)
+    assert isinstance(Precision("cpu", torch.float16).make_scaler(enabled=False), NoOpScaler)
+
+
+def test_the_noop_scaler_steps_always_and_changes_nothing() -> None:
+    weight, optimizer = make_pair()
+    scaler = NoOpScaler()
+    assert isinstance(scaler, Scaler)
+    loss = (2 * weight).sum()
+    assert scaler.scale(loss) is loss
+    loss.backward()
+    scaler.unscale_(optimizer)
+    assert optimizer_step(scaler, optimizer) is True
+    scaler.update()
+    scaler.load_state_dict({"scale": 4.0})
+    assert torch.equal(weight, torch.zeros(3))
+    assert scaler.get_scale() == 1.0
+    assert scaler.state_dict() == {}
+    assert not scaler.is_enabled()
+
+
+def test_torch_before_2_3_uses_the_cuda_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = object()
+    monkeypatch.delattr(torch.amp, "GradScaler")
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: made)
+    assert Precision("cuda", torch.float16).make_scaler() is made
+
+
+def test_a_build_without_any_scaler_gets_the_noop_and_one_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(torch.amp, "GradScaler")
+    monkeypatch.delattr(torch.cuda.amp, "GradScaler")
+    monkeypatch.delattr(torch.cuda, "amp")
+    for _ in range(2):
+        assert isinstance(Precision("cuda", torch.float16).make_scaler(), NoOpScaler)
+    assert len(caplog.records) == 1
+    assert "no gradient scaler" in caplog.messages[0]

@@ -1,0 +1,111 @@
+"""Optimisers, schedules at hand-computed iterations, clipping, and the search for gradients that are not finite."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from graf.training.optim import (
+    LearningRateSchedule,
+    build_optimizer,
+    clip_gradients,
+    find_nonfinite_gradient,
+    gradient_norm,
+    set_learning_rate,
+)
+
+
+def parameters_with_gradients(*gradients: list[float]) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros(len(gradient))) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.tensor(gradient)
+    return parameters
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (LearningRateSchedule("constant"), {0: 1.0, 10**6: 1.0}),
+        (
+            LearningRateSchedule("multistep", 0.5, (50_000, 100_000, 200_000)),
+            {0: 1.0, 49_999: 1.0, 50_000: 0.5, 99_999: 0.5, 100_000: 0.25, 200_000: 0.125, 10**6: 0.125},
+        ),
+        (LearningRateSchedule("step", 0.1, (100,)), {0: 1.0, 99: 1.0, 100: 0.1, 199: 0.1, 200: 0.01, 350: 0.001}),
+        (LearningRateSchedule("exponential", 0.25, (100,)), {0: 1.0, 50: 0.5, 100: 0.25, 150: 0.125}),
+        (
+            LearningRateSchedule("cosine", 0.2, horizon=1000, decay_start=0.5),
+            {0: 1.0, 500: 1.0, 625: 0.6 + 0.4 * math.sqrt(0.5), 750: 0.6, 1000: 0.2, 5000: 0.2},
+        ),
+        (LearningRateSchedule("cosine", 0.0, horizon=1000), {0: 1.0, 500: 0.5, 1000: 0.0}),
+        (LearningRateSchedule("constant", warmup=4), {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 100: 1.0}),
+        (LearningRateSchedule("step", 0.5, (2,), warmup=4), {0: 0.25, 1: 0.5, 2: 0.375, 3: 0.5, 4: 0.25}),
+    ],
+)
+def test_schedules_at_hand_computed_iterations(schedule, values):
+    for iteration, expected in values.items():
+        assert schedule(iteration) == pytest.approx(expected, abs=1e-12), iteration
+
+
+@pytest.mark.parametrize("kind", ["constant", "multistep", "step", "exponential", "cosine"])
+def test_every_schedule_starts_with_its_warm_up_and_never_rises_after_it(kind):
+    schedule = LearningRateSchedule(kind, 0.5, (300, 600), horizon=1000, warmup=100)
+    values = [schedule(iteration) for iteration in range(1200)]
+    assert values[0] == pytest.approx(0.01)
+    assert all(later <= earlier for earlier, later in zip(values[100:], values[101:], strict=False))
+    assert all(0 < value <= 1 for value in values)
+
+
+def test_rmsprop_takes_the_published_step():
+    (parameter,) = parameters_with_gradients([2.0])
+    build_optimizer("rmsprop", [parameter], 5e-4, (0.9, 0.9)).step()
+    assert parameter.item() == pytest.approx(-5e-4 * 2 / (math.sqrt(0.01 * 4) + 1e-8))
+
+
+def test_adam_takes_the_betas():
+    optimizer = build_optimizer("adam", parameters_with_gradients([1.0]), 1e-3, (0.0, 0.99))
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)
+
+
+def test_the_learning_rate_is_set_in_every_group():
+    optimizer = torch.optim.SGD([{"params": [p], "lr": 1.0} for p in parameters_with_gradients([1.0], [2.0])])
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_the_gradient_norm_is_that_of_all_gradients_together_and_skips_missing_ones():
+    parameters = [*parameters_with_gradients([3.0, 0.0], [-4.0], [12.0]), nn.Parameter(torch.ones(5))]
+    assert gradient_norm(parameters).item() == 13
+    assert gradient_norm(parameters[-1:]).item() == 0
+    assert gradient_norm(iter(parameters)).dim() == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "limit", "expected"),
+    [
+        ("norm", 1.0, [[0.6, 0.0], [-0.8]]),
+        ("norm", 10.0, [[3.0, 0.0], [-4.0]]),
+        ("value", 3.5, [[3.0, 0.0], [-3.5]]),
+        ("none", 0.1, [[3.0, 0.0], [-4.0]]),
+    ],
+)
+def test_clipping_by_norm_by_value_and_not_at_all(how, limit, expected):
+    parameters = parameters_with_gradients([3.0, 0.0], [-4.0])
+    clip_gradients(parameters, how, limit)
+    assert_close([parameter.grad for parameter in parameters], [torch.tensor(row) for row in expected])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_gradient_that_is_not_finite_is_named(bad):
+    modules = {"g": nn.Linear(2, 2), "d": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))}
+    assert find_nonfinite_gradient(modules) is None  # no gradients at all
+    for module in modules.values():
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    assert find_nonfinite_gradient(modules) is None
+    modules["d"][1].bias.grad[0] = bad
+    assert find_nonfinite_gradient(modules) == "d.1.bias"
+    modules["d"][0].weight.grad[1, 0] = bad
+    assert find_nonfinite_gradient(modules) == "d.0.weight"
