@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_minutes", type=float, help="stop and save after so many minutes")
     parser.add_argument("--seed", type=int, help="seed of every random number")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # keys may stand between flags
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:
@@ -51,6 +51,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     from graf import assembly, hooks
     from graf.data.loader import make_loader
     from graf.evaluation.extractor import choose_extractor
+    from graf.evaluation.scoring import ScoringTask
     from graf.geometry.cameras import median_height
     from graf.runs import choose_run_folder, describe_changes
     from graf.runtime.amp import choose_precision
@@ -71,6 +72,7 @@ def train(options: argparse.Namespace, started: float) -> None:
 
     # Everything that can be missing is looked for before the first step: checkpoint, photographs, Inception weights
     folder, checkpoint_file = choose_run_folder(config, options.resume)
+    config = config.model_copy(update={"expname": folder.path.name})  # --resume none may have chosen a new one
     checkpoint = None if checkpoint_file is None else read_checkpoint(checkpoint_file)
     photographs = assembly.open_photographs(config)
     assembly.check_batch_size(config, len(photographs))
@@ -84,6 +86,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     # Networks and loop
     cameras = assembly.build_cameras(config, scene)
     pool = assembly.build_pool(config, photographs, cameras)
+    ccsr = assembly.build_ccsr(config)
     trainer = Trainer(
         config,
         assembly.build_generator(config, len(scene.class_names)).to(device),
@@ -92,6 +95,7 @@ def train(options: argparse.Namespace, started: float) -> None:
         pool,
         precision,
         device,
+        None if ccsr is None else ccsr.to(device),
     )
     if checkpoint is not None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
@@ -116,7 +120,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     )
 
     # What happens between steps
-    sampler = assembly.build_sampler(config, scene, trainer.average.module, precision, device)
+    sampler = assembly.build_sampler(config, scene, precision, device, *trainer.averaged_networks)
     showcase = hooks.fixed_showcase(
         sampler, config, len(scene.class_names), scene.v_list[median_height(scene.v_list)]
     )
@@ -128,20 +132,15 @@ def train(options: argparse.Namespace, started: float) -> None:
         sample = hooks.SampleHook(sampler, cameras, showcase, folder, log, training.sample_every, row_labels)
         score = None
         if extractor is not None:
-            score = hooks.ScoreHook(
-                sampler,
-                pool,
-                photographs,
-                photographs.fingerprint(),
-                extractor,
-                assembly.build_protocol(config),
-                config,
-                folder,
-                log,
-                save,
-            )
+            protocol, count = assembly.build_protocol(config), config.evaluation.num_images
+            task = ScoringTask(sampler, pool, extractor, protocol, count, folder.path / "feature_cache")
+            real = assembly.real_images(photographs, ccsr)
+            consistency = None
+            if ccsr is not None:
+                consistency = assembly.build_consistency(config, scene, sampler, range(len(scene.class_names)))
+            score = hooks.ScoreHook(task, real, config, folder, log, save, consistency)
         between = [
-            hooks.LogHook(log, training.print_every, training.batch_size),
+            hooks.LogHook(log, training.print_every, training.batch_size, (start, trainer.progress.seconds)),
             sample,
             *([score] if score is not None else []),
             save,
@@ -157,7 +156,7 @@ def train(options: argparse.Namespace, started: float) -> None:
             if score is not None:
                 score.write(trainer)
     if trainer.stop_reason is not None and trainer.progress.iteration < training.max_iterations:
-        command = shlex.join(["python", "train.py", *options.command])
+        command = shlex.join(["python", "train.py", "--config", str(folder.config_file)])
         logger.info(
             "stopped after iteration %d (%s); resume with: %s", trainer.progress.iteration, trainer.stop_reason, command
         )
@@ -168,7 +167,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code is 0, or 1 after one line that says what is wrong and what to do."""
     started = time.monotonic()
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    options.command = list(sys.argv[1:] if arguments is None else arguments)
     try:
         train(options, started)
     except KeyboardInterrupt:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from graf.config import Config, ConfigError, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
-from graf.data.views import Cameras, PoseRanges, ViewPool
+from graf.data.reduction import ReducedPhotographs
+from graf.data.shapes import CLASS_NAMES
+from graf.data.synthetic import render_views
+from graf.data.views import Cameras, PoseRanges, ViewPool, Views
+from graf.evaluation.consistency import TrueViews
 from graf.evaluation.fidelity import FidelityProtocol
+from graf.evaluation.rings import ConsistencyTask
 from graf.evaluation.sampler import Sampler
-from graf.geometry.cameras import Intrinsics
+from graf.geometry.cameras import Intrinsics, median_height
 from graf.geometry.rays import RayCaster
 from graf.geometry.volume_rendering import RaySampling
+from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, ViewLatents
 from graf.models.discriminator import DiscriminatorShape, PatchDiscriminator
 from graf.models.field import FieldShape
 from graf.models.generator import Generator
+from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once
 from graf.runtime.seeding import derive_seed, preserve_rng, seed_everything
@@ -44,7 +54,9 @@ class Scene:
 
 def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
     """The data set of a configuration. subset: "train", "heldout" or "all"."""
-    return open_dataset(DataSettings.from_mapping(config.data.model_dump(), subset))
+    radius = sum(config.data.radius_range) / 2
+    values = config.data.model_dump() | {"radius": radius, "imsize": config.photo_size}
+    return open_dataset(DataSettings.from_mapping(values, subset))
 
 
 def check_batch_size(config: Config, num_images: int) -> None:
@@ -64,7 +76,7 @@ def describe_scene(config: Config, dataset: PhotoDataset) -> Scene:
 
 def build_cameras(config: Config, scene: Scene) -> Cameras:
     """How labels become cameras."""
-    return Cameras(config.data.radius, tuple(scene.v_list), config.data.angle_direction)
+    return Cameras(sum(config.data.radius_range) / 2, tuple(scene.v_list), config.data.angle_direction)
 
 
 def build_caster(config: Config, scene: Scene) -> RayCaster:
@@ -77,16 +89,57 @@ def build_caster(config: Config, scene: Scene) -> RayCaster:
 def build_pool(config: Config, dataset: PhotoDataset, cameras: Cameras) -> ViewPool:
     """The distribution of classes and cameras from which generated images take theirs."""
     data = config.data
-    ranges = None if dataset.poses_known else PoseRanges(data.umin, data.umax, data.vmin, data.vmax)
+    ranges = None if dataset.poses_known else PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
     return ViewPool(dataset.labels, cameras, poses=dataset.poses, ranges=ranges)
 
 
 def build_sampler(
-    config: Config, scene: Scene, generator: Generator, precision: Precision, device: torch.device
+    config: Config,
+    scene: Scene,
+    precision: Precision,
+    device: torch.device,
+    generator: Generator,
+    ccsr: CCSR | None = None,
 ) -> Sampler:
-    """Renders whole images at the data's resolution."""
+    """Renders whole images at the generator's resolution, and sharpens them where there is a `ccsr`."""
     caster, uniform_z = build_caster(config, scene), config.z_dist.type == "uniform"
-    return Sampler(generator, caster, precision, device, config.data.imsize, uniform_z)
+    return Sampler(generator, caster, precision, device, config.data.imsize, uniform_z, ccsr)
+
+
+def real_images(photographs: PhotoDataset, ccsr: CCSR | None) -> dict[str, Any]:
+    """What each output is scored against: photographs at the render's resolution and, with CCSR, at its own."""
+    if ccsr is None:
+        return {"render": photographs}
+    projection = copy.deepcopy(ccsr.projection).cpu()
+    name = f"{type(projection).__name__}{projection.scale}{getattr(projection, 'taps', '')}"
+    return {"render": ReducedPhotographs(photographs, projection.down, name), "sr": photographs}
+
+
+def build_consistency(config: Config, scene: Scene, sampler: Sampler, classes: Sequence[int]) -> ConsistencyTask:
+    """The consistency measurement of a run: one object per class at the median height; synthetic data know the truth."""
+    synthetic = config.data.type == "synthetic" and config.data.synthetic.instances == 1
+    return ConsistencyTask(
+        sampler=sampler,
+        cameras=build_cameras(config, scene),
+        classes=classes,
+        v=scene.v_list[median_height(scene.v_list)],
+        seed=config.evaluation.seed,
+        truth=partial(_render_truth, config, scene) if synthetic else None,
+    )
+
+
+def _render_truth(config: Config, scene: Scene, class_idx: int, views: Views, low: int, high: int) -> TrueViews:
+    """A synthetic object as it really looks: colours at `high`, depth and mask at `low` resolution."""
+    known = config.data.synthetic
+    toy = CLASS_NAMES.index(scene.class_names[class_idx])
+
+    def render(side: int) -> tuple[Tensor, Tensor, Tensor]:
+        intrinsics = Intrinsics.from_fov(side, scene.fov)
+        return render_views(toy, views.poses, intrinsics, seed=known.seed, white_bkgd=config.data.white_bkgd)
+
+    images, _, _ = render(high)
+    _, depth, mask = render(low)
+    return TrueViews(images, depth, mask)
 
 
 def build_protocol(config: Config) -> FidelityProtocol:
@@ -101,13 +154,15 @@ def build_generator(config: Config, num_classes: int) -> Generator:
     """The generator of a configuration, with weights that depend on config.seed alone."""
     nerf, z_dist = config.nerf, config.z_dist
     background = nerf.background
-    if background == "auto":
+    learn_background = background == "learned"
+    if background in ("auto", "learned"):
         background = "white" if config.data.white_bkgd else "black"
     shape = FieldShape(
         depth=nerf.netdepth,
         width=nerf.netwidth,
         multires=nerf.multires,
         multires_views=nerf.multires_views,
+        base_frequency=nerf.base_frequency,
         use_viewdirs=nerf.use_viewdirs,
         dim_shape=z_dist.dim - z_dist.dim_appearance,
         dim_appearance=z_dist.dim_appearance,
@@ -121,7 +176,8 @@ def build_generator(config: Config, num_classes: int) -> Generator:
         bounding_radius=nerf.bounding_radius,
     )
     with _seeded_weights(config.seed, "generator"):
-        return Generator(shape, RaySampling(nerf.N_samples, nerf.N_importance), background, config.training.chunk)
+        sampling = RaySampling(nerf.N_samples, nerf.N_importance)
+        return Generator(shape, sampling, background, learn_background, config.training.chunk)
 
 
 def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
@@ -145,6 +201,29 @@ def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
     )
     with _seeded_weights(config.seed, "discriminator"):
         return PatchDiscriminator(shape)
+
+
+def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
+    """The super-resolution module of a configuration, with weights that depend on config.seed alone; None when it is off.
+
+    pretrained: read ccsr.weights, which a module that is about to be restored from a checkpoint does not need.
+    """
+    ccsr = config.ccsr
+    if not ccsr.enabled:
+        return None
+    with _seeded_weights(config.seed, "ccsr"):
+        trunk: ConvTrunk | RRDBTrunk
+        if ccsr.trunk == "conv":
+            trunk = ConvTrunk(ccsr.scale, ccsr.features, ccsr.blocks)
+        else:
+            trunk = RRDBTrunk(ccsr.scale, ccsr.features, ccsr.features // 2, ccsr.blocks)
+            if pretrained and ccsr.weights is not None:
+                load_esrgan_weights(trunk, ccsr.weights)
+        if ccsr.freeze_trunk:
+            trunk.requires_grad_(False)
+        latents = ViewLatents(ccsr.num_views, 3, config.data.imsize, ccsr.view_mode)
+        kernel = ccsr.kernel
+        return CCSR(trunk, latents, BoxProjection(ccsr.scale) if kernel is None else KernelProjection(ccsr.scale, kernel))
 
 
 @contextmanager

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PATCH_SIZES = (16, 32, 64, 128, 256)
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -52,6 +61,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are not values of this key")  # pydantic would read them as 1 and 0
+        return value
+
 
 class SyntheticConfig(Section):
     """The embedded procedural data set (data.type=synthetic)."""
@@ -72,7 +88,9 @@ class DataConfig(Section):
     white_bkgd: bool = Field(True, description="background behind transparent pixels, and of renders: white, else black")
     near: float = Field(2.5, gt=0, description="where rays begin to be sampled, world units from the camera")
     far: float = Field(4.5, gt=0, description="where rays end, world units from the camera")
-    radius: float = Field(3.5, gt=0, description="distance of the cameras from the origin, world units")
+    radius: float | tuple[float, float] = Field(
+        3.5, description="distance of the cameras from the origin, world units; [min, max] where poses are sampled"
+    )
     fov: float = Field(30.0, gt=0, lt=180, description="horizontal field of view, degrees")
     umin: float = Field(0.0, ge=0, le=1, description="smallest azimuth / 360 where poses are sampled (image_folder)")
     umax: float = Field(1.0, ge=0, le=1, description="largest azimuth / 360 where poses are sampled (image_folder)")
@@ -87,6 +105,26 @@ class DataConfig(Section):
     strict: bool = Field(False, description="an unusable file is an error instead of a report")
     cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
     synthetic: SyntheticConfig = SyntheticConfig()
+
+    @field_validator("radius", mode="before")
+    @classmethod
+    def _split_graf_range(cls, value: Any) -> Any:
+        if isinstance(value, str) and "," in value:  # GRAF writes "9.5,10.5"
+            return tuple(float(part) for part in value.split(","))
+        return value
+
+    @field_validator("radius")
+    @classmethod
+    def _radius_in_range(cls, value: float | tuple[float, float]) -> float | tuple[float, float]:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 0 < low <= high:
+            raise ValueError("a distance is positive, and a range is [min, max] with min <= max")
+        return value
+
+    @property
+    def radius_range(self) -> tuple[float, float]:
+        """Smallest and largest distance of the cameras."""
+        return self.radius if isinstance(self.radius, tuple) else (self.radius, self.radius)
 
     @field_validator("v_list")
     @classmethod
@@ -104,6 +142,7 @@ class NerfConfig(Section):
     netdepth: int = Field(8, ge=1, description="layers of the density trunk")
     netwidth: int = Field(256, ge=8, description="units per layer")
     multires: int = Field(10, ge=0, le=16, description="octaves of the positional encoding of points")
+    base_frequency: float = Field(1.0, gt=0, description="its first angular frequency: pi in the papers, 1 in GRAF's code")
     multires_views: int = Field(4, ge=0, le=16, description="octaves of the positional encoding of directions")
     use_viewdirs: bool = Field(True, description="colour may depend on the viewing direction")
     jitter: bool = Field(True, description="stratified samples at random places of their bins during training")
@@ -118,7 +157,7 @@ class NerfConfig(Section):
     prior_radius: float = Field(0.6, gt=0, description="radius of that soft ball, world units")
     bounding_radius: float | None = Field(None, gt=0, description="nothing exists outside this radius; null: no bound")
     background: Literal["auto", "white", "black", "learned"] = Field(
-        "auto", description="colour behind the object; auto follows data.white_bkgd"
+        "auto", description="colour behind the object; auto follows data.white_bkgd, learned starts there"
     )
 
 
@@ -163,6 +202,32 @@ class DiscriminatorConfig(Section):
     azimuth_harmonics: int = Field(6, ge=1, le=32, description="Fourier features of the azimuth")
     class_loss: float = Field(0.0, ge=0, description="weight of the auxiliary label classification; 0: no head")
     augment: AugmentConfig = AugmentConfig()
+
+
+class CcsrConfig(Section):
+    """Consistency-controlled super-resolution (off unless enabled)."""
+
+    enabled: bool = Field(False, description="train super-resolution; photographs are then read at imsize * scale")
+    scale: Literal[2, 4] = Field(2, description="how many times finer its output is")
+    start_iteration: int = Field(0, ge=0, description="first iteration that trains it")
+    every: int = Field(1, ge=1, description="train it every n-th iteration")
+    num_views: int = Field(8, ge=1, le=360, description="learnable latent images on a ring; 1: shared by all views")
+    view_mode: Literal["blend", "nearest"] = Field("blend", description="how an angle between two views picks its latent")
+    trunk: Literal["conv", "rrdb"] = Field("conv", description="small convolutional network, or ESRGAN's RRDB network")
+    features: int = Field(32, ge=4, description="channels of the trunk (ESRGAN: 64)")
+    blocks: int = Field(4, ge=1, description="residual blocks of the trunk (ESRGAN: 23)")
+    weights: str | None = Field(None, description="ESRGAN weights for the rrdb trunk, e.g. RRDB_ESRGAN_x4.pth")
+    freeze_trunk: bool = Field(False, description="train the view latents only")
+    kernel: tuple[float, ...] | None = Field(None, description="1D weights of the blur before decimation; null: box mean")
+    lr: float = Field(5e-4, gt=0, description="learning rate")
+    alpha_init: float = Field(10.0, ge=0, description="weight of the consistency term at iteration 0")
+    alpha_min: float = Field(1.0, ge=0, description="its floor")
+    alpha_decay: float = Field(1e-3, ge=0, description="its decay per iteration: max(alpha_min, alpha_init exp(-decay it))")
+    adversarial: float = Field(1.0, ge=0, description="weight of the adversarial term; 0: none")
+    agreement: float = Field(1.0, ge=0, description="weight of the agreement of neighbouring views; 0: none")
+    agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
+    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS to the upsampled render, where lpips is installed")
+    supervise_generator: float = Field(0.0, ge=0, description="weight of the generator's supervision by SR crops; 0: none")
 
 
 class TrainingConfig(Section):
@@ -216,7 +281,7 @@ class TrainingConfig(Section):
     def _split_graf_list(cls, value: Any) -> Any:
         if isinstance(value, str):  # GRAF writes "50000,100000,200000"
             return tuple(int(part) for part in value.split(","))
-        return (value,) if isinstance(value, int) else value
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class EvaluationConfig(Section):
@@ -237,13 +302,14 @@ class EvaluationConfig(Section):
 class Config(Section):
     """Everything about one run."""
 
-    expname: str = Field("default", min_length=1, pattern=r"^[\w.\-]+$", description="name of the run's folder")
+    expname: str = Field("default", min_length=1, pattern=r"^\w[\w.\-]*$", description="name of the run's folder")
     seed: int = Field(0, ge=0, description="every random number of the run derives from it")
     data: DataConfig = DataConfig()
     nerf: NerfConfig = NerfConfig()
     z_dist: ZDistConfig = ZDistConfig()
     ray_sampler: RaySamplerConfig = RaySamplerConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    ccsr: CcsrConfig = CcsrConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -253,6 +319,11 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def photo_size(self) -> int:
+        """Side of the photographs that training reads: high resolution where super-resolution is trained."""
+        return self.data.imsize * (self.ccsr.scale if self.ccsr.enabled else 1)
 
     @property
     def run_folder(self) -> Path:
@@ -275,6 +346,11 @@ def _contradictions(config: Config) -> list[str]:
             problems.append(f"data.{low}={getattr(data, low)}: must not exceed data.{high}={getattr(data, high)}")
     if data.heldout_every == 1:
         problems.append("data.heldout_every=1: would leave nothing to train on; 0 holds nothing out, 6 every sixth")
+    if isinstance(data.radius, tuple) and data.type != "image_folder":
+        problems.append(
+            f"data.radius={list(data.radius)}: a range is only for data.type=image_folder, whose poses are sampled; "
+            f"data.type={data.type} needs one number"
+        )
     if config.z_dist.dim_appearance >= config.z_dist.dim:
         problems.append(
             f"z_dist.dim_appearance={config.z_dist.dim_appearance}: must be smaller than z_dist.dim={config.z_dist.dim}, "
@@ -294,12 +370,26 @@ def _contradictions(config: Config) -> list[str]:
         )
     if rays.min_scale > rays.max_scale:
         problems.append(f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}")
+    problems += _ccsr_contradictions(config.ccsr)
     if training.reg_type == "wgangp" and training.gan_type != "wgan":
         problems.append("training.reg_type=wgangp: needs training.gan_type=wgan; try reg_type=real")
     if config.discriminator.hflip and data.type != "image_folder":
         problems.append("discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder")
     if data.type == "synthetic" and training.drop_last and training.batch_size > data.synthetic.count:
         problems.append(batch_too_large(training.batch_size, data.synthetic.count))
+    return problems
+
+
+def _ccsr_contradictions(ccsr: CcsrConfig) -> list[str]:
+    problems = []
+    if ccsr.kernel is not None and len(ccsr.kernel) % 2:
+        problems.append(f"ccsr.kernel: {len(ccsr.kernel)} weights; scale {ccsr.scale} needs an even number of them")
+    if ccsr.kernel is not None and abs(sum(ccsr.kernel) - 1) > 1e-6:
+        problems.append(f"ccsr.kernel: the weights sum to {sum(ccsr.kernel):g}; a blur keeps brightness: make it 1")
+    if ccsr.weights is not None and ccsr.trunk != "rrdb":
+        problems.append(f"ccsr.weights={ccsr.weights!r}: only for ccsr.trunk=rrdb, found ccsr.trunk={ccsr.trunk}")
+    if ccsr.freeze_trunk and ccsr.weights is None:
+        problems.append("ccsr.freeze_trunk=true: an untrained trunk would stay untrained; set ccsr.weights too")
     return problems
 
 
@@ -347,7 +437,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as a nested dict, laid over the files named by its `inherit_from`, unvalidated."""
-    path = _find(path)
+    path = _find(path, f"{_seen[-1]}: inherit_from" if _seen else "--config")
     if path in _seen:
         raise ConfigError(f"{path}: inherit_from goes in a circle: {' -> '.join(map(str, (*_seen, path)))}")
     try:
@@ -381,12 +471,12 @@ for _resolver in (_Loader, _Dumper):
     )
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, asked_by: str) -> Path:
     if path.is_file():
         return path.resolve()
     known = sorted(str(file) for file in CONFIG_FOLDER.glob("*.yaml"))
     nearest = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
-    raise ConfigError(f"--config {path}: no such file" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    raise ConfigError(f"{asked_by} {path}: no such file" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

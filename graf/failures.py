@@ -10,7 +10,7 @@ from graf.evaluation.heldout import HeldoutError
 from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.device import DeviceError
 from graf.runtime.memory import is_out_of_memory
-from graf.training.trainer import DivergenceError
+from graf.training.players import DivergenceError
 
 FORESEEN = (
     ConfigError,

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from graf.config import Config
-from graf.data.views import Cameras, ViewPool
-from graf.evaluation.extractor import Extractor
-from graf.evaluation.fidelity import FidelityProtocol, Scores, is_better, write_scores
+from graf.data.views import Cameras
+from graf.evaluation.fidelity import is_better, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
 from graf.evaluation.render import save_png
+from graf.evaluation.rings import ConsistencyTask
 from graf.evaluation.sampler import Sampler
-from graf.evaluation.scoring import score_generator
+from graf.evaluation.scoring import ScoringTask
 from graf.runs import BEST_CHECKPOINT, RunFolder
 from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
@@ -36,21 +36,22 @@ def is_due(iteration: int, every: int) -> bool:
 
 @dataclass
 class LogHook:
-    """Scalars to console, metrics.jsonl and the configured monitors, every print_every iterations."""
+    """Scalars to console, metrics.jsonl and the configured monitors, every print_every iterations.
+
+    since: iteration and seconds of training at the last line, or where the run begins or continues.
+    """
 
     log: RunLog
     every: int
     batch_size: int
-    _since: tuple[int, float] | None = None
+    since: tuple[int, float] = (0, 0.0)
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         progress = trainer.progress
-        if self._since is None:
-            self._since = (progress.iteration - 1, 0.0 if progress.iteration == 1 else progress.seconds)
         if not is_due(progress.iteration, self.every) and progress.iteration != 1:
             return
-        steps, seconds = progress.iteration - self._since[0], progress.seconds - self._since[1]
-        self._since = (progress.iteration, progress.seconds)
+        steps, seconds = progress.iteration - self.since[0], progress.seconds - self.since[1]
+        self.since = (progress.iteration, progress.seconds)
         scalars = trainer.scalars_of(statistics)
         scalars["images_per_second"] = steps * self.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
@@ -82,7 +83,7 @@ class SampleHook:
     def write(self, iteration: int) -> None:
         """Render and save the grids of this iteration."""
         caster = self.sampler.caster
-        renders = render_showcase(self.sampler, self.cameras, self.showcase)
+        renders = render_showcase(self.sampler, self.cameras, self.showcase, sharpen=self.sampler.ccsr is not None)
         columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
         grids = draw_showcase(renders, self.showcase.columns, caster.near, caster.far, self.row_labels, columns)
         for name, picture in grids.items():
@@ -92,18 +93,18 @@ class SampleHook:
 
 @dataclass
 class ScoreHook:
-    """FID and KID of the averaged weights; remembers the best score in trainer.progress.best and saves model_best.pt."""
+    """FID and KID of the averaged weights; remembers the best score in trainer.progress.best and saves model_best.pt.
 
-    sampler: Sampler
-    pool: ViewPool
-    photographs: Dataset[Any]
-    fingerprint: str
-    extractor: Extractor
-    protocol: FidelityProtocol
+    photographs: what each output is scored against, "render" and, with super-resolution, "sr".
+    """
+
+    task: ScoringTask
+    photographs: Mapping[str, Any]
     config: Config
     folder: RunFolder
     log: RunLog
     checkpoints: CheckpointHook
+    consistency: ConsistencyTask | None = None
     _last: int = -1
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
@@ -117,29 +118,24 @@ class ScoreHook:
         if iteration == self._last:
             return
         self._last = iteration
-        scores = self.score(trainer)
-        write_scores(self.folder.path, scores)
-        self.log.scalars(iteration, scores.values)
-        values = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
-        if is_better(scores, trainer.progress.best or None, self.config.training.save_best):
-            trainer.progress.best = scores.as_dict()
-            self.checkpoints.save(trainer, BEST_CHECKPOINT)
-            values += f"; the best so far by {self.config.training.save_best}"
-        logger.info("iteration %d: %s", iteration, values)
-
-    def score(self, trainer: Trainer) -> Scores:
-        """FID and KID of the averaged weights as they are."""
-        return score_generator(
-            self.sampler,
-            self.pool,
-            self.photographs,
-            self.fingerprint,
-            self.config.evaluation.num_images,
-            self.extractor,
-            self.protocol,
-            {"iteration": trainer.progress.iteration, "ema": self.config.training.model_average_beta > 0},
-            self.folder.path / "feature_cache",
-        )
+        provenance = {"iteration": iteration, "ema": self.config.training.model_average_beta > 0}
+        task = replace(self.task, provenance=provenance)
+        for output, photographs in self.photographs.items():
+            scores = task.score(output, photographs, photographs.fingerprint())
+            write_scores(self.folder.path, scores)
+            self.log.scalars(iteration, scores.values)
+            text = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
+            metric = self.config.training.save_best
+            if output == "render" and is_better(scores, trainer.progress.best or None, metric):
+                trainer.progress.best = scores.as_dict()
+                self.checkpoints.save(trainer, BEST_CHECKPOINT)
+                text += f"; the best so far by {metric}"
+            logger.info("iteration %d: %s", iteration, text)
+        if self.consistency is not None:
+            report = self.consistency.measure()
+            numbers = {name: float(value) for name, value in report.as_dict().items() if name != "objects"}
+            self.log.scalars(iteration, {f"consistency_{name}": value for name, value in numbers.items()})
+            logger.info("iteration %d: %s", iteration, report.text())
 
 
 @dataclass

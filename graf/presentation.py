@@ -17,12 +17,12 @@ from graf import assembly
 from graf.config import Config, ConfigError
 from graf.data.views import Cameras
 from graf.evaluation.extractor import choose_extractor
-from graf.evaluation.fidelity import Scores, write_scores
+from graf.evaluation.fidelity import write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.render import Picture, save_png, write_video
-from graf.evaluation.sampler import Sampler
-from graf.evaluation.scoring import score_generator
+from graf.evaluation.sampler import Renders, Sampler
+from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import median_height, ring
 from graf.models.generator import Generator
 from graf.runs import RunFolder, newest_run
@@ -62,25 +62,28 @@ class Presentation:
         return tqdm(frames, desc=name, total=self.options.frames, unit="frame", leave=False)
 
 
-class AverageOnly:
-    """Restores the averaged generator out of a checkpoint's average and leaves everything else unread."""
+class AveragedNetwork:
+    """Takes the network out of a checkpoint's average and leaves the count of its updates unread."""
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
 
     def state_dict(self) -> dict[str, Any]:
-        return {"module": self.generator.state_dict(), "updates": 0}
+        return {"module": self.network.state_dict(), "updates": 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.load_state_dict(state["module"])
+        self.network.load_state_dict(state["module"])
 
 
 def open_presentation(options: argparse.Namespace) -> Presentation:
     """Find run and checkpoint and rebuild the averaged generator."""
     setup_console()
-    run = RunFolder(Path(options.run)) if options.run else newest_run(Path(options.outdir))
-    if options.checkpoint and not options.run:
+    if options.run:
+        run = RunFolder(Path(options.run))
+    elif options.checkpoint:
         run = RunFolder(Path(options.checkpoint).resolve().parent.parent)
+    else:
+        run = newest_run(Path(options.outdir))
     config = run.load_config()
     file = Path(options.checkpoint) if options.checkpoint else run.choose_checkpoint()
     checkpoint = read_checkpoint(file)
@@ -93,12 +96,19 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
     configure_backends(device)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     generator = assembly.build_generator(config, len(scene.class_names)).to(device)
-    restore({**checkpoint, "objects": {"average": checkpoint["objects"]["average"]}}, {"average": AverageOnly(generator)}, file)
+    ccsr = assembly.build_ccsr(config, pretrained=False)
+    networks = {"average": AveragedNetwork(generator)}
+    if ccsr is not None:
+        networks["average_ccsr"] = AveragedNetwork(ccsr.to(device))
+    wanted = {name: state for name, state in checkpoint["objects"].items() if name.startswith("average")}
+    restore({**checkpoint, "objects": wanted}, networks, file)
     if options.chunk is not None:
         if options.chunk < 1:
             raise ConfigError(f"--chunk={options.chunk}: expected at least 1 ray")
         generator.chunk = options.chunk
     logger.info("%s, iteration %d, on %s", file, iteration, describe_device(device))
+    if options.sr and ccsr is None:
+        raise ConfigError("--sr: this run has no super-resolution; train one with ccsr.enabled=true")
     heights = options.heights or [scene.v_list[median_height(scene.v_list)]]
     for name, value, low, high in (
         ("--views", options.views, 1, 360),
@@ -113,7 +123,7 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
         config=config,
         scene=scene,
         cameras=assembly.build_cameras(config, scene),
-        sampler=assembly.build_sampler(config, scene, generator, precision, device),
+        sampler=assembly.build_sampler(config, scene, precision, device, generator, ccsr),
         folder=run.evaluation,
         checkpoint=str(file),
         iteration=iteration,
@@ -145,24 +155,22 @@ def write_grids(shown: Presentation) -> list[Path]:
     for class_idx in tqdm(shown.classes, desc="grids", unit="class", leave=False):
         parts = [
             render_showcase(
-                shown.sampler, shown.cameras, Showcase.around(z, [class_idx] * len(z), shown.options.views, height)
+                shown.sampler,
+                shown.cameras,
+                Showcase.around(z, [class_idx] * len(z), shown.options.views, height),
+                shown.options.sr,
             )
             for height in shown.heights
         ]
         rows = [f"{number}  v {height:g}" for height in shown.heights for number in range(len(z))]
-        for name, picture in draw_showcase(_join(parts), shown.options.views, caster.near, caster.far, rows, columns).items():
+        for name, picture in draw_showcase(Renders.join(parts), shown.options.views, caster.near, caster.far, rows, columns).items():
             written.append(save_png(shown.path(f"grid_{shown.scene.class_names[class_idx]}_{name}.png"), picture))
     return written
 
 
-def _join(parts: list[Any]) -> Any:
-    kind = type(parts[0])
-    return kind(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rgb", "depth", "opacity")))
-
-
 def _write_path(shown: Presentation, name: str, z: Tensor, classes: list[int], u: Tensor, v: Tensor) -> list[Path]:
     """A video of objects side by side along a path of codes and cameras, one frame for each of (z, u, v)."""
-    frames = path_frames(shown.sampler, shown.cameras, z, classes, u, v)
+    frames = path_frames(shown.sampler, shown.cameras, z, classes, u, v, shown.options.sr)
     return [write_video(shown.path(f"{name}.mp4"), shown.progress(frames, name), shown.options.fps)]
 
 
@@ -221,30 +229,48 @@ def write_shape_appearance(shown: Presentation) -> list[Path]:
 
 
 def write_fid_kid(shown: Presentation) -> list[Path]:
-    """FID and KID against the training photographs, computed exactly as during training."""
+    """FID and KID against the training photographs, computed exactly as during training.
+
+    With super-resolution also of its output, and of bicubic upsampling, against the high-resolution photographs.
+    """
     evaluation = shown.config.evaluation
     photographs = assembly.open_photographs(shown.config)
-    scores = score_generator(
+    task = ScoringTask(
         shown.sampler,
         assembly.build_pool(shown.config, photographs, shown.cameras),
-        photographs,
-        photographs.fingerprint(),
-        shown.options.num_images or evaluation.num_images,
         choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download),
         assembly.build_protocol(shown.config),
-        {"iteration": shown.iteration, "ema": shown.config.training.model_average_beta > 0},
+        shown.options.num_images or evaluation.num_images,
         shown.folder.parent / "feature_cache",
+        {"iteration": shown.iteration, "ema": shown.config.training.model_average_beta > 0},
     )
-    write_scores(shown.folder, scores)
-    _print_scores(scores)
-    return [shown.path("scores.csv"), _write_json(shown.path("scores.json"), scores.as_dict())]
+    real = assembly.real_images(photographs, shown.sampler.ccsr)
+    if "sr" in real:
+        real["bicubic"] = real["sr"]
+    rows = []
+    for output, images in real.items():
+        scores = task.score(output, images, images.fingerprint())
+        write_scores(shown.folder, scores)
+        print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
+        rows.append(scores.as_dict())
+    return [shown.path("scores.csv"), _write_json(shown.path("scores.json"), rows)]
+
+
+def write_consistency(shown: Presentation) -> list[Path]:
+    """How well super-resolved views agree with their renders, with each other and, on synthetic data, with the truth."""
+    if shown.sampler.ccsr is None:
+        raise ConfigError("--consistency: this run has no super-resolution; train one with ccsr.enabled=true")
+    report = assembly.build_consistency(shown.config, shown.scene, shown.sampler, shown.classes).measure()
+    print(report.text())
+    return [_write_json(shown.path("consistency.json"), {"iteration": shown.iteration, **report.as_dict()})]
 
 
 def write_heldout(shown: Presentation) -> list[Path]:
     """Renders at the labels that training never saw against their photographs; see graf.evaluation.heldout."""
     if not shown.config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
-    training, heldout = (_stack(assembly.open_photographs(shown.config, subset)) for subset in ("train", "heldout"))
+    sets = (assembly.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
+    training, heldout = (_stack(assembly.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in sets)
     photographs = HeldoutPhotographs(*heldout, mean_images_by_class(*training), shown.scene.class_names)
     codes = shown.sampler.codes(shown.options.seed, range(NUM_HELDOUT_CODES))
     with tqdm(desc="held-out views", unit="image", total=3 * len(codes) * len(heldout[0]), leave=False) as bar:
@@ -272,10 +298,6 @@ def _stack(photographs: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-def _print_scores(scores: Scores) -> None:
-    print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
-
-
 def _write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -289,5 +311,6 @@ ACTIONS: dict[str, Callable[[Presentation], list[Path]]] = {
     "shape_appearance": write_shape_appearance,
     "interpolate": write_interpolation,
     "fid_kid": write_fid_kid,
+    "consistency": write_consistency,
     "heldout": write_heldout,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graf.config import Config, ConfigError, load_config
-from graf.runtime.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint
+from graf.runtime.checkpoint import CheckpointError, newest_checkpoint
 
 BEST_CHECKPOINT = "model_best.pt"
 
@@ -60,7 +60,7 @@ def newest_run(results: Path) -> RunFolder:
     """The run under `results` that wrote a checkpoint last."""
     newest: dict[Path, float] = {}
     for config_file in results.glob("*/config.yaml"):
-        saved = list_checkpoints(config_file.parent / "checkpoints")
+        saved = (config_file.parent / "checkpoints").glob("*.pt")
         newest[config_file.parent] = max((file.stat().st_mtime for file in saved), default=0.0)
     if not newest:
         raise ConfigError(f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run")
@@ -76,7 +76,7 @@ def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | No
     folder = config.run_folder
     if resume == "none":
         number = 2
-        while newest_checkpoint(folder / "checkpoints") is not None:
+        while any((folder / "checkpoints").glob("*.pt")):
             folder = config.run_folder.with_name(f"{config.expname}-{number}")
             number += 1
         return RunFolder(folder), None

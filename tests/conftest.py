@@ -1,9 +1,24 @@
-"""Every test starts from the same global random state and leaves torch's as it found it."""
+"""Every test starts from one global random state; whole-program tests share one smoke run and run programs here."""
 
-from collections.abc import Iterator
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+
+from graf.runtime import logs
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "configs" / "smoke.yaml"
+
+#: (program, "train.py" or "eval.py", and its command line) -> exit code
+RunProgram = Callable[..., int]
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +26,64 @@ def _seeded_torch() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@dataclass(frozen=True)
+class SmokeRun:
+    """A finished run of configs/smoke.yaml: its working directory, run folder, data folder and what it printed."""
+
+    cwd: Path
+    folder: Path
+    data: Path
+    stdout: str
+    stderr: str
+
+
+def start_program(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """`python train.py ...` or `python eval.py ...` as a person types it, with warnings as errors."""
+    program, *rest = arguments
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(ROOT / program), *rest],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_command_line() -> Callable[..., subprocess.Popen[str]]:
+    """:func:`start_program`; test files cannot import this one."""
+    return start_program
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """configs/smoke.yaml trained once through the real command line; tests only add files to its eval folder."""
+    cwd = tmp_path_factory.mktemp("smoke")
+    process = start_program("train.py", "--config", str(SMOKE), cwd=cwd)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return SmokeRun(cwd, cwd / "results" / "smoke", cwd / "data", stdout, stderr)
+
+
+@pytest.fixture
+def run_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[RunProgram]:
+    """Runs a program's `main` in this process, in tmp_path, and puts the process back as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logs, "_said", set())
+    logger, handlers, level = logs.logger, list(logs.logger.handlers), logs.logger.level
+
+    def run(program: str, *arguments: str) -> int:
+        spec = importlib.util.spec_from_file_location(Path(program).stem + "_program", ROOT / program)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return int(module.main([str(argument) for argument in arguments]))
+
+    yield run
+    torch.set_flush_denormal(False)  # train.py and eval.py set it for their process
+    logger.handlers[:] = handlers
+    logger.setLevel(level if level else logging.NOTSET)

@@ -7,11 +7,11 @@ import difflib
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,17 +31,19 @@ DATA_TYPES = ("synthetic", "turntable", "transforms", "image_folder")
 SUBSETS = ("train", "heldout", "all")
 DECODING_THREADS = 4
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class DataSettings:
     """Everything that opening a data set needs. Fields carry the names of the config's `data` section.
 
     `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
-    synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out every
-    k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th photograph
-    (transforms, image_folder). `strict` turns skipped photographs into a DataError. Sets that fit `cache_mib` MiB as uint8
-    are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the synthetic_*
-    fields act on the synthetic set only.
+    synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
+    every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
+    photograph (transforms, image_folder). `strict` turns skipped photographs into a DataError. Sets that fit
+    `cache_mib` MiB as uint8 are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov`
+    (degrees) and the synthetic_* fields act on the synthetic set only.
     """
 
     type: str
@@ -100,8 +102,8 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
     """Square photographs float32 (3, imsize, imsize) in [-1, 1] with labels int64 (3,).
 
     Attributes: `labels` (N, 3); `poses` (N, 4, 4) camera-to-world or None, where they follow from the labels
-    (`poses_known`) or are unknown; `class_names`; `v_list`; `paths`; `imsize`; `fov` in degrees across the square image,
-    or None where the set does not tell; `report`.
+    (`poses_known`) or are unknown; `class_names`; `v_list`; `paths`; `imsize`; `fov` in degrees across the square
+    image, or None where the set does not tell; `report`.
     """
 
     def __init__(
@@ -247,7 +249,7 @@ def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[i
     return kept, cache[kept] if cache is not None and len(kept) < len(index.paths) else cache
 
 
-def _map_in_threads(read: Any, count: int) -> Iterator[Any]:
+def _map_in_threads(read: Callable[[int], Result], count: int) -> Iterator[Result]:
     # Pillow decodes and resizes without the interpreter lock, so threads help.
     with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
         yield from tqdm(pool.map(read, range(count)), "reading photographs", count, leave=False, unit="image", delay=2)

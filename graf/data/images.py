@@ -58,7 +58,9 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
 def read_image_size(path: Path) -> tuple[int, int]:
     """Width and height after EXIF orientation, from the header alone. Raises UnreadableImage."""
     with _open_image(path) as image:
-        sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        # Where a PNG's header has no EXIF, getexif() would decode the whole file to look behind the pixels.
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
+        sideways = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         width, height = image.size
     return (height, width) if sideways else (width, height)
 
@@ -89,9 +91,9 @@ def _convert_to_rgb(image: Image.Image, white_bkgd: bool) -> Image.Image:
 def _resize_to_square(image: Image.Image, imsize: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    if side == imsize:
-        return image.crop((left, top, left + side, top + side))
-    # A whole factor is averaged, so that a small image is exactly avg_pool of the large one (super-resolution relies on
-    # it); Pillow's bicubic widens its kernel when it shrinks, so it does not alias at other factors.
-    method = Image.Resampling.BOX if side % imsize == 0 else Image.Resampling.BICUBIC
-    return image.resize((imsize, imsize), method, box=(left, top, left + side, top + side))
+    box = (left, top, left + side, top + side)
+    if side % imsize == 0:
+        # Averaged in one step, so that a small image is avg_pool of the large one (super-resolution relies on it).
+        return image.reduce(side // imsize, box)
+    # Pillow's bicubic widens its kernel when it shrinks, so it does not alias.
+    return image.resize((imsize, imsize), Image.Resampling.BICUBIC, box=box)

@@ -106,13 +106,13 @@ class PhotoIndex:
 
 
 def index_turntable(root: Path, v_list: Sequence[float] | None, file_pattern: str | None) -> PhotoIndex:
-    """Photographs labelled by labels.csv in `root` or, where there is none, by their file names (also in sub-folders)."""
+    """Photographs labelled by labels.csv in `root` or, where there is none, by file names (also in sub-folders)."""
+    _check_folder(root, "photographs labelled by file name (obj14__235.png) or by labels.csv")
     if not v_list:
         raise DataError(
             "data.v_list is empty: a turntable set needs one v in [0, 1] for each camera height, "
             "v = (1 - sin(elevation)) / 2, for example [0.31] for one camera 22 degrees above the table"
         )
-    _check_folder(root, "photographs labelled by file name (obj14__235.png) or by labels.csv")
     report = LoadReport()
     labels_path = root / LABELS_FILE
     if labels_path.is_file():
@@ -147,9 +147,10 @@ def index_turntable(root: Path, v_list: Sequence[float] | None, file_pattern: st
 def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
     """Photographs with true poses from NeRF's transforms_*.json.
 
-    `path` is a folder with transforms_train.json (or transforms.json), or one such file. Poses are taken as they stand
-    (OpenGL camera-to-world, world z-up, object at the origin; their radius may vary). Labels: class 0, the nearest entry
-    of `v_list` (where it is not given: the centres of at most 8 equal bins over the poses' v), the pose's label angle.
+    `path` is a folder with transforms_train.json (or transforms.json), or one such file. Poses are taken as they
+    stand (OpenGL camera-to-world, world z-up, object at the origin; their radius may vary). Labels: class 0, the
+    nearest entry of `v_list` (where it is not given: the centres of at most 8 equal bins over the poses' v), the
+    pose's label angle.
     """
     transforms_path = _find_transforms(path)
     root = transforms_path.parent
@@ -311,14 +312,12 @@ def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: transform_matrix is not a matrix of numbers; expected 4 x 4") from error
     if matrix.shape != (4, 4) or not torch.isfinite(matrix).all():
-        raise DataError(
-            f"{where}: transform_matrix is {tuple(matrix.shape)} or not finite; expected 4 x 4 finite numbers"
-        )
+        raise DataError(f"{where}: transform_matrix has shape {tuple(matrix.shape)}; expected 4 x 4 finite numbers")
     rotation = matrix[:3, :3]
-    error = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max().item()
-    if error > 1e-3 or torch.linalg.det(rotation) < 0:
+    deviation = (rotation @ rotation.T - torch.eye(3, dtype=torch.float64)).abs().max().item()
+    if deviation > 1e-3 or torch.linalg.det(rotation) < 0:
         raise DataError(
-            f"{where}: transform_matrix is no camera-to-world rotation (R R^T differs from 1 by {error:.2g}, "
+            f"{where}: transform_matrix is no camera-to-world rotation (R R^T differs from 1 by {deviation:.2g}, "
             f"det R = {torch.linalg.det(rotation).item():.3g}); expected an OpenGL pose without scale or mirror"
         )
     return frame["file_path"], matrix

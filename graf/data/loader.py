@@ -25,8 +25,8 @@ class BatchOrder(Sampler[list[int]]):
     """Endless batch sampler: yields the index list of iteration `start_iteration`, of the next one, and so on.
 
     Epoch e is a permutation of range(length) drawn from (seed, e) alone; iteration i is batch i mod P of epoch i // P
-    with P batches in an epoch. With `drop_last` each epoch leaves out its last length mod batch_size images, else its last
-    batch is short.
+    with P batches in an epoch. With `drop_last` each epoch leaves out its last length mod batch_size images, else its
+    last batch is short.
     """
 
     def __init__(

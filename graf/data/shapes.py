@@ -1,8 +1,8 @@
 """The four toys of the synthetic set as signed distance functions with colours: car, duck, house, mug.
 
-World units, z up, the front looks along +x, +y is the left side; everything lies inside a sphere of radius 0.9. Points are a
-tensor (3, P). A toy is a list of parts, solids whose union is the object, and of decals, volumes that only paint the
-surface inside them. Distances may be under-estimates (ellipsoids), so they are safe to march along.
+World units, z up, the front looks along +x, +y is the left side; everything lies inside a sphere of radius 0.95.
+Points are a tensor (3, P). A toy is a list of parts, solids whose union is the object, and of decals, volumes that
+only paint the surface inside them. Distances may be under-estimates (ellipsoids), so they are safe to march along.
 Formulas: Inigo Quilez, "Distance functions", https://iquilezles.org/articles/distfunctions/.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Colour = tuple[float, float, float]
+Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
+Vector = tuple[float, float, float]
 Distance = Callable[[Tensor], Tensor]
 
 
@@ -34,7 +35,7 @@ class Toy:
     name: str
     parts: list[Painted]
     decals: list[Painted] = field(default_factory=list)
-    stretch: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    stretch: Vector = (1.0, 1.0, 1.0)
 
     def distance(self, points: Tensor) -> Tensor:
         """Distance (P,) of points (3, P) to the surface, negative inside; never more than the true one."""
@@ -45,7 +46,7 @@ class Toy:
         return nearest * min(self.stretch)
 
     def colour(self, points: Tensor) -> Tensor:
-        """Colour (3, P) in [0, 1] of surface points (3, P): that of the nearest part, painted over by decals in their order."""
+        """Colour (3, P) in [0, 1] of surface points (3, P): the nearest part's, painted over by decals in order."""
         local = self._to_local(points)
         nearest = torch.stack([part.distance(local) for part in self.parts]).argmin(dim=0)
         colours = torch.tensor([part.colour for part in self.parts]).T[:, nearest]
@@ -65,12 +66,12 @@ def _length(*parts: Tensor) -> Tensor:
     return total.sqrt()
 
 
-def sphere(centre: Colour, radius: float) -> Distance:
+def sphere(centre: Vector, radius: float) -> Distance:
     """Ball."""
     return lambda p: _length(p[0] - centre[0], p[1] - centre[1], p[2] - centre[2]) - radius
 
 
-def ellipsoid(centre: Colour, radii: Colour, tilt: float = 0.0) -> Distance:
+def ellipsoid(centre: Vector, radii: Vector, tilt: float = 0.0) -> Distance:
     """Axis-aligned ellipsoid, turned by `tilt` degrees about y (its +x end goes up)."""
     cosine, sine = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
 
@@ -85,7 +86,7 @@ def ellipsoid(centre: Colour, radii: Colour, tilt: float = 0.0) -> Distance:
     return distance
 
 
-def box(centre: Colour, half: Colour, rounding: float = 0.0) -> Distance:
+def box(centre: Vector, half: Vector, rounding: float = 0.0) -> Distance:
     """Box with half sides `half`, edges rounded by `rounding` (inside those sides)."""
 
     def distance(p: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def box(centre: Colour, half: Colour, rounding: float = 0.0) -> Distance:
     return distance
 
 
-def cylinder(centre: Colour, radius: float, half_length: float, axis: int = 2, rounding: float = 0.0) -> Distance:
+def cylinder(centre: Vector, radius: float, half_length: float, axis: int = 2, rounding: float = 0.0) -> Distance:
     """Cylinder along coordinate axis `axis`."""
     first, second = (other for other in range(3) if other != axis)
 
@@ -109,7 +110,7 @@ def cylinder(centre: Colour, radius: float, half_length: float, axis: int = 2, r
     return distance
 
 
-def torus(centre: Colour, ring: float, tube: float, axis: int = 2) -> Distance:
+def torus(centre: Vector, ring: float, tube: float, axis: int = 2) -> Distance:
     """Torus around coordinate axis `axis`."""
     first, second = (other for other in range(3) if other != axis)
 
@@ -179,7 +180,7 @@ WHITE: Colour = (0.97, 0.96, 0.93)
 
 
 def build_car() -> Toy:
-    """Blue car: yellow lamps and grille in front, red lamps behind, white disc on the left door, orange stripe on the right."""
+    """Blue car: yellow lamps and grille in front, red lamps behind, white disc left, orange stripe right."""
     blue: Colour = (0.14, 0.46, 0.95)
     glass: Colour = (0.12, 0.15, 0.22)
     body = smooth_union(
@@ -305,7 +306,7 @@ CLASS_NAMES = tuple(builder().name for builder in BUILDERS)
 
 
 def build_toy(class_idx: int, instance: int = 0, seed: int = 0) -> Toy:
-    """The toy of class `class_idx`; instance 0 is the plain one, others vary hue and proportions by (seed, instance)."""
+    """The toy of class `class_idx`; instance 0 is plain, others vary hue and proportions by (seed, instance)."""
     toy = BUILDERS[class_idx]()
     if instance == 0:
         return toy

@@ -8,7 +8,6 @@ import csv
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +51,7 @@ View = tuple[int, int, int, int]  # class, instance, height, angle
 
 @dataclass(frozen=True)
 class SyntheticSettings:
-    """What the synthetic set depends on; all of it is in the cache key. `fov` in degrees, `v_list` heights v in [0, 1]."""
+    """What the synthetic set depends on, all of it in the cache key. `fov` in degrees, `v_list` heights v in [0, 1]."""
 
     imsize: int = 64
     count: int = 1000
@@ -66,7 +65,7 @@ class SyntheticSettings:
     def __post_init__(self) -> None:
         if self.radius <= BOUNDING_RADIUS:
             raise DataError(
-                f"data.radius={self.radius}: the camera would stand inside the toys, which reach {BOUNDING_RADIUS}; try 3.5"
+                f"data.radius={self.radius}: the camera stands inside the toys, which reach {BOUNDING_RADIUS}; try 3.5"
             )
         most = len(CLASS_NAMES) * self.instances * len(self.v_list) * ANGLE_COUNTS[-1]
         if not len(CLASS_NAMES) <= self.count <= most:
@@ -94,8 +93,8 @@ def render_views(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """True pictures of a toy from camera-to-world `poses` (N, 4, 4), which must lie outside its bounding sphere.
 
-    Returns rgb (N, 3, H, W) in [-1, 1]; z-depth (N, 1, H, W), the mean over the part of the pixel that is covered, 0 where
-    nothing is; mask (N, 1, H, W), the covered share of the pixel in [0, 1]. Computed in float32 on the CPU.
+    Returns rgb (N, 3, H, W) in [-1, 1]; z-depth (N, 1, H, W), the mean over the part of the pixel that is covered, 0
+    where nothing is; mask (N, 1, H, W), the covered share of the pixel in [0, 1]. Computed in float32 on the CPU.
     """
     toy = build_toy(class_idx, instance, seed)
     fine = intrinsics.resized(intrinsics.height * supersampling, intrinsics.width * supersampling)
@@ -181,8 +180,8 @@ def _estimate_normals(toy: Toy, points: Tensor) -> Tensor:
 def choose_views(settings: SyntheticSettings) -> list[View]:
     """The (class, instance, height, angle) of every image, sorted: a seeded choice from a regular grid of angles.
 
-    Classes get equal shares (the first ones an image more where the count does not divide). 72 angles, or the next divisor
-    of 360 where the count needs more.
+    Classes get equal shares (the first ones an image more where the count does not divide). 72 angles, or the next
+    divisor of 360 where the count needs more.
     """
     shares = [len(range(index, settings.count, len(CLASS_NAMES))) for index in range(len(CLASS_NAMES))]
     rings = settings.instances * len(settings.v_list)
@@ -199,9 +198,9 @@ def choose_views(settings: SyntheticSettings) -> list[View]:
 def ensure_synthetic(datadir: str | Path, settings: SyntheticSettings) -> Path:
     """Folder of the synthetic set under `datadir`, rendered first where it does not exist yet.
 
-    It holds RGB images and labels.csv (type `turntable`, ccw), and the sub-folders depth (16-bit PNG) and mask (8-bit PNG)
-    with the same file names; depth/scene.json tells the settings and `max_depth`, for which the value 65535 stands. The set
-    is written to a temporary folder and renamed, so that an interrupted run leaves no half set.
+    It holds RGB images and labels.csv (type `turntable`, ccw), and the sub-folders depth (16-bit PNG) and mask (8-bit
+    PNG) with the same file names; depth/scene.json tells the settings and `max_depth`, for which the value 65535
+    stands. The set is written to a temporary folder and renamed, so that an interrupted run leaves no half set.
     """
     root = Path(datadir)
     folder = root / settings.folder_name
@@ -209,27 +208,21 @@ def ensure_synthetic(datadir: str | Path, settings: SyntheticSettings) -> Path:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{settings.folder_name}_", dir=root))
+        with tempfile.TemporaryDirectory(prefix=f".{settings.folder_name}_", dir=root) as temporary:
+            _write_set(Path(temporary) / folder.name, settings)
+            if not folder.exists():  # else another process was faster, with the same pictures
+                (Path(temporary) / folder.name).rename(folder)
     except OSError as error:
-        raise DataError(
-            f"data.datadir={root} cannot be written ({error}); choose a folder for the synthetic set"
-        ) from error
-    try:
-        _write_set(partial, settings)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / LABELS_FILE).is_file():  # else another process was faster, with the same pictures
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (folder / LABELS_FILE).is_file():
+            raise DataError(
+                f"data.datadir={root} cannot be written ({error}); the synthetic set needs a folder with free space"
+            ) from error
     return folder
 
 
 def _write_set(folder: Path, settings: SyntheticSettings) -> None:
     for name in (DEPTH_FOLDER, MASK_FOLDER):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     max_depth = settings.radius + BOUNDING_RADIUS
     intrinsics = Intrinsics.from_fov(settings.imsize, settings.fov)
     rows = []

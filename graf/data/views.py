@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from graf.geometry.cameras import angle_label, angles_from_pose, label_angles, pose_from_angles
+from graf.geometry.cameras import angle_label, label_angles, pose_from_angles
+
+
+#: random numbers that `ViewPool.pick` takes per view
+NUM_UNIFORMS = 4
 
 
 @dataclass(frozen=True)
 class Views:
-    """class_idx (B,) int64, azimuth u and height v (B,), camera-to-world poses (B, 4, 4) and labels (B, 3) int64."""
+    """class_idx (B,) int64, azimuth u and height v (B,), camera-to-world poses (B, 4, 4) and labels (B, 3) int64.
+
+    Where data come with true poses, `poses` are these and render; u and v stay the labels' and condition D.
+    """
 
     class_idx: Tensor
     u: Tensor
     v: Tensor
     poses: Tensor
     labels: Tensor
+    angle_sign: int = 1
 
     def __len__(self) -> int:
         return len(self.class_idx)
 
     def images(self, start: int, stop: int) -> Views:
         """The views start..stop."""
-        return Views(*(part[start:stop] for part in self._parts()))
+        return self._map(lambda part: part[start:stop])
 
     def to(self, device: torch.device | str) -> Views:
         """The same views on another device."""
-        return Views(*(part.to(device, non_blocking=True) for part in self._parts()))
+        return self._map(lambda part: part.to(device, non_blocking=True))
 
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.class_idx, self.u, self.v, self.poses, self.labels
+    def turn(self, degrees: Tensor | float) -> Views:
+        """The same objects from cameras moved counter-clockwise around the z axis by `degrees`, one for all or (B,)."""
+        turned = torch.as_tensor(degrees, dtype=self.u.dtype, device=self.u.device).expand_as(self.u)
+        cos, sin = torch.cos(torch.deg2rad(turned)), torch.sin(torch.deg2rad(turned))
+        rotation = torch.eye(4, dtype=self.poses.dtype, device=self.poses.device).repeat(len(self), 1, 1)
+        rotation[:, 0, 0], rotation[:, 0, 1], rotation[:, 1, 0], rotation[:, 1, 1] = cos, -sin, sin, cos
+        u = torch.remainder(self.u + turned / 360, 1.0)
+        labels = self.labels.clone()
+        labels[:, 2] = torch.remainder(labels[:, 2] + self.angle_sign * torch.round(turned).long(), 360)
+        return Views(self.class_idx, u, self.v, rotation @ self.poses, labels, self.angle_sign)
+
+    def select(self, indices: Tensor) -> Views:
+        """The views with these indices."""
+        return self._map(lambda part: part[indices])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Views:
+        class_idx, u, v, poses, labels = map(change, (self.class_idx, self.u, self.v, self.poses, self.labels))
+        return Views(class_idx, u, v, poses, labels, self.angle_sign)
 
 
 @dataclass(frozen=True)
@@ -44,28 +68,36 @@ class Cameras:
     v_list: tuple[float, ...]
     angle_direction: str = "ccw"
 
+    @property
+    def angle_sign(self) -> int:
+        """1 where label angles grow counter-clockwise, -1 where they grow clockwise."""
+        return 1 if self.angle_direction == "ccw" else -1
+
     def views_of_labels(self, labels: Tensor) -> Views:
         """The views that labels (B, 3) name."""
         u, v = label_angles(labels, self.v_list, self.angle_direction)
-        return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels)
+        return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels, self.angle_sign)
 
-    def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor) -> Views:
-        """Views of classes (B,) from azimuths u and heights v (B,), labelled with the nearest height."""
+    def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
+        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)), labelled with the nearest height."""
         heights = torch.tensor(self.v_list, device=v.device)
         height_idx = (v[:, None] - heights).abs().argmin(1)
         angle = angle_label(u if self.angle_direction == "ccw" else torch.remainder(-u, 1.0))
         labels = torch.stack([class_idx, height_idx, angle], dim=1)
-        return Views(class_idx, u, v, pose_from_angles(u, v, self.radius), labels)
+        poses = pose_from_angles(u, v, self.radius if radius is None else radius)
+        return Views(class_idx, u, v, poses, labels, self.angle_sign)
 
 
 @dataclass(frozen=True)
 class PoseRanges:
-    """Azimuth and height ranges from which unknown poses are drawn, uniformly (GRAF)."""
+    """Azimuth, height and distance ranges from which unknown poses are drawn, uniformly (GRAF)."""
 
     umin: float
     umax: float
     vmin: float
     vmax: float
+    radius_min: float
+    radius_max: float
 
 
 class ViewPool:
@@ -82,8 +114,9 @@ class ViewPool:
         self.ranges = ranges
         views = cameras.views_of_labels(labels)
         if poses is not None:
-            u, v = angles_from_pose(poses)
-            views = Views(labels[:, 0], u, v, poses, labels)
+            # u and v stay the labels': a discriminator that saw binned angles on photographs and true ones on renders
+            # would tell them apart by that alone
+            views = replace(views, poses=poses)
         self.views = views
 
     def __len__(self) -> int:
@@ -91,22 +124,21 @@ class ViewPool:
 
     def select(self, indices: Tensor | Sequence[int]) -> Views:
         """The views of the images with these indices."""
-        picked = torch.as_tensor(indices)
-        views = self.views
-        return Views(*(part[picked] for part in (views.class_idx, views.u, views.v, views.poses, views.labels)))
+        return self.views.select(torch.as_tensor(indices))
 
     def pick(self, uniforms: Tensor) -> Views:
-        """One view per row of random numbers `uniforms` (B, 3) in [0, 1)."""
+        """One view per row of random numbers `uniforms` (B, NUM_UNIFORMS) in [0, 1)."""
         views = self.select((uniforms[:, 0] * len(self)).long().clamp(max=len(self) - 1))
         if self.ranges is None:
             return views
         u = self.ranges.umin + (self.ranges.umax - self.ranges.umin) * uniforms[:, 1]
         v = self.ranges.vmin + (self.ranges.vmax - self.ranges.vmin) * uniforms[:, 2]
-        return self.cameras.views_at(views.class_idx, torch.remainder(u, 1.0), v)
+        radius = self.ranges.radius_min + (self.ranges.radius_max - self.ranges.radius_min) * uniforms[:, 3]
+        return self.cameras.views_at(views.class_idx, torch.remainder(u, 1.0), v, radius)
 
     def describe(self) -> str:
         """The pose distribution in words, for the provenance of a score."""
         if self.ranges is not None:
             ranges = self.ranges
-            return f"u in [{ranges.umin}, {ranges.umax}], v in [{ranges.vmin}, {ranges.vmax}], uniform"
+            return f"u in [{ranges.umin}, {ranges.umax}], v in [{ranges.vmin}, {ranges.vmax}], radius in [{ranges.radius_min}, {ranges.radius_max}], uniform"
         return f"the {len(self)} views of the data set, equally likely"

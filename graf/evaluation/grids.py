@@ -12,6 +12,7 @@ from graf.data.views import Cameras, Views
 from graf.evaluation.render import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid
 from graf.evaluation.sampler import Renders, Sampler
 from graf.geometry.cameras import ring
+from graf.models.ccsr import upsample
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,46 @@ class Showcase:
         return cameras.views_at(self.class_idx[row].expand(self.columns), self.u, self.v)
 
 
-def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase) -> Renders:
+def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase, sharpen: bool = False) -> Renders:
     """All objects from all views, row by row: R * C images on the CPU."""
-    rows = [
-        sampler.render(showcase.z[row : row + 1].expand(showcase.columns, -1), showcase.views_of_row(row, cameras))
-        for row in range(len(showcase.z))
-    ]
-    return Renders(
-        torch.cat([row.rgb for row in rows]),
-        torch.cat([row.depth for row in rows]),
-        torch.cat([row.opacity for row in rows]),
+    return Renders.join(
+        [
+            sampler.render(
+                showcase.z[row : row + 1].expand(showcase.columns, -1), showcase.views_of_row(row, cameras), sharpen
+            )
+            for row in range(len(showcase.z))
+        ]
     )
 
 
 def draw_showcase(
     renders: Renders, columns: int, near: float, far: float, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
 ) -> dict[str, Picture]:
-    """The grids by name, "rgb", "depth" and "opacity", with captions where they are given."""
+    """The grids by name, "rgb", "depth", "opacity" and, where there are sharp images, "sr" and "bicubic", with captions."""
     kinds = {
         "rgb": renders.rgb,
         "depth": depth_to_rgb(renders.depth, near, far, renders.opacity),
         "opacity": opacity_to_rgb(renders.opacity),
     }
+    if renders.sharp is not None:
+        scale = renders.sharp.shape[-1] // renders.rgb.shape[-1]
+        kinds |= {"sr": renders.sharp, "bicubic": upsample(renders.rgb, scale)}
     return {name: label_grid(tile_grid(images, columns), row_labels, column_labels) for name, images in kinds.items()}
 
 
 def path_frames(
-    sampler: Sampler, cameras: Cameras, z: Tensor, class_idx: Sequence[int], u: Tensor, v: Tensor
+    sampler: Sampler, cameras: Cameras, z: Tensor, class_idx: Sequence[int], u: Tensor, v: Tensor, sharpen: bool = False
 ) -> Iterator[Picture]:
-    """Frames along a path: frame f shows codes z[f] (R, dim_z) of z (F, R, dim_z) from azimuth u[f] and height v[f]."""
+    """Frames along a path: frame f shows codes z[f] (R, dim_z) of z (F, R, dim_z) from azimuth u[f] and height v[f].
+
+    With `sharpen` a second row shows the super-resolved objects under the bicubically upsampled ones.
+    """
     classes = torch.tensor(list(class_idx))
     for codes, azimuth, height in zip(z, u, v, strict=True):
         views = cameras.views_at(classes, azimuth.expand(len(codes)), height.expand(len(codes)))
-        yield tile_grid(sampler.render(codes, views).rgb, len(codes))
-
+        renders = sampler.render(codes, views, sharpen)
+        images = renders.rgb
+        if renders.sharp is not None:
+            scale = renders.sharp.shape[-1] // renders.rgb.shape[-1]
+            images = torch.cat([upsample(renders.rgb, scale), renders.sharp])
+        yield tile_grid(images, len(codes))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from graf.data.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.data.views import ViewPool, Views
-from graf.geometry.rays import RayCaster
+from graf.geometry.rays import Patches, RayCaster
+from graf.models.ccsr import CCSR
 from graf.models.generator import Generator, rays_to_image
 from graf.runtime.amp import Precision
 from graf.runtime.seeding import Draws
@@ -31,16 +33,35 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Renders:
-    """Images on the CPU: rgb (B, 3, H, W) in [-1, 1], z-depth (B, 1, H, W) and opacity (B, 1, H, W) in [0, 1]."""
+    """Images on the CPU: rgb (B, 3, H, W), z-depth (B, 1, H, W) and opacity (B, 1, H, W) in [0, 1].
+
+    sharp: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection wants it;
+    whoever shows them clips them.
+    """
 
     rgb: Tensor
     depth: Tensor
     opacity: Tensor
+    sharp: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence[Renders]) -> Renders:
+        """All images of several renders, in order."""
+        sharp = [part.sharp for part in parts if part.sharp is not None]
+        return cls(
+            torch.cat([part.rgb for part in parts]),
+            torch.cat([part.depth for part in parts]),
+            torch.cat([part.opacity for part in parts]),
+            torch.cat(sharp) if sharp else None,
+        )
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Renders views of objects. `resolution`: side of the images, pixels; `uniform_z`: the law of the codes."""
+    """Renders views of objects. `resolution`: side of the images, pixels; `uniform_z`: the law of the codes.
+
+    ccsr: sharpens the renders on request.
+    """
 
     generator: Generator
     caster: RayCaster
@@ -48,6 +69,7 @@ class Sampler:
     device: torch.device
     resolution: int
     uniform_z: bool = False
+    ccsr: CCSR | None = None
 
     def codes(self, seed: int, indices: range) -> Tensor:
         """Codes z (len(indices), dim_z): row i depends on (seed, indices[i]) alone."""
@@ -55,22 +77,28 @@ class Sampler:
         dim_z = self.generator.dim_z
         return draws.uniform("sample/z", dim_z) * 2 - 1 if self.uniform_z else draws.normal("sample/z", dim_z)
 
-    def render(self, z: Tensor, views: Views) -> Renders:
+    def render(self, z: Tensor, views: Views, sharpen: bool = False) -> Renders:
         """Render each z (B, dim_z) from its view (B); one image at a time on the device, rays in chunks."""
         with eval_mode(self.generator):
-            images = [self._render_one(z[i : i + 1], views.images(i, i + 1)) for i in range(len(views))]
-        return Renders(*(torch.cat(parts) for parts in zip(*images, strict=True)))
+            return Renders.join([self._render_one(z[i : i + 1], views.images(i, i + 1), sharpen) for i in range(len(views))])
 
-    def render_random(self, pool: ViewPool, seed: int, indices: range) -> Tensor:
-        """rgb of random objects from random views of the pool; image i depends on (seed, indices[i]) alone."""
-        views = pool.pick(Draws(seed, 0, indices).uniform("sample/view", 3))
-        return self.render(self.codes(seed, indices), views).rgb
+    def render_random(self, pool: ViewPool, seed: int, indices: range, sharpen: bool = False) -> Renders:
+        """Random objects from random views of the pool; image i depends on (seed, indices[i]) alone."""
+        views = pool.pick(Draws(seed, 0, indices).uniform("sample/view", NUM_VIEW_UNIFORMS))
+        return self.render(self.codes(seed, indices), views, sharpen)
 
-    def _render_one(self, z: Tensor, view: Views) -> tuple[Tensor, Tensor, Tensor]:
+    def _render_one(self, z: Tensor, view: Views, sharpen: bool) -> Renders:
         view = view.to(self.device)
         rays = self.caster.cast_images(view.poses, self.resolution)
         with self.precision.autocast():
             colours = self.generator(z.to(self.device), view.class_idx, rays)
         parts = (colours.rgb, colours.depth, colours.opacity)
-        rgb, depth, opacity = (rays_to_image(part.float(), self.resolution).cpu() for part in parts)
-        return rgb.clamp(-1, 1), depth, opacity
+        rgb, depth, opacity = (rays_to_image(part.float(), self.resolution) for part in parts)
+        sharp = self._sharpen(rgb, view) if sharpen else None
+        return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sharp)
+
+    def _sharpen(self, rgb: Tensor, view: Views) -> Tensor:
+        if self.ccsr is None:
+            raise ValueError("this run has no super-resolution; train one with ccsr.enabled=true")
+        with eval_mode(self.ccsr), self.precision.autocast():
+            return self.ccsr(rgb, view.labels[:, 2], Patches.whole(len(rgb), rgb.device)).image.float().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,59 @@ from graf.data.views import ViewPool
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, RenderedImages, Scores, score_images
 from graf.evaluation.sampler import Sampler
+from graf.models.ccsr import upsample
 
 RENDER_BATCH = 8
 
 
-def score_generator(
-    sampler: Sampler,
-    pool: ViewPool,
-    photographs: Dataset[Any],
-    fingerprint: str,
-    num_images: int,
-    extractor: Extractor,
-    protocol: FidelityProtocol,
-    provenance: Mapping[str, Plain],
-    cache_root: Path,
-    progress: bool = True,
-) -> Scores:
-    """Score `num_images` random renders (codes and views from protocol.seed) against all `photographs`.
+#: what is scored: the render itself, its super-resolution, or its bicubic upsampling by the same factor
+OUTPUTS = ("render", "sr", "bicubic")
 
-    fingerprint: identifies the photographs, whose features are cached under it. Images are rendered as they are scored.
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """Everything about a score but the output that is scored.
+
+    photographs: the real images at the resolution of the output; fingerprint: identifies them in the feature cache under
+    cache_root. Codes and views of the generated images come from protocol.seed.
     """
-    with tqdm(total=num_images, desc="FID/KID", unit="image", leave=False, disable=not progress) as bar:
 
-        def render(indices: list[int]) -> torch.Tensor:
-            bar.update(len(indices))
-            return sampler.render_random(pool, protocol.seed, range(indices[0], indices[-1] + 1))
+    sampler: Sampler
+    pool: ViewPool
+    extractor: Extractor
+    protocol: FidelityProtocol
+    num_images: int
+    cache_root: Path
+    provenance: Mapping[str, Plain] = field(default_factory=dict)
 
-        return score_images(
-            ImagesAsUint8(photographs),
-            RenderedImages(render, num_images, RENDER_BATCH),
-            extractor,
-            protocol,
-            sampler.device,
-            real_cache_name=fingerprint,
-            cache_root=cache_root,
-            provenance={"poses": pool.describe(), **provenance},
-        )
+    def score(self, output: str, photographs: Dataset[Any], fingerprint: str) -> Scores:
+        """FID and KID of `output` against the photographs; names other than the render's begin with the output's."""
+        with tqdm(total=self.num_images, desc=f"FID/KID of {output}", unit="image", leave=False) as bar:
+
+            def render(indices: list[int]) -> torch.Tensor:
+                bar.update(len(indices))
+                return self._render(output, range(indices[0], indices[-1] + 1))
+
+            scores = score_images(
+                ImagesAsUint8(photographs),
+                RenderedImages(render, self.num_images, RENDER_BATCH),
+                self.extractor,
+                self.protocol,
+                self.sampler.device,
+                real_cache_name=fingerprint,
+                cache_root=self.cache_root,
+                provenance={"output": output, "poses": self.pool.describe(), **self.provenance},
+            )
+        if output == "render":
+            return scores
+        return Scores({f"{output}_{name}": value for name, value in scores.values.items()}, scores.provenance)
+
+    def _render(self, output: str, indices: range) -> torch.Tensor:
+        renders = self.sampler.render_random(self.pool, self.protocol.seed, indices, sharpen=output == "sr")
+        if output == "render":
+            return renders.rgb
+        if output == "bicubic":
+            assert self.sampler.ccsr is not None
+            return upsample(renders.rgb, self.sampler.ccsr.scale)
+        assert renders.sharp is not None
+        return renders.sharp

@@ -53,17 +53,18 @@ def directions_from_angles(u: Tensor, v: Tensor) -> Tensor:
     return torch.stack([sin_polar * torch.cos(azimuth), sin_polar * torch.sin(azimuth), cos_polar], dim=-1)
 
 
-def pose_from_angles(u: Tensor, v: Tensor, radius: float) -> Tensor:
+def pose_from_angles(u: Tensor, v: Tensor, radius: float | Tensor) -> Tensor:
     """Camera-to-world poses (..., 4, 4) on a sphere of `radius` around the origin, looking at the origin, z up.
 
-    u, v: (...), see the notation above. At the poles, where "up" is undefined, the azimuth still fixes the roll.
+    u, v: (...), see the notation above; radius: one for all, or (...). At the poles, where "up" is undefined, the azimuth still fixes the roll.
     """
     backward = directions_from_angles(u, v)  # the camera looks down -z, so its z axis points away from the object
     azimuth = 2 * math.pi * u
     right = torch.stack([-torch.sin(azimuth), torch.cos(azimuth), torch.zeros_like(azimuth)], dim=-1)
     up = torch.linalg.cross(backward, right)
     rotation = torch.stack([right, up, backward], dim=-1)
-    top = torch.cat([rotation, radius * backward[..., None]], dim=-1)
+    distance = radius[..., None] if isinstance(radius, Tensor) else radius
+    top = torch.cat([rotation, (distance * backward)[..., None]], dim=-1)
     bottom = torch.zeros_like(top[..., :1, :])
     bottom[..., 3] = 1
     return torch.cat([top, bottom], dim=-2)

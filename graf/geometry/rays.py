@@ -87,6 +87,15 @@ def place_patches(uniforms: Tensor, min_scale: float, max_scale: float) -> Patch
     return Patches(scale, centre)
 
 
+def subdivide_patches(patches: Patches, size: int, factor: int, corner: Tensor) -> Patches:
+    """Where crops of size x size pixels lie that are cut out of patches of (factor size) x (factor size) pixels.
+
+    corner: (B, 2) = (x, y), the crop's first pixel. A crop has 1 / factor of the patch's scale.
+    """
+    shift = (2 * corner.to(patches.scale.dtype) + size) / (factor * size) - 1
+    return Patches(patches.scale / factor, patches.centre + patches.scale[:, None] * shift)
+
+
 def patch_grid(patches: Patches, size: int) -> Tensor:
     """Image-plane coordinates (B, size, size, 2), x then y, of the pixel centres of patches of size x size pixels."""
     cells = (2 * torch.arange(size, device=patches.scale.device, dtype=patches.scale.dtype) + 1) / size - 1
@@ -129,10 +138,7 @@ def cast_rays(
         middle = -(origins * directions).sum(-1, keepdim=True)
         half_squared = bounding_radius**2 - (origins.square().sum(-1, keepdim=True) - middle.square())
         half = half_squared.clamp(min=0).sqrt()
-        near_t = torch.maximum(near_t, middle - half)
-        far_t = torch.maximum(torch.minimum(far_t, middle + half), near_t)
-        missed = half_squared <= 0
-        near_t, far_t = torch.where(missed, middle, near_t), torch.where(missed, middle, far_t)
+        near_t, far_t = (middle - half).clamp(near, far), (middle + half).clamp(near, far)
     return Rays(origins, directions, near_t, far_t, 1 / length)
 
 

@@ -27,7 +27,8 @@ class FieldShape:
     """Sizes and output laws of :class:`ConditionalField`.
 
     depth x width: the density trunk; `skip`: the layer that sees the input again (GRAF: 5 of 8, counted from 0).
-    multires, multires_views: octaves of the positional encoding of points and directions; use_viewdirs: whether colour
+    multires, multires_views: octaves of the positional encoding of points and directions, whose first angular frequency is
+    base_frequency; use_viewdirs: whether colour
     may depend on the direction. dim_shape, dim_appearance: latent codes; num_classes, dim_class: the class embedding.
     density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius - |p|)),
     which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
@@ -38,6 +39,7 @@ class FieldShape:
     width: int = 256
     multires: int = 10
     multires_views: int = 4
+    base_frequency: float = math.pi
     use_viewdirs: bool = True
     dim_shape: int = 128
     dim_appearance: int = 128
@@ -56,21 +58,26 @@ class FieldShape:
         return self.depth // 2 + 1 if self.depth >= 4 else None
 
 
-def positional_encoding(x: Tensor, octaves: int) -> Tensor:
-    """[x, sin(2^k pi x), cos(2^k pi x)] for k < octaves: (..., D) -> (..., D (1 + 2 octaves)), float32 (NeRF, eq. 4).
+def positional_encoding(x: Tensor, octaves: int, base_frequency: float = math.pi) -> Tensor:
+    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency: (..., D) -> (..., D (1 + 2 octaves)) (NeRF, eq. 4).
 
-    Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only every
-    fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an octave. The
-    argument is reduced exactly before it meets pi, so the error stays below 1e-5 in every octave, wherever the point lies.
+    Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only
+    every fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an
+    octave. Whole periods are taken off before the product with w is rounded (the period in two parts, as Cody & Waite
+    do), so the error stays below 1e-5 in each of 10 octaves.
     """
+    period = 2 * math.pi / base_frequency
+    mantissa, exponent = math.frexp(period)
+    coarse = math.ldexp(round(256 * mantissa) / 256, exponent)  # 8 bits: exact when multiplied by up to 2^16 periods
     with float32_region(x.device.type):
         x = _at_least_float32(x)
         parts = [x]
         for octave in range(octaves):
             if octave % 5 == 0:
-                half_turns = 2**octave * x
-                half_turns = half_turns - 2 * torch.round(half_turns / 2)
-                sin, cos = torch.sin(math.pi * half_turns), torch.cos(math.pi * half_turns)
+                scaled = 2**octave * x
+                periods = torch.round(scaled / period)
+                angle = base_frequency * (scaled - periods * coarse - periods * (period - coarse))
+                sin, cos = torch.sin(angle), torch.cos(angle)
             else:
                 sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
             parts += [sin, cos]
@@ -176,7 +183,7 @@ class ConditionalField(nn.Module):
         points: (B, N, S, 3); directions: (B, N, 3), unit length; noise: (B, N, S), added to the raw density.
         """
         batch, num_rays, num_samples, _ = points.shape
-        encoded = positional_encoding(points, self.shape.multires).reshape(batch, num_rays * num_samples, -1)
+        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).reshape(batch, num_rays * num_samples, -1)
         hidden = torch.relu_(_linear_plus(encoded, self.trunk_in.weight, codes.trunk_in))
         for layer in self.trunk:
             if codes.trunk_skip is not None and layer is self._skip_layer:
@@ -189,7 +196,9 @@ class ConditionalField(nn.Module):
         colour = functional.linear(hidden, codes.view_weight).view(batch, num_rays, num_samples, -1)
         per_ray = codes.view
         if self.shape.use_viewdirs:
-            encoded_directions = positional_encoding(directions, self.shape.multires_views)
+            encoded_directions = positional_encoding(
+                directions, self.shape.multires_views, self.shape.base_frequency
+            )
             per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
         colour = torch.relu_(colour + per_ray[:, :, None].to(colour.dtype))
         return torch.tanh(_at_least_float32(self.rgb(colour))), self._activate_density(raw, points, noise)

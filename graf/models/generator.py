@@ -8,29 +8,36 @@ from torch import Tensor, nn
 from graf.geometry.rays import Rays
 from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling, render_rays
 from graf.models.field import ConditionalField, FieldCodes, FieldShape
-from graf.runtime.amp import float32_region
 
-BACKGROUNDS = ("white", "black", "learned")
+BACKGROUNDS = {"white": 1.0, "black": -1.0}
 
 
 class Generator(nn.Module):
     """A conditional radiance field seen through a volume renderer.
 
-    background: "white", "black", or "learned" (one colour for the whole collection).
+    background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
     chunk: rays rendered at once, counted over all images of the batch; smaller costs time, larger costs memory.
     """
 
-    def __init__(self, shape: FieldShape, sampling: RaySampling, background: str = "white", chunk: int = 4096) -> None:
+    def __init__(
+        self,
+        shape: FieldShape,
+        sampling: RaySampling,
+        background: str = "white",
+        learn_background: bool = False,
+        chunk: int = 4096,
+    ) -> None:
         super().__init__()
         if background not in BACKGROUNDS:
             raise ValueError(f"background={background!r}: expected one of {', '.join(BACKGROUNDS)}")
         self.field = ConditionalField(shape)
         self.sampling = sampling
         self.chunk = chunk
-        if background == "learned":
-            self.background = nn.Parameter(torch.zeros(3))
+        colour = torch.full((3,), BACKGROUNDS[background])
+        if learn_background:
+            self.background = nn.Parameter(colour)
         else:
-            self.register_buffer("background", torch.full((3,), 1.0 if background == "white" else -1.0))
+            self.register_buffer("background", colour)
 
     @property
     def dim_z(self) -> int:
@@ -60,11 +67,7 @@ class Generator(nn.Module):
         def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
             return self.field(points, directions, codes, density_noise)
 
-        return render_rays(field, rays, self.sampling, noise, self._background_colour())
-
-    def _background_colour(self) -> Tensor:
-        with float32_region(self.background.device.type):
-            return torch.tanh(self.background) if isinstance(self.background, nn.Parameter) else self.background
+        return render_rays(field, rays, self.sampling, noise, self.background)
 
 
 def _parts(colours: RayColours) -> tuple[Tensor, Tensor, Tensor]:

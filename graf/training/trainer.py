@@ -1,7 +1,8 @@
 """The training loop: one step runs one way, from a batch of photographs to hooks that log, sample, score and save.
 
-batch -> real patches; z, view -> rays -> fake patches -> D loss (+ gradient penalty) -> D step -> G loss -> G step -> EMA -> hooks.
-Schedules are pure functions of the iteration; nothing derived is written back anywhere.
+batch -> real patches; z, view -> rays -> fake patches -> D loss (+ gradient penalty) -> D step -> G loss -> G step ->
+detached render -> CCSR loss -> CCSR step -> EMA -> hooks. Schedules are pure functions of the iteration; nothing derived is
+written back anywhere. What the players minimise stands in game.py, how gradients are applied in players.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,31 +19,21 @@ from torch import Tensor, nn
 
 from graf.config import Config
 from graf.data.views import ViewPool
-from graf.geometry.rays import RayCaster, annealed_min_scale, crop_images
+from graf.geometry.rays import RayCaster, annealed_min_scale
+from graf.models.ccsr import CCSR
 from graf.models.discriminator import PatchDiscriminator
-from graf.models.generator import Generator, rays_to_image
-from graf.runtime.amp import Precision, Scaler, float32_region, optimizer_step
+from graf.models.generator import Generator
+from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import Stateful
 from graf.runtime.seeding import Draws
-from graf.training import losses
-from graf.training.augment import Augmentation, augment_patches
+from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage
+from graf.training.game import Game, GameRules, RenderedPatches, SuperResolutionRules, Terms
 from graf.training.inputs import FakeInputs, InputSampler, RealInputs, StepSettings
-from graf.training.optim import (
-    LearningRateSchedule,
-    build_optimizer,
-    clip_gradients,
-    find_nonfinite_gradient,
-    gradient_norm,
-    set_learning_rate,
-)
-
-#: updates that a GradScaler may skip in a row before the run is given up as diverged
-MAX_SKIPPED_UPDATES = 100
-
-
-class DivergenceError(RuntimeError):
-    """A loss or gradient is not finite; the message names the first offending tensor."""
+from graf.training.losses import MCE_Loss
+from graf.training.optim import LearningRateSchedule, build_optimizer
+from graf.training.perceptual import load_perceptual_distance
+from graf.training.players import Player
 
 
 @dataclass
@@ -60,29 +52,21 @@ class Progress:
         self.best = dict(state["best"])
 
 
-@dataclass
-class Player:
-    """One side of the game: a network with its optimiser, learning rate and its own loss scale."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of the batch: photographs and labels, and the random numbers of its samples."""
 
-    name: str
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: Scaler
-    lr: float
-    skipped: int = 0
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    images: Tensor
+    labels: Tensor
+    draws: Draws
 
 
 #: called after every step with the trainer and the step's statistics (scalars, still on the device)
-Hook = Callable[["Trainer", dict[str, Tensor]], None]
+Hook = Callable[["Trainer", Terms], None]
 
 
 class Trainer:
-    """Trains a generator against a discriminator; everything it does not own is passed in."""
+    """Trains a generator against a discriminator, and CCSR on the generator's renders; what it does not own is passed in."""
 
     def __init__(
         self,
@@ -93,24 +77,29 @@ class Trainer:
         pool: ViewPool,
         precision: Precision,
         device: torch.device,
+        ccsr: CCSR | None = None,
     ) -> None:
+        self.config, self.device = config, device
+        self.generator, self.discriminator, self.ccsr = generator, discriminator, ccsr
         training = config.training
-        self.config, self.precision, self.device, self.caster = config, precision, device, caster
-        self.generator, self.discriminator = generator, discriminator
         self.average = ModelAverage(generator, training.model_average_beta)
-        self.progress = Progress()
-        self.g = self._make_player("generator", generator, training.lr_g)
-        self.d = self._make_player("discriminator", discriminator, training.lr_d)
-        self.schedule = LearningRateSchedule(
-            training.lr_schedule,
-            training.lr_anneal,
-            training.lr_anneal_every,
-            training.max_iterations,
-            training.lr_decay_start,
-            training.lr_warmup,
+        self.g = self._make_player("generator", "g", generator, training.lr_g, precision)
+        self.d = self._make_player("discriminator", "d", discriminator, training.lr_d, precision)
+        self.sr = self.sr_average = None
+        if ccsr is not None:
+            self.sr_average = ModelAverage(ccsr, training.model_average_beta)
+            self.sr = self._make_player("ccsr", "sr", ccsr, config.ccsr.lr, precision)
+        self.game = Game(
+            generator=generator,
+            discriminator=discriminator,
+            ccsr=ccsr,
+            caster=caster,
+            rules=_rules_of(config),
+            patch_size=config.ray_sampler.patch_size,
+            precision=precision,
+            class_criterion=MCE_Loss(discriminator.shape.label_groups),
+            perceptual=load_perceptual_distance(device) if ccsr is not None and config.ccsr.perceptual else None,
         )
-        self.augmentation = Augmentation(**config.discriminator.augment.model_dump())
-        self.class_loss = losses.MCE_Loss(discriminator.shape.label_groups)
         self.inputs = InputSampler(
             pool=pool,
             dim_z=generator.dim_z,
@@ -121,21 +110,35 @@ class Trainer:
             hflip=config.discriminator.hflip,
             device=device,
         )
+        self.progress = Progress()
         self.stop_reason: str | None = None
 
     @property
     def state(self) -> dict[str, Stateful]:
         """Every stateful object by name: what a checkpoint holds."""
-        return {
-            "generator": self.generator,
-            "discriminator": self.discriminator,
-            "optimizer_g": self.g.optimizer,
-            "optimizer_d": self.d.optimizer,
-            "scaler_g": self.g.scaler,
-            "scaler_d": self.d.scaler,
-            "average": self.average,
-            "progress": self.progress,
-        }
+        state: dict[str, Stateful] = {"average": self.average, "progress": self.progress}
+        if self.sr_average is not None:
+            state["average_ccsr"] = self.sr_average
+        for player in self.players:
+            state |= {
+                player.name: player.network,
+                f"optimizer_{player.suffix}": player.optimizer,
+                f"scaler_{player.suffix}": player.scaler,
+            }
+        return state
+
+    @property
+    def averaged_networks(self) -> tuple[Generator, CCSR | None]:
+        """Generator and CCSR with averaged weights: what samples and scores are made with."""
+        sharpener = None if self.sr_average is None else self.sr_average.module
+        return self.average.module, sharpener  # type: ignore[return-value]
+
+    @property
+    def players(self) -> list[Player]:
+        """Discriminator, generator and, where there is one, CCSR."""
+        return [self.d, self.g] + ([self.sr] if self.sr is not None else [])
+
+    # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], hooks: Sequence[Hook]) -> None:
         """Step until max_iterations, or until a hook or a signal sets `stop_reason`."""
@@ -147,24 +150,93 @@ class Trainer:
             for hook in hooks:
                 hook(self, statistics)
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One update of D, one of G and one of the average, from photographs (B, 3, H, W) with labels (B, 3)."""
+    def step(self, images: Tensor, labels: Tensor) -> Terms:
+        """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
         iteration = self.progress.iteration
-        settings = self.settings_at(iteration)
-        draws = Draws(self.config.seed, iteration, range(len(images)))
-        reals = self.inputs.draw_reals(draws, images, labels, settings)
-        fakes = self.inputs.draw_fakes(draws, "g", settings)
-        for player in (self.g, self.d):
-            set_learning_rate(player.optimizer, player.lr * self.schedule(iteration))
+        parts = [MicroBatch(images, labels, Draws(self.config.seed, iteration, range(len(images))))]
 
         # With share_fakes one rendering serves both steps; its graph is held through the D step.
-        shared = self._render_patches(fakes) if self.config.training.share_fakes else None
-        statistics = self._update_discriminator(reals, draws, settings, fakes, shared)
-        statistics |= self._update_generator(fakes, shared)
+        shared = self._render_fakes(parts[0], "g") if self.config.training.share_fakes else None
+        statistics = self._update_discriminator(parts, shared)
+        generator_statistics, renders = self._update_generator(parts, shared)
         del shared
+        statistics |= generator_statistics
+        if self.sr is not None and self._ccsr_is_due(iteration):
+            statistics |= self._update_super_resolution(self.sr, parts, renders)
+        del renders
+
         self.average.update(self.generator)
+        if self.sr_average is not None and self.ccsr is not None:
+            self.sr_average.update(self.ccsr)
         self.progress.iteration = iteration + 1
         return statistics
+
+    # ------------------------------------------------------------------------------------------------ the updates
+
+    def _update_discriminator(self, parts: list[MicroBatch], shared: RenderedPatches | None) -> Terms:
+        iteration, training, player = self.progress.iteration, self.config.training, self.d
+        player.begin(iteration)
+        self.discriminator.advance_spectral_norm()
+        penalty_is_due = training.reg_type != "none" and iteration % training.reg_every == 0
+        terms: Terms = {}
+        for part in parts:
+            reals = self._draw_reals(part)
+            fakes = self._draw_fakes(part, "d" if shared is None else "g")
+            with torch.no_grad():
+                render = (self.game.render_patches(fakes) if shared is None else shared).rgb
+            batch_size = self._batch_size(parts)
+            losses = self.game.discriminator_terms(reals, fakes, render, batch_size)
+            loss = losses["loss_d"]
+            if "loss_d_class" in losses:
+                loss = loss + self.config.discriminator.class_loss * losses["loss_d_class"]
+            player.backward(loss)
+            if penalty_is_due:
+                losses |= self.game.penalty_terms(reals, render, batch_size, player.scaler)
+                player.backward(training.reg_param * training.reg_every * losses["penalty"])
+            _accumulate(terms, losses)
+        return player.apply(terms, iteration, training.grad_clip, training.grad_clip_at)
+
+    def _update_generator(
+        self, parts: list[MicroBatch], shared: RenderedPatches | None
+    ) -> tuple[Terms, list[RenderedPatches]]:
+        """The statistics, and the renders without their graph."""
+        iteration, training, player = self.progress.iteration, self.config.training, self.g
+        player.begin(iteration)
+        terms: Terms = {}
+        renders = []
+        with _frozen(self.discriminator):
+            for part in parts:
+                fakes = self._draw_fakes(part, "g")
+                render = self.game.render_patches(fakes) if shared is None else shared
+                losses = self.game.generator_terms(fakes, render.rgb, self._batch_size(parts))
+                loss = losses["loss_g"]
+                if "loss_g_class" in losses:
+                    loss = loss + self.config.discriminator.class_loss * losses["loss_g_class"]
+                if "loss_g_supervision" in losses:
+                    loss = loss + self.config.ccsr.supervise_generator * losses["loss_g_supervision"]
+                player.backward(loss)
+                renders.append(render.detach())
+                _accumulate(terms, losses)
+        return player.apply(terms, iteration, training.grad_clip, training.grad_clip_at), renders
+
+    def _update_super_resolution(self, player: Player, parts: list[MicroBatch], renders: list[RenderedPatches]) -> Terms:
+        iteration, training, ccsr = self.progress.iteration, self.config.training, self.config.ccsr
+        player.begin(iteration)
+        weights = {
+            "loss_sr_consistency": consistency_weight(iteration, ccsr.alpha_init, ccsr.alpha_min, ccsr.alpha_decay),
+            "loss_sr": ccsr.adversarial,
+            "loss_sr_agreement": ccsr.agreement,
+            "loss_sr_perceptual": ccsr.perceptual,
+        }
+        terms: Terms = {}
+        with _frozen(self.discriminator):
+            for part, render in zip(parts, renders, strict=True):
+                losses = self.game.super_resolution_terms(self._draw_fakes(part, "g"), render, self._batch_size(parts))
+                player.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
+                _accumulate(terms, losses)
+        return player.apply(terms, iteration, training.grad_clip, training.grad_clip_at)
+
+    # ------------------------------------------------------------------------------------------------ inputs and schedules
 
     def settings_at(self, iteration: int) -> StepSettings:
         """Patch scales and density noise at an iteration."""
@@ -175,141 +247,79 @@ class Trainer:
         min_scale = annealed_min_scale(iteration, rays.min_scale, rays.max_scale, rays.scale_anneal)
         return StepSettings(min_scale, rays.max_scale, noise)
 
-    def scalars_of(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+    def scalars_of(self, statistics: Terms) -> dict[str, float]:
         """A step's statistics as floats (a wait for the device) together with the values of the schedules."""
         iteration = max(self.progress.iteration - 1, 0)
         settings = self.settings_at(iteration)
-        return {name: float(value) for name, value in statistics.items()} | {
-            "lr_g": self.g.lr * self.schedule(iteration),
-            "lr_d": self.d.lr * self.schedule(iteration),
-            "scale_g": self.g.scaler.get_scale(),
-            "scale_d": self.d.scaler.get_scale(),
-            "patch_min_scale": settings.min_scale,
-            "density_noise": settings.density_noise,
-        }
+        scalars = {name: float(value) for name, value in statistics.items()}
+        for player in self.players:
+            scalars |= player.scalars(iteration)
+        return scalars | {"patch_min_scale": settings.min_scale, "density_noise": settings.density_noise}
 
-    # ------------------------------------------------------------------------------------------------ the two updates
+    def _ccsr_is_due(self, iteration: int) -> bool:
+        ccsr = self.config.ccsr
+        return iteration >= ccsr.start_iteration and iteration % ccsr.every == 0
 
-    def _update_discriminator(
-        self, reals: RealInputs, draws: Draws, settings: StepSettings, fakes: FakeInputs, shared: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _draw_reals(self, part: MicroBatch) -> RealInputs:
+        return self.inputs.draw_reals(part.draws, part.images, part.labels, self.settings_at(self.progress.iteration))
+
+    def _draw_fakes(self, part: MicroBatch, purpose: str) -> FakeInputs:
+        return self.inputs.draw_fakes(part.draws, purpose, self.settings_at(self.progress.iteration))
+
+    def _render_fakes(self, part: MicroBatch, purpose: str) -> RenderedPatches:
+        return self.game.render_patches(self._draw_fakes(part, purpose))
+
+    @staticmethod
+    def _batch_size(parts: list[MicroBatch]) -> int:
+        return sum(len(part.images) for part in parts)
+
+    def _make_player(self, name: str, suffix: str, network: nn.Module, lr: float, precision: Precision) -> Player:
         training = self.config.training
-        player, gan_type = self.d, training.gan_type
-        player.optimizer.zero_grad(set_to_none=True)
-        player.network.requires_grad_(True)
-        self.discriminator.advance_spectral_norm()
-        if shared is None:
-            fakes = self.inputs.draw_fakes(draws, "d", settings)
-        with torch.no_grad():
-            fake_patches = self._render_patches(fakes) if shared is None else shared
-            fake_patches = augment_patches(fake_patches, self.augmentation, self._augment_uniforms(draws, "d", fakes))
-            real_patches = crop_images(reals.images, reals.patches, self.inputs.patch_size)
-            real_patches = augment_patches(real_patches, self.augmentation, reals.augment)
-
-        with self.precision.autocast():
-            real_logits, label_logits = self.discriminator(real_patches, reals.condition)
-            fake_logits, _ = self.discriminator(fake_patches, fakes.condition)
-        loss = losses.discriminator_real_loss(gan_type, real_logits).mean()
-        loss = loss + losses.discriminator_fake_loss(gan_type, fake_logits).mean()
-        terms = {"loss_d": loss}
-        if label_logits is not None:
-            terms["loss_d_class"] = self.class_loss(label_logits, self._class_targets(reals.views.labels)).mean()
-            loss = loss + self.config.discriminator.class_loss * terms["loss_d_class"]
-        player.scaler.scale(loss).backward()
-
-        if training.reg_type != "none" and self.progress.iteration % training.reg_every == 0:
-            penalty = self._gradient_penalty(reals, real_patches, fake_patches)
-            terms["penalty"] = penalty
-            player.scaler.scale(training.reg_param * training.reg_every * penalty).backward()
-
-        terms |= {"d_real": torch.sigmoid(real_logits).mean(), "d_fake": torch.sigmoid(fake_logits).mean()}
-        return self._apply_gradients(player, terms, "d")
-
-    def _update_generator(self, fakes: FakeInputs, shared: Tensor | None) -> dict[str, Tensor]:
-        player = self.g
-        player.optimizer.zero_grad(set_to_none=True)
-        self.discriminator.requires_grad_(False)
-        patches = self._render_patches(fakes) if shared is None else shared
-        patches = augment_patches(patches, self.augmentation, fakes.augment)
-        with self.precision.autocast():
-            logits, label_logits = self.discriminator(patches, fakes.condition)
-        loss = losses.generator_loss(self.config.training.gan_type, logits).mean()
-        terms = {"loss_g": loss}
-        if label_logits is not None:
-            terms["loss_g_class"] = self.class_loss(label_logits, self._class_targets(fakes.views.labels)).mean()
-            loss = loss + self.config.discriminator.class_loss * terms["loss_g_class"]
-        player.scaler.scale(loss).backward()
-        self.discriminator.requires_grad_(True)
-        return self._apply_gradients(player, terms, "g")
-
-    def _gradient_penalty(self, reals: RealInputs, real_patches: Tensor, fake_patches: Tensor) -> Tensor:
-        """R1 or WGAN-GP at D's input after augmentation, in float32: half precision would drown its second derivatives."""
-        with float32_region(self.device.type):
-            if self.config.training.reg_type == "real":
-                inputs, penalise = real_patches.float(), losses.r1_penalty
-            else:
-                mix = reals.mix[:, None, None, None]
-                inputs, penalise = mix * real_patches + (1 - mix) * fake_patches.float(), losses.gradient_penalty
-            inputs = inputs.detach().requires_grad_(True)
-            logits, _ = self.discriminator(inputs, reals.condition)
-            return penalise(logits, inputs, self.d.scaler).mean()
-
-    # ------------------------------------------------------------------------------------------------ their parts
-
-    def _render_patches(self, fakes: FakeInputs) -> Tensor:
-        """Generated patches (B, 3, K, K); whether a graph is kept is the caller's choice."""
-        size = self.inputs.patch_size
-        rays = self.caster.cast_patches(fakes.views.poses, fakes.patches, size)
-        with self.precision.autocast():
-            colours = self.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise)
-        return rays_to_image(colours.rgb, size)
-
-    def _augment_uniforms(self, draws: Draws, purpose: str, fakes: FakeInputs) -> Tensor:
-        """The D step's own augmentation of the fakes: shared patches must not reach both steps under the same one."""
-        if not self.config.training.share_fakes:
-            return fakes.augment
-        return draws.uniform(f"{purpose}/augment", fakes.augment.shape[1]).to(self.device)
-
-    def _class_targets(self, labels: Tensor) -> Tensor:
-        """Targets (B, groups) of the label head: class, and where poses are known height and azimuth bin."""
-        columns = [labels[:, 0]]
-        if self.discriminator.shape.condition_pose:
-            num_views = self.config.data.num_views
-            bins = torch.remainder((labels[:, 2] * num_views + 180) // 360, num_views)
-            columns += [labels[:, 1], bins]
-        return torch.stack(columns, dim=1)
-
-    def _make_player(self, name: str, network: nn.Module, lr: float) -> Player:
-        training = self.config.training
-        optimizer = build_optimizer(training.optimizer, network.parameters(), lr, training.betas)
-        return Player(name, network, optimizer, self.precision.make_scaler(), lr)
-
-    def _apply_gradients(self, player: Player, terms: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
-        """Unscale, check, clip, step and update the loss scale; the phase's statistics, detached."""
-        training, scaler = self.config.training, player.scaler
-        scaler.unscale_(player.optimizer)
-        norm = gradient_norm(player.parameters)
-        terms = {name: value.detach() for name, value in terms.items()} | {f"grad_norm_{suffix}": norm}
-        # One wait for the device per update: a NaN that goes unnoticed costs the night.
-        finite = bool(torch.isfinite(torch.stack([value.float() for value in terms.values()])).all())
-        if not finite and not scaler.is_enabled():
-            raise DivergenceError(self._describe_divergence(player, terms))
-        if finite:
-            clip_gradients(player.parameters, training.grad_clip, training.grad_clip_at)
-        stepped = optimizer_step(scaler, player.optimizer)
-        scaler.update()
-        player.skipped = 0 if stepped else player.skipped + 1
-        if player.skipped > MAX_SKIPPED_UPDATES:
-            raise DivergenceError(
-                f"{player.skipped} updates in a row skipped by the loss scaler: {self._describe_divergence(player, terms)}"
-            )
-        return terms
-
-    def _describe_divergence(self, player: Player, terms: dict[str, Tensor]) -> str:
-        where = find_nonfinite_gradient({player.name: player.network})
-        bad_terms = [name for name, value in terms.items() if not math.isfinite(float(value))]
-        tensor = bad_terms[0] if bad_terms and not bad_terms[0].startswith("grad_norm") else f"the gradient of {where}"
-        return (
-            f"iteration {self.progress.iteration}: {tensor} is not finite; the last checkpoint is untouched; "
-            "resume from it with a lower learning rate (training.lr_g, training.lr_d) or training.use_amp=false"
+        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(training.optimizer, trainable, lr, training.betas)
+        schedule = LearningRateSchedule(
+            training.lr_schedule,
+            training.lr_anneal,
+            training.lr_anneal_every,
+            training.max_iterations,
+            training.lr_decay_start,
+            training.lr_warmup,
         )
+        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule)
+
+
+def consistency_weight(iteration: int, initial: float, smallest: float, decay: float) -> float:
+    """alpha(it) = max(smallest, initial exp(-decay it)), the weight of CCSR's consistency term."""
+    return max(smallest, initial * math.exp(-decay * iteration))
+
+
+def _rules_of(config: Config) -> GameRules:
+    ccsr, training = config.ccsr, config.training
+    return GameRules(
+        gan_type=training.gan_type,
+        reg_type=training.reg_type,
+        num_views=config.data.num_views,
+        augmentation=Augmentation(**config.discriminator.augment.model_dump()),
+        super_resolution=SuperResolutionRules(
+            adversarial=ccsr.adversarial > 0,
+            agreement=ccsr.agreement > 0,
+            agreement_degrees=ccsr.agreement_degrees,
+            supervision=ccsr.supervise_generator > 0,
+        ),
+    )
+
+
+def _accumulate(terms: Terms, more: Terms) -> None:
+    """Add a micro-batch's terms, without their graphs."""
+    for name, value in more.items():
+        terms[name] = terms.get(name, 0) + value.detach()
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module takes a gradient inside."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

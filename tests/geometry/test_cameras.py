@@ -42,6 +42,13 @@ def test_cameras_sit_on_the_sphere_and_look_at_the_origin_along_minus_z():
     assert_close(poses[:, 3], torch.tensor([0.0, 0, 0, 1], dtype=torch.float64).expand(64, 4))
 
 
+def test_every_camera_may_have_its_own_distance():
+    (u, v), radius = random_angles(6), 3 + torch.rand(6, dtype=torch.float64)
+    poses = pose_from_angles(u, v, radius)
+    for i in range(6):
+        assert_close(poses[i], pose_from_angles(u[i], v[i], radius[i].item()))
+
+
 def test_up_points_upwards_and_right_is_level():
     poses = pose_from_angles(*random_angles(64), RADIUS)
     assert bool((poses[:, 2, 1] > 0).all())
@@ -50,8 +57,15 @@ def test_up_points_upwards_and_right_is_level():
 
 @pytest.mark.parametrize(
     ("u", "v", "centre"),
-    [(0.0, 0.5, (1, 0, 0)), (0.25, 0.5, (0, 1, 0)), (0.5, 0.5, (-1, 0, 0)), (0.75, 0.5, (0, -1, 0))]
-    + [(0.0, 0.0, (0, 0, 1)), (0.3, 1.0, (0, 0, -1)), (0.0, 0.25, (math.sqrt(0.75), 0, 0.5))],
+    [
+        (0.0, 0.5, (1, 0, 0)),
+        (0.25, 0.5, (0, 1, 0)),
+        (0.5, 0.5, (-1, 0, 0)),
+        (0.75, 0.5, (0, -1, 0)),
+        (0.0, 0.0, (0, 0, 1)),
+        (0.3, 1.0, (0, 0, -1)),
+        (0.0, 0.25, (math.sqrt(0.75), 0, 0.5)),
+    ],
 )
 def test_azimuth_turns_counter_clockwise_from_x_and_v_runs_from_top_to_bottom(u, v, centre):
     found = directions_from_angles(torch.tensor(u, dtype=torch.float64), torch.tensor(v, dtype=torch.float64))
@@ -60,7 +74,9 @@ def test_azimuth_turns_counter_clockwise_from_x_and_v_runs_from_top_to_bottom(u,
 
 def test_a_camera_on_x_sees_y_on_its_right_and_z_above():
     pose = pose_from_angles(torch.tensor(0.0), torch.tensor(0.5), RADIUS)
-    pixels, depth = project_points(torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]), pose, Intrinsics.from_fov(64, 30.0))
+    pixels, depth = project_points(
+        torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]), pose, Intrinsics.from_fov(64, 30.0)
+    )
     assert pixels[0, 0] > 33
     assert pixels[0, 1].item() == pytest.approx(32, abs=1e-4)
     assert pixels[1, 1] < 31
@@ -118,7 +134,7 @@ def test_label_angles_of_both_senses_are_mirrored_in_the_xz_plane():
 
 
 def test_an_unknown_angle_direction_is_named():
-    with pytest.raises(ValueError, match="angle_direction='left'.*'ccw' or 'cw'"):
+    with pytest.raises(ValueError, match=r"angle_direction='left'.*'ccw' or 'cw'"):
         label_angles(torch.zeros(1, 3, dtype=torch.int64), [0.3], "left")
 
 

@@ -52,7 +52,7 @@ def bumpy_field(points, directions, noise):
     return rgb, torch.nn.functional.softplus(2 * raw)
 
 
-# ---------------------------------------------------------------------------------------------------- where to sample
+# ------------------------------------------------------------------------------------------------------ where to sample
 
 
 def test_without_jitter_samples_sit_in_the_middle_of_equal_bins():
@@ -119,7 +119,7 @@ def test_float32_weights_agree_with_float64():
     assert_close(found, compositing_weights(density, lengths), atol=1e-6, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------ what the eye sees
+# ---------------------------------------------------------------------------------------------------- what the eye sees
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 1.0, 7.0])
@@ -250,7 +250,7 @@ def test_the_field_is_evaluated_at_the_points_of_the_rays_with_its_share_of_the_
     assert torch.equal(torch.cat([noise for _, _, noise in seen], -1), density)
 
 
-# --------------------------------------------------------------------------------------------------- importance sampling
+# -------------------------------------------------------------------------------------------------- importance sampling
 
 
 def test_importance_samples_follow_a_known_piecewise_constant_density():

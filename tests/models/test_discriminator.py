@@ -102,11 +102,8 @@ def test_the_decision_is_psi_plus_the_projection():
     features = discriminator.trunk(patches)
     scale, harmonics = condition.patches.scale, torch.arange(1, 7)
     azimuth, polar = 2 * torch.pi * condition.u[:, None] * harmonics, torch.pi * condition.v[:, None] * harmonics[:2]
-    described = torch.cat(
-        [discriminator.class_embedding(condition.class_idx), scale.log2()[:, None], condition.patches.centre]
-        + [azimuth.sin(), azimuth.cos(), polar.sin(), polar.cos()],
-        1,
-    )
+    parts = [discriminator.class_embedding(condition.class_idx), scale.log2()[:, None], condition.patches.centre]
+    described = torch.cat([*parts, azimuth.sin(), azimuth.cos(), polar.sin(), polar.cos()], 1)
     projected = torch.einsum("bf,bf->b", discriminator.condition(described), features) / 16**0.5
     assert_close(discriminator(patches, condition)[0], discriminator.decision(features)[:, 0] + projected)
 
@@ -168,7 +165,7 @@ def test_the_gradient_penalty_has_the_right_gradient_in_every_weight(spectral):
     assert difference == pytest.approx(expected, rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------- spectral norm
+# -------------------------------------------------------------------------------------------------------- spectral norm
 
 
 def spectral_buffers(discriminator: nn.Module) -> list[torch.Tensor]:

@@ -16,10 +16,11 @@ SMALL = FieldShape(
 )
 
 
-def encode_plainly(x: Tensor, octaves: int) -> Tensor:
+def encode_plainly(x: Tensor, octaves: int, base_frequency: float = math.pi) -> Tensor:
     parts = [x]
     for octave in range(octaves):
-        parts += [torch.sin(2**octave * math.pi * x), torch.cos(2**octave * math.pi * x)]
+        angle = 2**octave * base_frequency * x
+        parts += [torch.sin(angle), torch.cos(angle)]
     return torch.cat(parts, -1)
 
 
@@ -31,7 +32,7 @@ def plain_graf(field: ConditionalField, points, directions, z, class_idx, noise=
     embedding = field.class_embedding(class_idx)
     shape_code = torch.cat([z[:, : shape.dim_shape], embedding], 1)[:, None, None].expand(per_point)
     appearance = torch.cat([z[:, shape.dim_shape :], embedding], 1)[:, None, None].expand(per_point)
-    encoded = torch.cat([encode_plainly(points, shape.multires), shape_code], -1)
+    encoded = torch.cat([encode_plainly(points, shape.multires, shape.base_frequency), shape_code], -1)
 
     first = torch.cat([field.trunk_in.weight, field.trunk_in_codes.weight], 1)
     hidden = torch.relu(functional.linear(encoded, first, field.trunk_in.bias))
@@ -45,8 +46,8 @@ def plain_graf(field: ConditionalField, points, directions, z, class_idx, noise=
 
     inputs, weights = [field.feature_linear(hidden), appearance], [field.view.weight, field.view_codes.weight]
     if shape.use_viewdirs:
-        seen_from = encode_plainly(directions, shape.multires_views)[:, :, None].expand(-1, -1, samples, -1)
-        inputs.append(seen_from)
+        seen_from = encode_plainly(directions, shape.multires_views, shape.base_frequency)
+        inputs.append(seen_from[:, :, None].expand(-1, -1, samples, -1))
         weights.append(field.view_directions.weight)
     colour = torch.relu(functional.linear(torch.cat(inputs, -1), torch.cat(weights, 1), field.view.bias))
     raw = raw if noise is None else raw + noise
@@ -61,10 +62,11 @@ def draw_inputs(shape: FieldShape, dtype: torch.dtype = torch.float64, batch: in
     return points, directions, z, class_idx
 
 
+@pytest.mark.parametrize("base_frequency", [math.pi, 1.0])
 @pytest.mark.parametrize("use_viewdirs", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 8])
-def test_the_factored_field_is_the_plain_network_in_outputs_and_all_gradients(depth, use_viewdirs):
-    shape = replace(SMALL, depth=depth, use_viewdirs=use_viewdirs)
+def test_the_factored_field_is_the_plain_network_in_outputs_and_all_gradients(depth, use_viewdirs, base_frequency):
+    shape = replace(SMALL, depth=depth, use_viewdirs=use_viewdirs, base_frequency=base_frequency)
     field = ConditionalField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     z.requires_grad_(True)
@@ -162,19 +164,22 @@ def test_codes_of_some_images_give_their_rows():
 # -------------------------------------------------------------------------------------------------- positional encoding
 
 
+@pytest.mark.parametrize("base_frequency", [math.pi, 1.0, 3.14159])
 @pytest.mark.parametrize("reach", [1.0, 4.5])
-@pytest.mark.parametrize("octaves", [0, 1, 4, 10, 16])
-def test_encoding_in_float32_is_that_of_direct_sines_to_1e_5(reach, octaves):
+@pytest.mark.parametrize("octaves", [0, 1, 4, 10])
+def test_encoding_in_float32_is_that_of_direct_sines_to_1e_5(reach, octaves, base_frequency):
     x = torch.linspace(-reach, reach, 30_001)[:, None]
-    found = positional_encoding(x, octaves)
+    found = positional_encoding(x, octaves, base_frequency)
     assert found.dtype == torch.float32
     assert found.shape[-1] == 1 + 2 * octaves
-    assert_close(found.double(), encode_plainly(x.double(), octaves), atol=1e-5, rtol=0)
+    assert_close(found.double(), encode_plainly(x.double(), octaves, base_frequency), atol=1e-5, rtol=0)
 
 
-def test_encoding_in_float64_is_that_of_direct_sines():
+@pytest.mark.parametrize("base_frequency", [math.pi, 1.0])
+def test_encoding_in_float64_is_that_of_direct_sines(base_frequency):
     x = torch.linspace(-2, 2, 1001, dtype=torch.float64).reshape(-1, 1)
-    assert_close(positional_encoding(x, 10), encode_plainly(x, 10), atol=1e-9, rtol=0)
+    found = positional_encoding(x, 10, base_frequency)
+    assert_close(found, encode_plainly(x, 10, base_frequency), atol=1e-9, rtol=0)
 
 
 def test_encoding_size_counts_the_channels():
@@ -207,7 +212,7 @@ def test_the_gradient_of_the_encoding_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda x: positional_encoding(x, 7), (x,))
 
 
-# ------------------------------------------------------------------------------------------------------- output laws
+# ---------------------------------------------------------------------------------------------------------- output laws
 
 
 def raw_of(field: ConditionalField, *inputs) -> Tensor:
@@ -221,9 +226,7 @@ def raw_of(field: ConditionalField, *inputs) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["relu", "softplus"])
 def test_noise_bias_prior_and_scale_act_on_the_raw_density_as_documented(kind):
-    shape = replace(
-        SMALL, density=kind, density_scale=10.0, density_bias=-0.2, sphere_prior=6.0, prior_radius=0.7
-    )
+    shape = replace(SMALL, density=kind, density_scale=10.0, density_bias=-0.2, sphere_prior=6.0, prior_radius=0.7)
     field = ConditionalField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     codes = field.prepare(z, class_idx)

@@ -47,7 +47,7 @@ def test_extreme_logits_stay_finite_in_float32():
         assert bool(torch.isfinite(loss("standard", logits)).all())
 
 
-# ------------------------------------------------------------------------------------------------------------- penalties
+# ------------------------------------------------------------------------------------------------------------ penalties
 
 
 def draw_images(batch: int = 3) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_penalties_are_per_image_so_that_micro_batches_add_up():
     assert_close(torch.cat(parts), whole)
 
 
-# ------------------------------------------------------------------------------------------------------------ class loss
+# ----------------------------------------------------------------------------------------------------------- class loss
 
 
 def test_the_class_loss_equals_a_loop_over_groups_and_images():

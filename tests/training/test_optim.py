@@ -1,6 +1,7 @@
 """Optimisers, schedules at hand-computed iterations, clipping, and the search for gradients that are not finite."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_every_schedule_starts_with_its_warm_up_and_never_rises_after_it(kind):
     schedule = LearningRateSchedule(kind, 0.5, (300, 600), horizon=1000, warmup=100)
     values = [schedule(iteration) for iteration in range(1200)]
     assert values[0] == pytest.approx(0.01)
-    assert all(later <= earlier for earlier, later in zip(values[100:], values[101:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[100:]))
     assert all(0 < value <= 1 for value in values)
 
 

@@ -1,0 +1,265 @@
+"""Look at a data set before training: `python -m graf.data.doctor --config configs/x.yaml [section.key=value ...]`.
+
+Prints what the set holds and what is wrong with it, and draws a contact sheet, the cameras, and photographs with the
+projected unit sphere and axes, from which radius, field of view, elevation and the sense of rotation can be checked:
+the object should fill the sphere, and its front should keep to the red axis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from graf.assembly import build_cameras, build_pool, describe_scene, open_photographs
+from graf.config import Config, ConfigError, DataConfig, load_config
+from graf.data.datasets import DataError, PhotoDataset
+from graf.data.views import NUM_UNIFORMS
+from graf.geometry.cameras import Intrinsics, project_points
+
+RED, GREEN, BLUE, GREY, ORANGE = (225, 40, 40), (30, 160, 60), (40, 90, 230), (130, 130, 130), (240, 140, 20)
+AXIS_COLOURS = (RED, GREEN, BLUE)
+SHEET_COLUMNS, MAX_SHEET_ROWS, SHEET_TILE = 12, 24, 96
+OVERLAY_COLUMNS, OVERLAY_TILE = 4, 320
+CAMERA_PANEL, CAPTION = 420, 14
+SAMPLED_POSES = 500  # drawn where poses are sampled during training
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An opened data set with its cameras as training would see them.
+
+    poses: (N, 4, 4) of the photographs, or sampled ones where they are unknown; radius: where labels place the cameras;
+    fov: in degrees.
+    """
+
+    config: DataConfig
+    dataset: PhotoDataset
+    poses: Tensor
+    radius: float
+    fov: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the doctor; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m graf.data.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/default.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("--out", default="doctor", help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        inspection = inspect_data(load_config(options.config, options.overrides))
+    except (ConfigError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(describe(inspection)))
+    for path in write_pictures(inspection, Path(options.out)):
+        print(f"wrote {path}")
+    return 0
+
+
+def inspect_data(config: Config) -> Inspection:
+    """Open all photographs of a config, held-out ones included, and find their cameras."""
+    dataset = open_photographs(config, "all")
+    scene = describe_scene(config, dataset)
+    cameras = build_cameras(config, scene)
+    pool = build_pool(config, dataset, cameras)
+    if dataset.poses_known:
+        views = pool.select(range(len(dataset)))
+    else:
+        views = pool.pick(torch.rand(SAMPLED_POSES, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0)))
+    return Inspection(config.data, dataset, views.poses, cameras.radius, scene.fov)
+
+
+def describe(inspection: Inspection) -> list[str]:
+    """Lines that say what the data set holds and what is wrong with it."""
+    dataset, data = inspection.dataset, inspection.config
+    labels = dataset.labels
+    lines = [f"{dataset.index.root}: {len(dataset)} photographs, {len(dataset.class_names)} classes"]
+    for class_idx, name in enumerate(dataset.class_names):
+        chosen = labels[labels[:, 0] == class_idx]
+        line = f"  class {class_idx} {name}: {len(chosen)} photographs"
+        if dataset.poses_known:
+            line += f", {len(chosen[:, 2].unique())} angles"
+        lines.append(line)
+    if dataset.poses_known:
+        lines += _describe_views(dataset)
+    else:
+        lines.append(f"poses unknown: sampled with u in {data.umin}..{data.umax}, v in {data.vmin}..{data.vmax}")
+    lines.append("sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.report.sizes.most_common(8)))
+    lines.append(f"read as {dataset.imsize}x{dataset.imsize}")
+    if data.heldout_every and dataset.poses is None and dataset.poses_known:
+        angles = labels[:, 2].unique()
+        lines.append(f"held out: {len(angles[:: data.heldout_every])} of {len(angles)} angles")
+    radii = inspection.poses[:, :3, 3].norm(dim=1)
+    lines.append(f"cameras: radius {radii.min():.2f}..{radii.max():.2f}, field of view {inspection.fov:.1f} degrees")
+    problems = list(dataset.report.lines())
+    if dataset.fov is not None and abs(dataset.fov - data.fov) > 0.1:
+        problems.append(f"data.fov={data.fov} is not the photographs' own, {dataset.fov:.2f}, which is used instead")
+    if dataset.poses is not None and (radii - inspection.radius).abs().max() > 0.05 * inspection.radius:
+        problems.append(f"data.radius={data.radius} is not the true poses' {radii.mean():.2f} (mean); set it to that")
+    return lines + [f"problem: {problem}" for problem in problems or ["none found"]]
+
+
+def _describe_views(dataset: PhotoDataset) -> list[str]:
+    lines = []
+    for height_idx, v in enumerate(dataset.v_list):
+        count = int((dataset.labels[:, 1] == height_idx).sum())
+        elevation = math.degrees(math.asin(1 - 2 * v))
+        lines.append(f"  height {height_idx}, v = {v:.3f} (elevation {elevation:.0f} degrees): {count} photographs")
+    sectors = Counter((dataset.labels[:, 2] // 45 * 45).tolist())
+    lines.append("  angles: " + ", ".join(f"{first}-{first + 44}: {sectors[first]}" for first in range(0, 360, 45)))
+    return lines
+
+
+def write_pictures(inspection: Inspection, folder: Path) -> list[Path]:
+    """Write contact_sheet.png, cameras.png and overlay.png into `folder`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "contact_sheet.png": draw_contact_sheet(inspection.dataset),
+        "cameras.png": draw_cameras(inspection.poses),
+        "overlay.png": draw_overlays(inspection),
+    }
+    for name, picture in pictures.items():
+        picture.save(folder / name)
+    return [folder / name for name in pictures]
+
+
+def draw_contact_sheet(dataset: PhotoDataset) -> Image.Image:
+    """A row of evenly spaced photographs, ordered by angle and height, for each class (the first 24 classes)."""
+    rows = []
+    for class_idx in range(min(len(dataset.class_names), MAX_SHEET_ROWS)):
+        members = torch.nonzero(dataset.labels[:, 0] == class_idx)[:, 0].tolist()
+        members.sort(key=lambda index: (dataset.labels[index, 2].item(), dataset.labels[index, 1].item()))
+        rows.append(_choose_evenly(members, SHEET_COLUMNS))
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_TILE, len(rows) * (SHEET_TILE + CAPTION)), "white")
+    for row, members in enumerate(rows):
+        for column, index in enumerate(members):
+            corner = (column * SHEET_TILE, row * (SHEET_TILE + CAPTION))
+            _paste_photograph(sheet, dataset, index, corner, SHEET_TILE)
+    return sheet
+
+
+def draw_cameras(poses: Tensor) -> Image.Image:
+    """Cameras (orange) around the unit sphere: from above (x to the right, y up) and from the side (z up)."""
+    centres = poses[:, :3, 3]
+    scale = 0.45 * CAMERA_PANEL / max(centres.norm(dim=1).max().item(), 1.0)
+    picture = Image.new("RGB", (2 * CAMERA_PANEL, CAMERA_PANEL + CAPTION), "white")
+    draw = ImageDraw.Draw(picture)
+    views = (
+        ("from above: x red, y green", centres[:, :2], (RED, GREEN)),
+        (
+            "from the side: distance from the z axis, z blue",
+            torch.stack((centres[:, :2].norm(dim=1), centres[:, 2]), dim=1),
+            (GREY, BLUE),
+        ),
+    )
+    for panel, (title, points, colours) in enumerate(views):
+        middle = torch.tensor([(panel + 0.5) * CAMERA_PANEL, CAPTION + 0.5 * CAMERA_PANEL])
+        draw.text((panel * CAMERA_PANEL + 4, 1), title, fill="black")
+        _dot(draw, middle, scale, outline=GREY)
+        for axis, colour in zip(torch.eye(2), colours, strict=True):
+            _line(draw, torch.stack((middle, middle + scale * axis * torch.tensor([1.0, -1.0]))), colour, 3)
+        for point in points:
+            _dot(draw, middle + scale * point * torch.tensor([1.0, -1.0]), 2.5, fill=ORANGE)
+    return picture
+
+
+def draw_overlays(inspection: Inspection) -> Image.Image:
+    """Photographs with the unit sphere's outline, equator and axes (x red, y green, z blue).
+
+    Without known poses the outline alone is drawn: it is the same for every camera that looks at the origin.
+    """
+    dataset = inspection.dataset
+    members = []
+    for class_idx in range(len(dataset.class_names)):
+        of_class = torch.nonzero(dataset.labels[:, 0] == class_idx)[:, 0].tolist()
+        of_class.sort(key=lambda index: dataset.labels[index, 2].item())
+        count = OVERLAY_COLUMNS if len(dataset.class_names) > 1 else 3 * OVERLAY_COLUMNS
+        members += _choose_evenly(of_class, count)
+    members = members[: 6 * OVERLAY_COLUMNS]
+    rows = -(-len(members) // OVERLAY_COLUMNS)
+    sheet = Image.new("RGB", (OVERLAY_COLUMNS * OVERLAY_TILE, rows * (OVERLAY_TILE + CAPTION)), "white")
+    intrinsics = Intrinsics.from_fov(OVERLAY_TILE, inspection.fov)
+    for place, index in enumerate(members):
+        tile = Image.new("RGB", (OVERLAY_TILE, OVERLAY_TILE + CAPTION), "white")
+        _paste_photograph(tile, dataset, index, (0, 0), OVERLAY_TILE)
+        pose = inspection.poses[index if dataset.poses_known else 0]
+        _draw_sphere(ImageDraw.Draw(tile), pose, intrinsics, dataset.poses_known)
+        corner = (place % OVERLAY_COLUMNS * OVERLAY_TILE, place // OVERLAY_COLUMNS * (OVERLAY_TILE + CAPTION))
+        sheet.paste(tile, corner)
+    return sheet
+
+
+def outline_sphere(pose: Tensor, count: int = 96) -> Tensor:
+    """Points (count, 3) of the unit sphere that a camera sees edge-on; the camera must stand outside the sphere."""
+    centre = pose[:3, 3].double()
+    distance = centre.norm()
+    towards = centre / distance
+    right = pose[:3, 0].double()
+    right = torch.nn.functional.normalize(right - (right @ towards) * towards, dim=0)
+    turn = torch.linspace(0, 2 * math.pi, count, dtype=torch.float64)[:, None]
+    circle = torch.cos(turn) * right + torch.sin(turn) * torch.linalg.cross(towards, right)
+    # A tangent from distance d touches where the normal has cosine 1/d to the direction of the camera.
+    return (towards / distance + circle * (1 - 1 / distance**2).clamp(min=0).sqrt()).to(pose.dtype)
+
+
+def _draw_sphere(draw: ImageDraw.ImageDraw, pose: Tensor, intrinsics: Intrinsics, with_axes: bool) -> None:
+    if pose[:3, 3].norm() <= 1:
+        return  # inside the sphere there is no outline
+    _line(draw, project_points(outline_sphere(pose), pose, intrinsics)[0], GREY, 2)
+    if not with_axes:
+        return
+    turn = torch.linspace(0, 2 * math.pi, 96)
+    equator = torch.stack((torch.cos(turn), torch.sin(turn), torch.zeros_like(turn)), dim=1)
+    _line(draw, project_points(equator, pose, intrinsics)[0], GREY, 1)
+    for axis, colour in zip(torch.eye(3), AXIS_COLOURS, strict=True):
+        ends, _ = project_points(torch.stack((torch.zeros(3), axis)), pose, intrinsics)
+        _line(draw, ends, colour, 3)
+        _dot(draw, ends[1], 4, fill=colour)
+
+
+def _paste_photograph(
+    sheet: Image.Image, dataset: PhotoDataset, index: int, corner: tuple[int, int], size: int
+) -> None:
+    """Photograph number `index` enlarged or shrunk to `size`, with its class, height and angle below it."""
+    image, label = dataset[index]
+    pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC), corner)
+    class_idx, height_idx, angle = label.tolist()
+    text = dataset.class_names[class_idx] + (f" h{height_idx} {angle}" if dataset.poses_known else "")
+    ImageDraw.Draw(sheet).text((corner[0] + 2, corner[1] + size + 1), text, fill="black")
+
+
+def _choose_evenly(items: list[int], count: int) -> list[int]:
+    step = max(1.0, len(items) / count)
+    return [items[int(place * step)] for place in range(min(count, len(items)))]
+
+
+def _line(draw: ImageDraw.ImageDraw, points: Tensor, colour: tuple[int, int, int], width: int) -> None:
+    draw.line([(x, y) for x, y in points.tolist()], fill=colour, width=width)
+
+
+def _dot(
+    draw: ImageDraw.ImageDraw,
+    centre: Tensor,
+    radius: float,
+    fill: tuple[int, int, int] | None = None,
+    outline: tuple[int, int, int] | None = None,
+) -> None:
+    x, y = centre.tolist()
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=outline)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Whether super-resolution stays true: to the render it came from, to its neighbouring views, to a known truth.
+
+Three measurements. Low resolution: |down(SR) - render| with down = s x s mean, on the numbers and on files of 8 bits.
+Between views: the mean of |A - warp(B)| over the pixels that two neighbouring views of one object both see, for the
+bicubically upsampled render and for the SR, so that both are measured at high resolution and their difference is what
+SR adds. Against the truth: depth error, PSNR and SSIM. Colour errors are in units of the range [-1, 1], so 2 is the
+largest possible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graf.evaluation.fidelity import Plain, json_value
+from graf.evaluation.heldout import psnr
+from graf.evaluation.render import to_uint8
+from graf.geometry.cameras import Intrinsics
+from graf.geometry.warping import DEFAULT_VISIBILITY, SurfaceView, Visibility, warp_between
+from graf.models.ccsr import upsample
+
+SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
+
+Down = Callable[[Tensor], Tensor]
+
+
+class ConsistencyError(ValueError):
+    """Images that cannot be measured against each other; the message says what was found and expected."""
+
+
+@dataclass(frozen=True)
+class LowResolutionConsistency:
+    """|down(SR) - render|, largest and mean, of the numbers and of 8-bit files; the share of values outside [-1, 1].
+
+    Rounding to 8 bits alone moves a value by at most 1/255; what file_max has beyond it comes from clipping.
+    """
+
+    max: float
+    mean: float
+    file_max: float
+    file_mean: float
+    clipped: float
+
+
+@dataclass(frozen=True)
+class ReprojectionError:
+    """Mean |A - warp(B)| over what both views see (NaN: nothing), and which share of A's opaque pixels that is."""
+
+    error: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class TrueViews:
+    """The truth: images (V, 3, s H, s W) in [-1, 1]; z-depth and mask (V, 1, H, W), the mask a covered share."""
+
+    images: Tensor
+    depth: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One object from V neighbouring views, the last of which is the first one's neighbour.
+
+    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: where it is
+    known.
+    """
+
+    views: SurfaceView
+    sr: Tensor
+    truth: TrueViews | None = None
+
+
+@dataclass(frozen=True)
+class ConsistencyReport:
+    """Result of :func:`measure_consistency`: means over the objects, `low_resolution_max` and `file_max` the largest.
+
+    low_resolution_*, file_*, clipped: see LowResolutionConsistency. reprojection_render and _sr: see ReprojectionError,
+    both at high resolution; coverage is theirs together. depth_error: in world units. psnr in dB and ssim: of the SR,
+    and of the bicubically upsampled render. What needs the truth is NaN without it.
+    """
+
+    objects: int
+    low_resolution_max: float
+    low_resolution_mean: float
+    file_max: float
+    file_mean: float
+    clipped: float
+    reprojection_render: float
+    reprojection_sr: float
+    coverage: float
+    depth_error: float = math.nan
+    psnr: float = math.nan
+    psnr_bicubic: float = math.nan
+    ssim: float = math.nan
+    ssim_bicubic: float = math.nan
+
+    @property
+    def reprojection_added(self) -> float:
+        """What SR adds to the disagreement of neighbouring views; negative where it removes some."""
+        return self.reprojection_sr - self.reprojection_render
+
+    def as_dict(self) -> dict[str, Plain]:
+        """Everything as plain values for JSON; what could not be measured is left out."""
+        values: dict[str, Plain] = {**asdict(self), "reprojection_added": self.reprojection_added}
+        return {name: json_value(value) for name, value in values.items() if value == value}
+
+    def text(self) -> str:
+        """The report for people."""
+        lines = [
+            f"consistency over {self.objects} object{'s' if self.objects != 1 else ''}, colours in [-1, 1]",
+            f"  |down(SR) - render|        max {self.low_resolution_max:.2e}  mean {self.low_resolution_mean:.2e}",
+            f"  the same, 8-bit files      max {self.file_max:.2e}  mean {self.file_mean:.2e}"
+            f"  clipped {self.clipped:.2%}",
+            f"  between neighbouring views render {self.reprojection_render:.4f}  SR {self.reprojection_sr:.4f}"
+            f"  added {self.reprojection_added:+.4f}  (seen by both: {self.coverage:.0%})",
+        ]
+        if not math.isnan(self.depth_error):
+            lines.append(f"  depth error                {self.depth_error:.4f}")
+        if not math.isnan(self.psnr):
+            lines += [
+                f"  PSNR against the truth     SR {self.psnr:.2f} dB  bicubic {self.psnr_bicubic:.2f} dB",
+                f"  SSIM against the truth     SR {self.ssim:.4f}  bicubic {self.ssim_bicubic:.4f}",
+            ]
+        return "\n".join(lines)
+
+
+def find_scale(sr: Tensor, lr: Tensor) -> int:
+    """s of images (B, C, s H, s W) and (B, C, H, W). Raises ConsistencyError where there is none."""
+    scale = sr.shape[-1] // lr.shape[-1]
+    if lr.dim() != 4 or sr.shape != (*lr.shape[:2], scale * lr.shape[2], scale * lr.shape[3]):
+        raise ConsistencyError(
+            f"SR is {tuple(sr.shape)} and the render {tuple(lr.shape)}: expected (B, C, s H, s W) and (B, C, H, W)"
+        )
+    return scale
+
+
+@torch.no_grad()
+def low_resolution_consistency(sr: Tensor, lr: Tensor, down: Down | None = None) -> LowResolutionConsistency:
+    """How far down(SR) is from the render, in float64: SR (B, C, s H, s W) of any range, render (B, C, H, W).
+
+    down: what makes low-resolution images, None for the s x s mean; it gets float64 on the CPU.
+    """
+    scale = find_scale(sr, lr)
+    reduce = partial(functional.avg_pool2d, kernel_size=scale) if down is None else down
+    sr, lr = sr.cpu().double(), lr.cpu().double()
+    difference, file_difference = (reduce(sr) - lr).abs(), (reduce(_as_in_files(sr)) - lr).abs()
+    return LowResolutionConsistency(
+        max=difference.max().item(),
+        mean=difference.mean().item(),
+        file_max=file_difference.max().item(),
+        file_mean=file_difference.mean().item(),
+        clipped=(sr.abs() > 1).double().mean().item(),
+    )
+
+
+def _as_in_files(images: Tensor) -> Tensor:
+    return to_uint8(images).to(images.dtype) / 127.5 - 1
+
+
+@torch.no_grad()
+def reprojection_error(
+    views: SurfaceView, intrinsics: Intrinsics, visibility: Visibility = DEFAULT_VISIBILITY
+) -> ReprojectionError:
+    """Disagreement of the V neighbouring views of one object, each with the next one and the last with the first.
+
+    Both ways round: A against B warped into A, and B against A. Pixels of all pairs count alike. Raises
+    ConsistencyError for fewer than two views.
+    """
+    count = len(views.image)
+    if count < 2:
+        raise ConsistencyError(f"{count} view: neighbours need at least 2 views of an object")
+    difference = shared = opaque = 0.0
+    size = views.image.shape[-1]
+    opacity = functional.interpolate(views.opacity, size=(size, size), mode="bilinear", align_corners=False)
+    opaque_pixels = (opacity > visibility.min_opacity).sum(dim=(1, 2, 3))
+    pairs = {tuple(sorted((i, (i + 1) % count))) for i in range(count)}  # two views are one pair, not two
+    for first, second in sorted(pairs):
+        for i, j in ((first, second), (second, first)):
+            a, b = views.images(i, i + 1), views.images(j, j + 1)
+            warped, mask = warp_between(a, b, intrinsics, visibility)
+            difference += ((a.image - warped).abs().mean(1, keepdim=True) * mask).sum().item()
+            shared += mask.sum().item()
+            opaque += opaque_pixels[i].item()
+    return ReprojectionError(
+        error=difference / shared if shared else math.nan, coverage=shared / opaque if opaque else math.nan
+    )
+
+
+@torch.no_grad()
+def depth_error(depth: Tensor, truth: TrueViews) -> float:
+    """Mean |z - z_true| in world units over the pixels that the truth covers by more than a half; NaN for none.
+
+    depth: (V, 1, H, W), z-depth of the surface, the background's where nothing was rendered.
+    """
+    if depth.shape != truth.depth.shape or depth.shape != truth.mask.shape:
+        raise ConsistencyError(
+            f"depth is {tuple(depth.shape)}, the true one {tuple(truth.depth.shape)} with a mask of "
+            f"{tuple(truth.mask.shape)}: expected three times (V, 1, H, W)"
+        )
+    return (depth - truth.depth).abs()[truth.mask > 0.5].mean().item()
+
+
+@torch.no_grad()
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each image, (N, C, H, W) in [-1, 1] twice -> (N,), 1 where equal.
+
+    Wang et al., IEEE TIP 2004, eq. 13: Gaussian window of 11 x 11 with sigma 1.5, K = (0.01, 0.03), range 2, mean over
+    the windows that lie inside the image and over the channels. Raises ConsistencyError for images smaller than the
+    window.
+    """
+    if a.shape != b.shape or a.dim() != 4 or min(a.shape[2:]) < SSIM_WINDOW:
+        raise ConsistencyError(
+            f"SSIM of {tuple(a.shape)} and {tuple(b.shape)}: expected two equal (N, C, H, W) of {SSIM_WINDOW} or more"
+        )
+    mean_a, mean_b = _smooth(a), _smooth(b)
+    variance_a = _smooth(a.square()) - mean_a.square()
+    variance_b = _smooth(b.square()) - mean_b.square()
+    covariance = _smooth(a * b) - mean_a * mean_b
+    c1, c2 = (2 * SSIM_K1) ** 2, (2 * SSIM_K2) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _smooth(images: Tensor) -> Tensor:
+    """The Gaussian window's mean around every pixel that has a whole window."""
+    place = torch.arange(SSIM_WINDOW, device=images.device, dtype=images.dtype) - SSIM_WINDOW // 2
+    taps = torch.exp(-place.square() / (2 * SSIM_SIGMA**2))
+    taps = (taps / taps.sum()).expand(images.shape[1], 1, 1, SSIM_WINDOW)
+    rows = functional.conv2d(images, taps, groups=images.shape[1])
+    return functional.conv2d(rows, taps.transpose(2, 3), groups=images.shape[1])
+
+
+def measure_consistency(
+    rings: Iterable[Ring],
+    intrinsics: Intrinsics,
+    visibility: Visibility = DEFAULT_VISIBILITY,
+    down: Down | None = None,
+) -> ConsistencyReport:
+    """Measure object after object and average, each object counted once; only one ring is held at a time.
+
+    SR is clipped to [-1, 1], as it is shown, before it is compared with other views or with the truth; so is the
+    upsampled render. `down` as in
+    :func:`low_resolution_consistency`. Raises ConsistencyError when there is no ring.
+    """
+    reports = [measure_ring(ring, intrinsics, visibility, down) for ring in rings]
+    if not reports:
+        raise ConsistencyError("no objects to measure: expected at least one ring of views")
+    return _average_reports(reports)
+
+
+@torch.no_grad()
+def measure_ring(
+    ring: Ring, intrinsics: Intrinsics, visibility: Visibility = DEFAULT_VISIBILITY, down: Down | None = None
+) -> ConsistencyReport:
+    """The report of one object; `down` as in :func:`low_resolution_consistency`."""
+    render = ring.views.image
+    low = low_resolution_consistency(ring.sr, render, down)
+    shown = ring.sr.clamp(-1, 1)
+    bicubic = upsample(render, find_scale(ring.sr, render)).clamp(-1, 1)
+    of_render = reprojection_error(ring.views.with_image(bicubic), intrinsics, visibility)
+    of_sr = reprojection_error(ring.views.with_image(shown), intrinsics, visibility)
+    measured = {
+        "low_resolution_max": low.max,
+        "low_resolution_mean": low.mean,
+        "file_max": low.file_max,
+        "file_mean": low.file_mean,
+        "clipped": low.clipped,
+        "reprojection_render": of_render.error,
+        "reprojection_sr": of_sr.error,
+        "coverage": of_sr.coverage,
+    }
+    if ring.truth is not None:
+        true_images = ring.truth.images
+        if true_images.shape != shown.shape:
+            raise ConsistencyError(
+                f"SR is {tuple(shown.shape)}, the true images {tuple(true_images.shape)}: expected equal"
+            )
+        measured |= {
+            "depth_error": depth_error(ring.views.depth, ring.truth),
+            "psnr": psnr(shown, true_images).mean().item(),
+            "psnr_bicubic": psnr(bicubic, true_images).mean().item(),
+            "ssim": ssim(shown, true_images).mean().item(),
+            "ssim_bicubic": ssim(bicubic, true_images).mean().item(),
+        }
+    return ConsistencyReport(objects=1, **measured)
+
+
+def _average_reports(reports: Sequence[ConsistencyReport]) -> ConsistencyReport:
+    """Means over reports, the largest where the name says max; values that could not be measured are left out."""
+    averages: dict[str, float] = {}
+    for name in (field.name for field in fields(ConsistencyReport) if field.name != "objects"):
+        values = [value for value in (getattr(report, name) for report in reports) if not math.isnan(value)]
+        if not values:
+            averages[name] = math.nan
+        else:
+            averages[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return ConsistencyReport(objects=sum(report.objects for report in reports), **averages)

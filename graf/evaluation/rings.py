@@ -1,0 +1,52 @@
+"""Rings of neighbouring views around generated objects, which the consistency measurement looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from graf.data.views import Cameras, Views
+from graf.evaluation.consistency import ConsistencyReport, Ring, TrueViews, measure_consistency
+from graf.evaluation.sampler import Sampler
+from graf.geometry.cameras import ring
+from graf.geometry.rays import Patches
+from graf.geometry.warping import SurfaceView
+
+#: (class index, views, side of the renders, side of the super-resolved images) -> what a true object looks like from there
+TruthRenderer = Callable[[int, Views, int, int], TrueViews]
+
+
+@dataclass(frozen=True)
+class ConsistencyTask:
+    """Which objects are measured: one of each class, with the codes of `seed`, from num_views azimuths at height v.
+
+    truth: renders the true objects, where the data are synthetic.
+    """
+
+    sampler: Sampler
+    cameras: Cameras
+    classes: Sequence[int]
+    v: float
+    num_views: int = 24
+    seed: int = 0
+    truth: TruthRenderer | None = None
+
+    def measure(self) -> ConsistencyReport:
+        """How well super-resolved views agree with their renders, with each other and with the truth."""
+        assert self.sampler.ccsr is not None
+        return measure_consistency(self._rings(), self.sampler.caster.intrinsics, down=self.sampler.ccsr.down)
+
+    def _rings(self) -> Iterator[Ring]:
+        z = self.sampler.codes(self.seed, range(1)).expand(self.num_views, -1)
+        for class_idx in self.classes:
+            views = self.cameras.views_at(torch.full((self.num_views,), class_idx), *ring(self.num_views, self.v))
+            renders = self.sampler.render(z, views, sharpen=True)
+            assert renders.sharp is not None
+            surface = SurfaceView.from_render(
+                renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), self.sampler.caster
+            )
+            low, high = renders.rgb.shape[-1], renders.sharp.shape[-1]
+            truth = None if self.truth is None else self.truth(class_idx, views, low, high)
+            yield Ring(surface, renders.sharp, truth)

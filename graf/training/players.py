@@ -1,0 +1,87 @@
+"""A player of the game: a network with its optimiser, its learning rate and its own loss scale, and how its gradients are applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graf.runtime.amp import Scaler, optimizer_step
+from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
+
+#: updates that a GradScaler may skip in a row before the run is given up as diverged
+MAX_SKIPPED_UPDATES = 100
+
+
+class DivergenceError(RuntimeError):
+    """A loss or gradient is not finite; the message names the first offending tensor."""
+
+
+@dataclass
+class Player:
+    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d."""
+
+    name: str
+    suffix: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Scaler
+    lr: float
+    schedule: LearningRateSchedule
+    skipped: int = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimiser owns."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def begin(self, iteration: int) -> None:
+        """Set the learning rate of this iteration and drop old gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.schedule(iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the (scaled) gradients of a loss."""
+        self.scaler.scale(loss).backward()
+
+    def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
+        """Unscale, check, clip, step and update the loss scale; returns the terms with the gradient's norm.
+
+        Raises DivergenceError for a term or gradient that is not finite, unless the scaler skips the update for it.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.parameters)
+        terms = terms | {f"grad_norm_{self.suffix}": norm}
+        # One wait for the device per update: a NaN that goes unnoticed costs the night.
+        finite = bool(torch.isfinite(torch.stack([value.float().to(norm.device) for value in terms.values()])).all())
+        if not finite and not self.scaler.is_enabled():
+            raise DivergenceError(self._describe_divergence(terms, iteration))
+        if finite:
+            clip_gradients(self.parameters, clip, clip_at)
+        stepped = optimizer_step(self.scaler, self.optimizer)
+        self.scaler.update()
+        self.skipped = 0 if stepped else self.skipped + 1
+        if self.skipped > MAX_SKIPPED_UPDATES:
+            reason = self._describe_divergence(terms, iteration)
+            raise DivergenceError(f"{self.skipped} updates in a row skipped by the loss scaler: {reason}")
+        return terms
+
+    def scalars(self, iteration: int) -> dict[str, float]:
+        """Learning rate and loss scale, for the log."""
+        return {
+            f"lr_{self.suffix}": self.lr * self.schedule(iteration),
+            f"scale_{self.suffix}": self.scaler.get_scale(),
+        }
+
+    def _describe_divergence(self, terms: dict[str, Tensor], iteration: int) -> str:
+        bad_terms = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
+        first = bad_terms[0] if bad_terms else "no term"
+        parameter = find_nonfinite_gradient({self.name: self.network})
+        if first.startswith("grad_norm") and parameter is not None:
+            first = f"the gradient of {parameter}"
+        return (
+            f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a lower "
+            "learning rate (training.lr_g, training.lr_d) or with training.use_amp=false"
+        )

@@ -1,0 +1,459 @@
+"""Folders of photographs become data sets, and what cannot be used is reported."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from graf.data.datasets import DataError, DataSettings, open_dataset
+from graf.geometry.cameras import angles_from_pose, pose_from_angles
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def real_folder(name):
+    """A folder of real photographs that lies beside the repository; only outside CI may it be absent."""
+    folder = PHOTOGRAPHS / name
+    if not folder.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{folder} is missing")
+        pytest.skip(f"{folder} is missing")
+    return folder
+
+
+def write_photo(path, value=100, size=(16, 16), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path)
+
+
+@pytest.fixture
+def turntable(tmp_path):
+    """Two classes, twelve angles; the grey value is the angle / 30, plus 100 for the second class."""
+    folder = tmp_path / "photos"
+    for class_number, name in ((0, "obj5"), (1, "obj14")):
+        for step in range(12):
+            write_photo(folder / f"{name}__{30 * step}.png", 100 * class_number + step)
+    return folder
+
+
+def settings(folder, **changes):
+    return DataSettings(**{"type": "turntable", "datadir": folder, "imsize": 16, "v_list": (0.3,)} | changes)
+
+
+def grey_values(dataset):
+    return [round((image.mean().item() + 1) * 127.5) for image, _ in dataset]
+
+
+# turntable
+
+
+def test_images_and_labels_belong_together(turntable):
+    dataset = open_dataset(settings(turntable))
+    assert dataset.class_names == ["obj5", "obj14"]
+    assert len(dataset) == 24
+    for image, label in dataset:
+        assert image.dtype == torch.float32
+        assert image.shape == (3, 16, 16)
+        assert label.dtype == torch.int64
+        value = 100 * label[0] + label[2] / 30
+        torch.testing.assert_close(image, torch.full_like(image, value / 127.5 - 1))
+    assert dataset.poses is None
+    assert dataset.poses_known
+    assert dataset.fov is None
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, -1.0), (255, 1.0)])
+def test_images_span_minus_one_to_one(tmp_path, value, expected):
+    write_photo(tmp_path / "cup__0.png", value)
+    image, _ = open_dataset(settings(tmp_path))[0]
+    assert image.unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", ["turntable", "transforms"])
+def test_train_and_heldout_split_the_set(turntable, kind, tmp_path):
+    if kind == "transforms":
+        turntable = write_transforms(tmp_path / "nerf", 24)
+    everything, train, heldout = (
+        open_dataset(settings(turntable, type=kind, heldout_every=4, subset=subset))
+        for subset in ("all", "train", "heldout")
+    )
+    assert sorted(train.paths + heldout.paths) == sorted(everything.paths)
+    assert not set(train.paths) & set(heldout.paths)
+    assert len(heldout) == 6
+
+
+def test_heldout_angles_are_every_kth_distinct_angle_from_the_first(turntable):
+    write_photo(turntable / "obj5__0.jpg")  # a second photograph of an angle counts once
+    heldout = open_dataset(settings(turntable, heldout_every=5, subset="heldout"))
+    assert heldout.labels[:, 2].unique().tolist() == [0, 150, 300]
+    assert len(heldout) == 7
+
+
+def test_an_unreadable_photograph_does_not_move_the_split(turntable):
+    before = open_dataset(settings(turntable, heldout_every=5, subset="heldout")).labels[:, 2].unique()
+    for name in ("obj5__30.png", "obj14__30.png"):
+        (turntable / name).write_text("broken")
+    after = open_dataset(settings(turntable, heldout_every=5, subset="heldout")).labels[:, 2].unique()
+    assert torch.equal(before, after)
+
+
+def test_heldout_without_a_split_is_an_error(turntable):
+    with pytest.raises(DataError, match="heldout_every=0 holds nothing out"):
+        open_dataset(settings(turntable, subset="heldout"))
+
+
+def test_labels_csv_wins_over_file_names(turntable):
+    (turntable / "labels.csv").write_text("file,class,height,angle\nobj14__0.png,cup,1,90\nobj5__0.png,pot,0,361\n")
+    dataset = open_dataset(settings(turntable, v_list=(0.3, 0.4)))
+    assert dataset.class_names == ["cup", "pot"]
+    assert dataset.labels.tolist() == [[0, 1, 90], [1, 0, 1]]
+    assert grey_values(dataset) == [100, 0]
+    assert len(dataset.report.unlabelled) == 22
+
+
+def test_classes_keeps_and_renumbers(turntable):
+    dataset = open_dataset(settings(turntable, classes=("obj14",)))
+    assert dataset.class_names == ["obj14"]
+    assert dataset.labels[:, 0].unique().tolist() == [0]
+    assert min(grey_values(dataset)) == 100
+
+
+def test_unknown_class_is_an_error_that_names_the_nearest(turntable):
+    with pytest.raises(DataError, match=r"'obj141' is not in .*did you mean 'obj14'"):
+        open_dataset(settings(turntable, classes=("obj141",)))
+
+
+def test_height_outside_v_list_names_the_file(turntable):
+    write_photo(turntable / "obj5_h1__0.png")
+    with pytest.raises(DataError, match=r"obj5_h1__0\.png has height 1, but data\.v_list has 1"):
+        open_dataset(settings(turntable))
+
+
+def test_sub_folders_are_read_where_names_are_labels(turntable):
+    write_photo(turntable / "more" / "obj5_h0__7.png", 55)
+    dataset = open_dataset(settings(turntable))
+    assert 55 in grey_values(dataset)
+
+
+def test_subset_by_keeps_order_and_agrees_with_the_whole(turntable):
+    dataset = open_dataset(settings(turntable))
+    subset = dataset.subset_by([5, 2, 20])
+    assert len(subset) == 3
+    for place, index in enumerate((5, 2, 20)):
+        assert torch.equal(subset[place][0], dataset[index][0])
+        assert torch.equal(subset[place][1], dataset[index][1])
+        assert subset.paths[place] == dataset.paths[index]
+
+
+def test_lazy_decoding_gives_the_same_images(turntable):
+    cached, lazy = open_dataset(settings(turntable)), open_dataset(settings(turntable, cache_mib=0))
+    for (image, label), (other, other_label) in zip(cached, lazy, strict=True):
+        assert torch.equal(image, other)
+        assert torch.equal(label, other_label)
+    assert cached.fingerprint() == lazy.fingerprint()
+
+
+def test_fingerprint_tells_sets_apart_and_forgets_where_they_lie(turntable, tmp_path):
+    dataset = open_dataset(settings(turntable))
+    prints = {
+        dataset.fingerprint(),
+        open_dataset(settings(turntable, imsize=8)).fingerprint(),
+        open_dataset(settings(turntable, white_bkgd=False)).fingerprint(),
+        open_dataset(settings(turntable, heldout_every=4)).fingerprint(),
+        open_dataset(settings(turntable, v_list=(0.4,))).fingerprint(),
+        dataset.subset_by(range(23)).fingerprint(),
+    }
+    assert len(prints) == 6
+    moved = turntable.rename(tmp_path / "elsewhere")
+    assert open_dataset(settings(moved)).fingerprint() in prints
+    write_photo(moved / "obj5__0.png", 1, size=(17, 16))
+    assert open_dataset(settings(moved)).fingerprint() not in prints
+
+
+# what cannot be used
+
+
+@pytest.fixture
+def damaged(turntable):
+    """The turntable with a corrupt, a truncated, a mislabelled image and a text file."""
+    (turntable / "obj5__0.png").write_bytes(b"no image")
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(turntable / "obj5__30.png")
+    content = (turntable / "obj5__30.png").read_bytes()
+    (turntable / "obj5__30.png").write_bytes(content[: len(content) // 2])
+    write_photo(turntable / "portrait.png")
+    (turntable / "notes.txt").write_text("hello")
+    return turntable
+
+
+def test_unusable_files_are_skipped_and_reported_once(damaged, caplog):
+    with caplog.at_level(logging.WARNING, "graf.data"):
+        dataset = open_dataset(settings(damaged))
+        list(dataset)
+    assert len(dataset) == 22
+    assert [name.split(" ")[0] for name in dataset.report.unreadable] == ["obj5__0.png", "obj5__30.png"]
+    assert dataset.report.unlabelled == ["portrait.png"]
+    assert dataset.report.not_images == ["notes.txt"]
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    for part in ("2 unreadable photographs: obj5__0.png", "portrait.png", "notes.txt", "using 22 photographs"):
+        assert part in message
+
+
+@pytest.mark.parametrize("cache_mib", [0, 100])
+def test_images_and_labels_still_belong_together_after_skipping(damaged, cache_mib):
+    (damaged / "obj5__30.png").unlink()
+    dataset = open_dataset(settings(damaged, cache_mib=cache_mib))
+    assert len(dataset) == 22
+    assert grey_values(dataset) == (100 * dataset.labels[:, 0] + dataset.labels[:, 2] // 30).tolist()
+    assert all(
+        path.name.endswith(f"__{label[2]}.png") for path, label in zip(dataset.paths, dataset.labels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("victim", ["obj5__0.png", "obj5__30.png", "portrait.png"])
+def test_strict_makes_each_skipped_photograph_an_error(damaged, victim):
+    for name in {"obj5__0.png", "obj5__30.png", "portrait.png"} - {victim}:
+        (damaged / name).unlink()
+    with pytest.raises(DataError, match=victim):
+        open_dataset(settings(damaged, strict=True))
+
+
+def test_strict_accepts_files_that_are_no_photographs(damaged):
+    for name in ("obj5__0.png", "obj5__30.png", "portrait.png"):
+        (damaged / name).unlink()
+    assert len(open_dataset(settings(damaged, strict=True))) == 22
+
+
+def test_sound_folder_logs_nothing(turntable, caplog):
+    open_dataset(settings(turntable))
+    assert not caplog.records
+
+
+def test_lazy_set_checks_headers_when_opened_and_names_a_truncated_file_later(damaged):
+    dataset = open_dataset(settings(damaged, cache_mib=0))
+    assert [name.split(" ")[0] for name in dataset.report.unreadable] == ["obj5__0.png"]
+    index = [path.name for path in dataset.paths].index("obj5__30.png")
+    with pytest.raises(DataError, match=r"obj5__30\.png cannot be read"):
+        dataset[index]
+
+
+def test_labels_of_missing_photographs_are_reported(turntable):
+    (turntable / "labels.csv").write_text("file,class,height,angle\nobj5__0.png,cup,0,0\ngone.png,cup,0,5\n")
+    assert open_dataset(settings(turntable)).report.missing == ["gone.png"]
+    with pytest.raises(DataError, match=r"gone\.png"):
+        open_dataset(settings(turntable, strict=True))
+
+
+def test_mixed_sizes_and_modes_become_one_format(tmp_path):
+    for name, size, mode in (("a", (20, 10), "RGB"), ("b", (10, 30), "L"), ("c", (64, 64), "RGBA")):
+        write_photo(tmp_path / f"{name}__0.png", 100, size, mode)
+    dataset = open_dataset(settings(tmp_path))
+    assert grey_values(dataset) == [100, 100, round(255 - 155 * 100 / 255)]
+    assert dict(dataset.report.sizes) == {(20, 10): 1, (10, 30): 1, (64, 64): 1}
+
+
+@pytest.mark.parametrize("kind", ["turntable", "transforms", "image_folder"])
+def test_missing_and_empty_folders_are_errors_that_name_them(tmp_path, kind):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DataError) as error:
+            open_dataset(settings(folder, type=kind))
+        assert str(folder) in str(error.value)
+        assert "expected" in str(error.value)
+        assert "data.datadir" in str(error.value)
+
+
+def test_folder_of_broken_photographs_is_an_error(tmp_path):
+    (tmp_path / "cup__0.png").write_text("x")
+    with pytest.raises(DataError, match=r"none of the 1 photographs can be read.*cup__0\.png"):
+        open_dataset(settings(tmp_path))
+
+
+def test_names_that_do_not_match_are_an_error_that_shows_pattern_and_names(tmp_path):
+    write_photo(tmp_path / "img_001.png")
+    with pytest.raises(DataError, match=r"img_001\.png.*data\.file_pattern"):
+        open_dataset(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "turntabel"}, "did you mean turntable"),
+        ({"subset": "test"}, "data.subset='test': expected one of train, heldout, all"),
+        ({"v_list": (1.2,)}, r"data.v_list=\[1.2\]"),
+        ({"heldout_every": 1}, "data.heldout_every=1"),
+        ({"imsize": 0}, "data.imsize=0"),
+        ({"type": "transforms", "angle_direction": "cw"}, "data.angle_direction=cw"),
+    ],
+)
+def test_wrong_settings_name_the_key(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_turntable_without_v_list_says_how_to_set_it(turntable):
+    with pytest.raises(DataError, match=r"data\.v_list is empty.*for example"):
+        open_dataset(settings(turntable, v_list=None))
+
+
+def test_settings_from_the_config_ignore_other_keys():
+    mapping = {
+        "type": "turntable",
+        "datadir": "photos",
+        "near": 2.0,
+        "vmin": 0.1,
+        "v_list": [0.2, 0.3],
+        "classes": None,
+        "synthetic": {"count": 40, "seed": 1, "instances": 2},
+    }
+    found = DataSettings.from_mapping(mapping, "heldout")
+    assert found.v_list == (0.2, 0.3)
+    assert found.subset == "heldout"
+    assert (found.synthetic_count, found.synthetic_seed, found.synthetic_instances) == (40, 1, 2)
+
+
+# transforms
+
+
+def write_transforms(folder, count, size=(16, 16), matrix=None, camera_angle_x=0.6):
+    u, v = torch.arange(count, dtype=torch.float64) / count, torch.linspace(0.1, 0.45, count, dtype=torch.float64)
+    poses = pose_from_angles(u, v, 4.0)
+    frames = []
+    for index in range(count):
+        write_photo(folder / "train" / f"r_{index}.png", index, size)
+        pose = poses[index].tolist() if matrix is None else matrix
+        frames.append({"file_path": f"./train/r_{index}", "transform_matrix": pose})
+    content = {"camera_angle_x": camera_angle_x, "frames": frames}
+    (folder / "transforms_train.json").write_text(json.dumps(content))
+    return folder
+
+
+def transforms(folder, **changes):
+    return settings(folder, **{"type": "transforms", "v_list": None} | changes)
+
+
+def test_transforms_give_true_poses_and_binned_labels(tmp_path):
+    dataset = open_dataset(transforms(write_transforms(tmp_path, 20), v_list=(0.1, 0.4)))
+    u, v = angles_from_pose(dataset.poses)
+    torch.testing.assert_close(u, torch.arange(20) / 20, atol=1e-6, rtol=0)
+    assert dataset.labels[:, 2].tolist() == [18 * index for index in range(20)]
+    assert dataset.labels[:, 1].tolist() == [int(height > 0.25) for height in v]
+    assert dataset.labels[:, 0].unique().tolist() == [0]
+    assert grey_values(dataset) == list(range(20))
+    assert dataset.fov == pytest.approx(math.degrees(0.6))
+
+
+def test_derived_heights_are_even_bins_that_the_split_does_not_move(tmp_path):
+    folder = write_transforms(tmp_path, 20)
+    dataset = open_dataset(transforms(folder))
+    assert np.diff(dataset.v_list) == pytest.approx(np.full(7, 0.35 / 8))
+    assert set(dataset.labels[:, 1].tolist()) == set(range(8))
+    for subset in ("train", "heldout"):
+        assert open_dataset(transforms(folder, heldout_every=3, subset=subset)).v_list == dataset.v_list
+
+
+def test_datadir_may_be_one_transforms_file(tmp_path):
+    write_transforms(tmp_path, 4)
+    (tmp_path / "transforms_train.json").rename(tmp_path / "transforms_val.json")
+    assert len(open_dataset(transforms(tmp_path / "transforms_val.json"))) == 4
+    with pytest.raises(DataError, match=r"found transforms_val\.json; expected transforms_train\.json"):
+        open_dataset(transforms(tmp_path))
+
+
+def test_field_of_view_is_that_of_the_central_square(tmp_path):
+    dataset = open_dataset(transforms(write_transforms(tmp_path, 2, size=(32, 16))))
+    assert math.tan(math.radians(dataset.fov) / 2) == pytest.approx(math.tan(0.3) / 2)
+
+
+def test_one_camera_angle_for_different_shapes_is_an_error(tmp_path):
+    write_photo(write_transforms(tmp_path, 3) / "train" / "r_1.png", size=(32, 16))
+    with pytest.raises(DataError, match="one aspect ratio"):
+        open_dataset(transforms(tmp_path))
+
+
+def test_missing_frames_are_reported(tmp_path):
+    (write_transforms(tmp_path, 3) / "train" / "r_1.png").unlink()
+    dataset = open_dataset(transforms(tmp_path))
+    assert dataset.report.missing == ["./train/r_1"]
+    assert dataset.labels[:, 2].tolist() == [0, 240]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[1, 0], [0, 1]], r"shape \(2, 2\)"),
+        ([["a"] * 4] * 4, "not a matrix of numbers"),
+        (torch.diag(torch.tensor([2.0, 2, 2, 1])).tolist(), "without scale or mirror"),
+        (torch.diag(torch.tensor([-1.0, 1, 1, 1])).tolist(), "without scale or mirror"),
+        (torch.full((4, 4), math.nan).tolist(), "finite"),
+    ],
+)
+def test_poses_that_are_none_are_errors_that_name_file_and_frame(tmp_path, matrix, message):
+    with pytest.raises(DataError, match=message) as error:
+        open_dataset(transforms(write_transforms(tmp_path, 1, matrix=matrix)))
+    assert "transforms_train.json, frame 0" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"frames": [{}]}', '{"frames": [{}], "camera_angle_x": 0}'])
+def test_json_without_cameras_is_an_error(tmp_path, content):
+    (tmp_path / "transforms_train.json").write_text(content)
+    with pytest.raises(DataError, match=r"transforms_train\.json.*camera_angle_x"):
+        open_dataset(transforms(tmp_path))
+
+
+# image_folder
+
+
+def test_class_folders_are_classes(tmp_path):
+    for class_number, name in enumerate(("b2", "b10", "a")):
+        write_photo(tmp_path / name / "deep" / "x.png", class_number)
+        write_photo(tmp_path / name / "y.png", class_number)
+    write_photo(tmp_path / "stray.png")
+    dataset = open_dataset(settings(tmp_path, type="image_folder"))
+    assert dataset.class_names == ["a", "b2", "b10"]
+    assert grey_values(dataset) == [2, 2, 0, 0, 1, 1]  # in the order of the files
+    assert dataset.labels[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert not dataset.poses_known
+    assert dataset.report.unlabelled == ["stray.png"]
+
+
+def test_plain_folder_is_one_class_with_every_kth_image_held_out(tmp_path):
+    for number in range(12):
+        write_photo(tmp_path / f"{number}.png", number)
+    heldout = open_dataset(settings(tmp_path, type="image_folder", heldout_every=5, subset="heldout"))
+    assert grey_values(heldout) == [0, 5, 10]
+    assert heldout.class_names == [tmp_path.name]
+
+
+# real photographs
+
+
+def test_coil100_is_three_objects_at_72_angles():
+    folder = real_folder("coil100")
+    dataset = open_dataset(settings(folder, imsize=64, white_bkgd=False, v_list=(0.31,)))
+    assert dataset.class_names == ["obj5", "obj14", "obj33"]
+    expected = torch.cartesian_prod(torch.arange(3), torch.tensor([0]), torch.arange(0, 360, 5))
+    assert torch.equal(dataset.labels, expected)
+    assert not dataset.report.lines()
+    heldout = open_dataset(settings(folder, v_list=(0.31,), heldout_every=6, subset="heldout"))
+    assert heldout.labels[:, 2].unique().tolist() == list(range(0, 360, 30))
+    assert len(heldout) == 36
+
+
+def test_lego128_has_true_poses_above_the_ground():
+    dataset = open_dataset(transforms(real_folder("lego128"), imsize=64))
+    assert len(dataset) == 100
+    assert dataset.fov == pytest.approx(39.598, abs=1e-3)
+    elevation = torch.rad2deg(torch.asin(1 - 2 * angles_from_pose(dataset.poses)[1]))
+    assert 6 < elevation.min() < 8
+    assert 88 < elevation.max() < 90
+    corners = torch.stack([dataset[index][0][:, 0, 0] for index in range(100)])
+    assert corners.min() == 1  # transparent pixels became white
+    black = open_dataset(transforms(real_folder("lego128"), imsize=64, white_bkgd=False))
+    assert black[0][0][:, 0, 0].tolist() == [-1, -1, -1]

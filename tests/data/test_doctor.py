@@ -1,0 +1,90 @@
+"""The doctor's report and drawings, through its command line."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from graf.data.doctor import draw_cameras, main, outline_sphere
+from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
+
+PICTURES = {"contact_sheet.png", "cameras.png", "overlay.png"}
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for angle in range(0, 360, 45):
+        Image.new("RGB", (20, 16), (angle // 2, 50, 50)).save(folder / f"cup__{angle}.png")
+    (folder / "cup__7.png").write_text("broken")
+    (tmp_path / "config.yaml").write_text(
+        f"data: {{type: turntable, datadir: {folder}, imsize: 32, v_list: [0.3], heldout_every: 4}}"
+    )
+    return tmp_path
+
+
+def run(folder, *overrides):
+    return main(["--config", str(folder / "config.yaml"), "--out", str(folder / "out"), *overrides])
+
+
+def test_report_counts_and_names_problems(photographs, capsys):
+    assert run(photographs) == 0
+    report = capsys.readouterr().out
+    for part in (
+        "8 photographs, 1 classes",
+        "class 0 cup: 8 photographs, 8 angles",
+        "(elevation 24 degrees): 8 photographs",
+        "315-359: 1",
+        "20x16 (8)",
+        "held out: 2 of 8 angles",
+        "problem: 1 unreadable photographs: cup__7.png",
+    ):
+        assert part in report
+    assert {path.name for path in (photographs / "out").iterdir()} == PICTURES
+
+
+def test_photographs_without_poses_show_the_sampled_ranges(photographs, capsys):
+    assert run(photographs, "data.type=image_folder", "data.vmin=0.2", "data.heldout_every=0") == 0
+    assert "poses unknown: sampled with u in 0.0..1.0, v in 0.2" in capsys.readouterr().out
+    assert {path.name for path in (photographs / "out").iterdir()} == PICTURES
+
+
+@pytest.mark.parametrize("override", ["data.datadir=/nowhere", "data.imsizes=3"])
+def test_errors_are_one_line_and_an_exit_code(photographs, capsys, override):
+    assert run(photographs, override) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "data." in error
+
+
+def test_sphere_outline_is_tangent_to_the_lines_of_sight():
+    pose = pose_from_angles(torch.tensor(0.1), torch.tensor(0.3), 3.0)
+    points = outline_sphere(pose)
+    torch.testing.assert_close(points.norm(dim=1), torch.ones(len(points)))
+    sight = points - pose[:3, 3]
+    torch.testing.assert_close((sight * points).sum(1), torch.zeros(len(points)), atol=1e-5, rtol=0)
+    intrinsics = Intrinsics.from_fov(100, 40.0)
+    pixels, _ = project_points(points, pose, intrinsics)
+    radius = intrinsics.focal * math.tan(math.asin(1 / 3.0))
+    torch.testing.assert_close((pixels - 50).norm(dim=1), torch.full((len(points),), radius), atol=1e-3, rtol=0)
+
+
+def test_axes_are_drawn_where_they_project(photographs):
+    run(photographs, "data.angle_direction=cw")
+    overlay = np.asarray(Image.open(photographs / "out" / "overlay.png")).astype(int)
+    tile = overlay[:320, 320:640]  # the third angle of eight, 90 degrees clockwise: the camera stands on -y
+    red = (tile[..., 0] > 200) & (tile[..., 1] < 80)
+    assert red[:, 170:].any()  # from there +x points to the right
+    assert not red[:, :150].any()
+
+
+def test_camera_plot_puts_a_camera_on_x_to_the_right_of_the_middle():
+    pose = pose_from_angles(torch.tensor([0.0]), torch.tensor([0.5]), 3.0)
+    picture = np.asarray(draw_cameras(pose)).astype(int)
+    orange = (abs(picture - (240, 140, 20)).sum(-1) == 0) & (np.arange(picture.shape[1]) < 420)
+    rows, columns = np.nonzero(orange)
+    assert abs(columns.mean() - (210 + 0.45 * 420)) < 1.5
+    assert abs(rows.mean() - (14 + 210)) < 1.5

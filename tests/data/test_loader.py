@@ -1,0 +1,119 @@
+"""Image order and the loader's promises."""
+
+import random
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from graf.data.errors import DataError
+from graf.data.loader import BatchOrder, make_loader, seed_worker
+
+
+class Numbers(Dataset):
+    """Image i is filled with i; its label carries what the worker's generators drew."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        label = torch.tensor(
+            [index, int(np.random.randint(2**31)), int(torch.randint(2**31, ())) + random.randrange(9)]
+        )
+        return torch.full((3, 2, 2), float(index)), label
+
+
+def take(batches, count):
+    return list(islice(batches, count))
+
+
+def join(batches):
+    return list(chain.from_iterable(batches))
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 23])
+def test_resumed_order_continues_the_unbroken_one(drop_last, start):
+    unbroken = take(BatchOrder(17, 4, drop_last, seed=3), 40)
+    resumed = take(BatchOrder(17, 4, drop_last, seed=3, start_iteration=start), 40 - start)
+    assert resumed == unbroken[start:]
+
+
+def test_each_epoch_shows_each_image_once_in_a_new_order():
+    batches = take(BatchOrder(10, 4, drop_last=False, seed=0), 6)
+    first, second = join(batches[:3]), join(batches[3:])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 2
+
+
+def test_drop_last_leaves_out_the_remainder_of_each_epoch():
+    order = BatchOrder(10, 4, drop_last=True, seed=0)
+    batches = take(order, 4)
+    assert all(len(batch) == 4 for batch in batches)
+    assert join(batches[:2]) == order.order_of_epoch(0)[:8]
+    assert join(batches[2:]) == order.order_of_epoch(1)[:8]
+
+
+def test_order_depends_on_the_seed_and_not_on_the_batch_size():
+    assert BatchOrder(50, 4, seed=0).order_of_epoch(2) == BatchOrder(50, 7, seed=0).order_of_epoch(2)
+    assert BatchOrder(50, 4, seed=0).order_of_epoch(2) != BatchOrder(50, 4, seed=1).order_of_epoch(2)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_give_the_batches_of_the_main_process_and_end_with_the_iterator():
+    arguments = {"drop_last": True, "seed": 5, "start_iteration": 3}
+    alone = take(make_loader(Numbers(11), 3, nworkers=0, **arguments), 5)
+    loader = make_loader(Numbers(11), 3, nworkers=2, **arguments)
+    assert loader.num_workers >= 1
+    assert loader.prefetch_factor == 2
+    assert loader.persistent_workers
+    for (images, labels), (other_images, other_labels) in zip(alone, take(loader, 5), strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels[:, 0], other_labels[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_are_seeded():
+    def draw(seed):
+        return [labels for _, labels in take(make_loader(Numbers(8), 2, nworkers=1, drop_last=True, seed=seed), 3)]
+
+    assert all(torch.equal(a, b) for a, b in zip(draw(1), draw(1), strict=True))
+    assert not all(torch.equal(a[:, 1:], b[:, 1:]) for a, b in zip(draw(1), draw(2), strict=True))
+
+
+def test_workers_of_one_loader_draw_different_numbers():
+    states = []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    for worker in range(2):
+        seed_worker(worker, seed=0)
+        states.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    assert all(a != b for a, b in zip(*states, strict=True))
+
+
+def test_loader_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    take(make_loader(torch.utils.data.TensorDataset(torch.zeros(8, 3, 2, 2)), 2, nworkers=0, drop_last=True, seed=0), 9)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("cpus", [1, 3, 64])
+def test_workers_are_limited_to_four_and_to_the_cpus(monkeypatch, cpus):
+    monkeypatch.setattr("graf.data.loader.count_usable_cpus", lambda: cpus)
+    monkeypatch.setattr("torch.utils.data.DataLoader.check_worker_number_rationality", lambda self: None)
+    assert make_loader(Numbers(8), 2, nworkers=99, drop_last=True, seed=0).num_workers == min(4, cpus)
+    assert make_loader(Numbers(8), 2, nworkers=0, drop_last=True, seed=0).num_workers == 0
+
+
+def test_batch_larger_than_the_set_is_an_error_that_says_what_to_do():
+    with pytest.raises(DataError, match=r"batch_size=9: the data set has 8 images.*at most 8"):
+        make_loader(Numbers(8), 9, nworkers=0, drop_last=True, seed=0)
+    images, _ = next(iter(make_loader(Numbers(8), 9, nworkers=0, drop_last=False, seed=0)))
+    assert len(images) == 8

@@ -1,0 +1,265 @@
+"""The synthetic set: true geometry, light that stays with the world, a cache that is whole or absent."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from graf.data import synthetic
+from graf.data.datasets import DataError, DataSettings, open_dataset
+from graf.data.shapes import CLASS_NAMES, Painted, Toy, build_toy, sphere
+from graf.data.synthetic import SyntheticSettings, choose_views, ensure_synthetic, render_views
+from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles, project_points
+from graf.geometry.rays import cast_rays, pixel_grid
+
+SMALL = SyntheticSettings(imsize=16, count=8, v_list=(0.3, 0.4))
+INTRINSICS = Intrinsics.from_fov(48, 30.0)
+
+
+def poses_at(*degrees, v=0.27, radius=3.5):
+    u = torch.tensor(degrees) / 360
+    return pose_from_angles(u, torch.full_like(u, v), radius)
+
+
+def surface_points(pose, depth, mask, intrinsics):
+    """World points (P, 3) of the covered pixels of a picture without supersampling, and their pixel numbers."""
+    rays = cast_rays(pose[None], pixel_grid(1, intrinsics.height, intrinsics.width), intrinsics, 0.0, 9.0)
+    distance = depth.flatten() / rays.axis_cosine[0, :, 0]
+    pixels = torch.nonzero(mask.flatten() > 0)[:, 0]
+    return (rays.origins[0] + rays.directions[0] * distance[:, None])[pixels], pixels
+
+
+def test_ball_has_the_depth_and_outline_of_its_closed_form(monkeypatch):
+    ball = Toy("ball", [Painted(sphere((0, 0, 0), 0.5), (1.0, 0.0, 0.0))])
+    monkeypatch.setattr(synthetic, "build_toy", lambda *_: ball)
+    intrinsics = Intrinsics.from_fov(65, 30.0)
+    rgb, depth, mask = render_views(0, poses_at(40.0), intrinsics)
+    assert depth[0, 0, 32, 32].item() == pytest.approx(3.0, abs=2e-3)
+    outline = intrinsics.focal * math.tan(math.asin(0.5 / 3.5))  # radius of the silhouette in pixels
+    assert mask.sum().item() == pytest.approx(math.pi * outline**2, rel=0.01)
+    assert ((rgb[0, 1:] == 1) | (mask[0] > 0)).all()  # white around the ball
+    assert rgb[0, 1, 32, 32] == -1  # and no green on it
+
+
+@pytest.mark.parametrize("class_idx", range(len(CLASS_NAMES)))
+def test_depth_leads_to_the_surface(class_idx):
+    poses = poses_at(0.0, 130.0)
+    _, depth, mask = render_views(class_idx, poses, INTRINSICS, supersampling=1)
+    for view in range(2):
+        points, _ = surface_points(poses[view], depth[view], mask[view], INTRINSICS)
+        assert len(points) > 200
+        assert build_toy(class_idx).distance(points.T).abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("class_idx", range(len(CLASS_NAMES)))
+def test_a_surface_point_has_one_colour_from_all_cameras(class_idx):
+    poses = poses_at(20.0, 45.0)
+    intrinsics = Intrinsics.from_fov(128, 30.0)
+    rgb, depth, mask = render_views(class_idx, poses, intrinsics, supersampling=1)
+    points, pixels = surface_points(poses[0], depth[0], mask[0], intrinsics)
+    where, expected_depth = project_points(points, poses[1], intrinsics)
+    column, row = where.floor().long().unbind(1)
+    visible = (depth[1, 0, row, column] - expected_depth).abs() < 0.01
+    assert visible.float().mean() > 0.5
+    there = rgb[1, :, row, column][:, visible]
+    here = rgb[0].flatten(1)[:, pixels[visible]]
+    assert (there - here).abs().median() < 0.02
+
+
+def test_light_stays_with_the_world_so_front_is_brighter_than_back():
+    rgb, _, mask = render_views(1, poses_at(35.0, 215.0), INTRINSICS)  # the light shines from about 37 degrees
+    front, back = (rgb * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+    assert front > back + 0.1
+
+
+@pytest.mark.parametrize("class_idx", range(len(CLASS_NAMES)))
+def test_sides_and_mirrored_sides_can_be_told_apart(class_idx):
+    front, left, back, right = render_views(class_idx, poses_at(0.0, 90.0, 180.0, 270.0), INTRINSICS)[0]
+    views = {"front": front, "left": left, "back": back, "right": right, "mirrored left": left.flip(-1)}
+    names = list(views)
+    for first in names:
+        for second in names[names.index(first) + 1 :]:
+            assert (views[first] - views[second]).square().mean() > 0.015, f"{first} looks like {second}"
+
+
+def test_classes_have_different_colours():
+    means = []
+    for class_idx in range(len(CLASS_NAMES)):
+        rgb, _, mask = render_views(class_idx, poses_at(0.0, 90.0, 180.0, 270.0), INTRINSICS)
+        means.append((rgb * mask).sum(dim=(0, 2, 3)) / mask.sum())
+    distances = torch.cdist(torch.stack(means), torch.stack(means)) + 9 * torch.eye(len(means))
+    assert distances.min() > 0.4
+
+
+def test_background_is_white_or_black_as_asked():
+    white = render_views(0, poses_at(0.0), INTRINSICS)
+    black = render_views(0, poses_at(0.0), INTRINSICS, white_bkgd=False)
+    assert white[0][0, :, 0, 0].tolist() == [1, 1, 1]
+    assert black[0][0, :, 0, 0].tolist() == [-1, -1, -1]
+    torch.testing.assert_close(white[0] - black[0], 2 * (1 - white[2]).expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
+
+
+def test_pictures_do_not_depend_on_how_views_are_grouped(monkeypatch):
+    together = render_views(2, poses_at(0.0, 50.0, 100.0), INTRINSICS)
+    monkeypatch.setattr(synthetic, "RAYS_AT_ONCE", 1000)
+    apart = render_views(2, poses_at(0.0, 50.0, 100.0), INTRINSICS)
+    for image, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(image, other, atol=1e-4, rtol=0)
+
+
+def test_rendering_restores_the_number_of_threads():
+    before = torch.get_num_threads()
+    render_views(0, poses_at(0.0), Intrinsics.from_fov(8, 30.0))
+    assert torch.get_num_threads() == before
+
+
+# choice of views
+
+
+@pytest.mark.parametrize(("count", "instances"), [(8, 1), (1000, 1), (37, 3), (2000, 2)])
+def test_views_are_distinct_and_shared_equally_by_the_classes(count, instances):
+    views = choose_views(SyntheticSettings(count=count, instances=instances))
+    assert len(set(views)) == len(views) == count
+    shares = np.bincount([view[0] for view in views], minlength=len(CLASS_NAMES))
+    assert shares.max() - shares.min() <= 1
+    assert max(view[1] for view in views) < instances
+    assert {view[2] for view in views} <= {0, 1, 2}
+    assert all(0 <= view[3] < 360 for view in views)
+
+
+def test_full_grid_has_72_angles():
+    settings = SyntheticSettings(count=72 * 3 * len(CLASS_NAMES))
+    assert {view[3] for view in choose_views(settings)} == set(range(0, 360, 5))
+
+
+def test_views_depend_on_the_seed_alone():
+    settings = SyntheticSettings(count=100)
+    assert choose_views(settings) == choose_views(settings)
+    assert choose_views(settings) != choose_views(replace(settings, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"count": 3}, "count=3"), ({"count": 9999}, "count=9999"), ({"radius": 0.9}, "radius=0.9")]
+)
+def test_impossible_settings_name_the_key(changes, key):
+    with pytest.raises(DataError, match=key):
+        replace(SMALL, **changes)
+
+
+# the stored set
+
+
+def test_stored_pictures_are_the_renders_of_their_labels(tmp_path):
+    folder = ensure_synthetic(tmp_path, SMALL)
+    dataset = open_dataset(DataSettings("turntable", folder, imsize=16, v_list=SMALL.v_list, strict=True))
+    assert dataset.class_names == list(CLASS_NAMES)
+    assert len(dataset) == SMALL.count
+    assert not dataset.report.lines()
+    max_depth = json.loads((folder / "depth" / "scene.json").read_text())["max_depth"]
+    for (image, label), path in zip(dataset, dataset.paths, strict=True):
+        pose = pose_from_angles(*label_angles(label[None], SMALL.v_list), SMALL.radius)
+        rgb, depth, mask = render_views(label[0].item(), pose, Intrinsics.from_fov(16, SMALL.fov))
+        assert (image - rgb[0]).abs().max() < 1.01 / 127.5
+        levels = np.asarray(Image.open(folder / "depth" / path.name)).astype(np.float32)
+        assert np.abs(levels / 65535 * max_depth - depth[0, 0].numpy()).max() < 1e-3
+        coverage = np.asarray(Image.open(folder / "mask" / path.name)).astype(np.float32)
+        assert np.abs(coverage / 255 - mask[0, 0].numpy()).max() < 0.01
+
+
+def test_labels_csv_is_in_the_turntable_format(tmp_path):
+    folder = ensure_synthetic(tmp_path, SMALL)
+    with (folder / "labels.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["file", "class", "height", "angle"]
+    assert sorted(row["file"] for row in rows) == sorted(path.name for path in folder.glob("*.png"))
+
+
+def test_second_opening_renders_nothing(tmp_path, monkeypatch):
+    folder = ensure_synthetic(tmp_path, SMALL)
+
+    def refuse(*_, **__):
+        raise AssertionError("rendered again")
+
+    monkeypatch.setattr(synthetic, "render_views", refuse)
+    assert ensure_synthetic(tmp_path, SMALL) == folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"imsize": 32},
+        {"count": 9},
+        {"seed": 1},
+        {"instances": 2},
+        {"radius": 3.0},
+        {"fov": 31.0},
+        {"v_list": (0.3, 0.41)},
+        {"white_bkgd": False},
+    ],
+)
+def test_everything_that_changes_the_pictures_is_in_the_cache_key(change):
+    assert replace(SMALL, **change).folder_name != SMALL.folder_name
+
+
+def test_equal_settings_write_equal_files(tmp_path):
+    first, second = (ensure_synthetic(tmp_path / name, SMALL) for name in "ab")
+    for path in sorted(first.rglob("*.*")):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_interrupted_rendering_leaves_nothing_behind(tmp_path, monkeypatch):
+    calls = []
+
+    def interrupt(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return render_views(*arguments, **options)
+
+    monkeypatch.setattr(synthetic, "render_views", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_synthetic(tmp_path, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_render_the_same_set(tmp_path, monkeypatch):
+    finished = ensure_synthetic(tmp_path / "other", SMALL)
+    write_set = synthetic._write_set
+
+    def be_slower(folder, settings):
+        write_set(folder, settings)
+        finished.rename(tmp_path / SMALL.folder_name)
+
+    monkeypatch.setattr(synthetic, "_write_set", be_slower)
+    folder = ensure_synthetic(tmp_path, SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["other", folder.name])
+
+
+def test_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file/data cannot be written"):
+        ensure_synthetic(tmp_path / "file" / "data", SMALL)
+
+
+def test_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(synthetic, "_write_view", fail)
+    with pytest.raises(DataError, match=r"No space left on device.*free space"):
+        ensure_synthetic(tmp_path, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_dataset_makes_the_set_at_the_configured_resolution(tmp_path):
+    settings = DataSettings("synthetic", tmp_path, imsize=24, synthetic_count=8, synthetic_instances=2)
+    dataset = open_dataset(settings)
+    assert len(dataset) == 8
+    assert dataset[0][0].shape == (3, 24, 24)
+    assert dataset.v_list == synthetic.DEFAULT_V_LIST
+    assert dict(dataset.report.sizes) == {(24, 24): 8}

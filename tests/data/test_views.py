@@ -1,0 +1,116 @@
+"""Views: which cameras labels mean, and where generated images take theirs from."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from graf.data.views import NUM_UNIFORMS, Cameras, PoseRanges, ViewPool, Views
+from graf.geometry.cameras import angles_from_pose, pose_from_angles
+
+CAMERAS = Cameras(3.5, (0.2, 0.4), "ccw")
+LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180]])
+
+
+@pytest.mark.parametrize(("direction", "u"), [("ccw", [0, 0.25, 359 / 360, 0.5]), ("cw", [0, 0.75, 1 / 360, 0.5])])
+def test_a_label_means_its_camera(direction, u):
+    views = Cameras(3.5, (0.2, 0.4), direction).views_of_labels(LABELS)
+    assert_close(views.u, torch.tensor(u, dtype=torch.float32))
+    assert_close(views.v, torch.tensor([0.2, 0.4, 0.2, 0.2]))
+    assert_close(views.poses, pose_from_angles(views.u, views.v, 3.5))
+    assert torch.equal(views.class_idx, LABELS[:, 0])
+    assert torch.equal(views.labels, LABELS)
+
+
+@pytest.mark.parametrize("direction", ["ccw", "cw"])
+def test_the_label_of_a_labels_camera_is_the_label(direction):
+    cameras = Cameras(3.5, (0.2, 0.4), direction)
+    angles = torch.arange(360)
+    labels = torch.stack([angles % 3, angles % 2, angles], 1)
+    views = cameras.views_of_labels(labels)
+    assert torch.equal(cameras.views_at(views.class_idx, views.u, views.v).labels, labels)
+
+
+def test_a_view_between_heights_is_labelled_with_the_nearest_and_rendered_where_it_is():
+    views = CAMERAS.views_at(torch.tensor([2, 0]), torch.tensor([0.1, 0.9999]), torch.tensor([0.29, 0.9]))
+    assert views.labels.tolist() == [[2, 0, 36], [0, 1, 0]]
+    assert_close(angles_from_pose(views.poses)[1], torch.tensor([0.29, 0.9]))
+
+
+def test_a_labelled_pool_gives_its_own_views_each_equally_often():
+    pool = ViewPool(LABELS, CAMERAS)
+    uniforms = torch.stack([torch.arange(400) / 400, torch.rand(400), torch.rand(400), torch.rand(400)], 1)
+    views = pool.pick(uniforms)
+    own = CAMERAS.views_of_labels(LABELS)
+    index = torch.arange(400) // 100
+    assert torch.equal(views.labels, LABELS[index])
+    assert torch.equal(views.poses, own.poses[index])
+    assert torch.equal(views.u, own.u[index])
+
+
+def test_the_largest_uniform_still_picks_a_view():
+    assert ViewPool(LABELS, CAMERAS).pick(torch.full((1, NUM_UNIFORMS), 1.0)).labels.tolist() == [[1, 0, 180]]
+
+
+def test_a_pool_with_true_poses_renders_at_them_and_keeps_the_labels():
+    u, v = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.15, 0.25, 0.35, 0.45])
+    poses = pose_from_angles(u, v, 4.2)
+    views = ViewPool(LABELS, CAMERAS, poses=poses).select([3, 1])
+    assert torch.equal(views.poses, poses[[3, 1]])
+    assert torch.equal(views.labels, LABELS[[3, 1]])
+    assert torch.equal(views.class_idx, LABELS[[3, 1], 0])
+
+
+@pytest.mark.parametrize("direction", ["ccw", "cw"])
+def test_a_render_at_a_true_pose_is_described_as_its_photograph_is(direction):
+    """Photographs reach the discriminator with their labels' u and v; other ones on renders would give these away."""
+    cameras = Cameras(3.5, (0.2, 0.4), direction)
+    poses = pose_from_angles(torch.rand(4), torch.rand(4), 3.5)
+    renders, photographs = ViewPool(LABELS, cameras, poses=poses).select(range(4)), cameras.views_of_labels(LABELS)
+    assert torch.equal(renders.u, photographs.u)
+    assert torch.equal(renders.v, photographs.v)
+
+
+def test_a_pool_without_poses_draws_them_from_its_ranges_and_classes_from_its_images():
+    ranges = PoseRanges(0.25, 0.5, 0.1, 0.3, 3.0, 4.0)
+    pool = ViewPool(LABELS, CAMERAS, ranges=ranges)
+    views = pool.pick(torch.rand(4000, NUM_UNIFORMS))
+    assert 0.25 <= views.u.min() < 0.26
+    assert 0.49 < views.u.max() <= 0.5
+    assert 0.1 <= views.v.min() < 0.11
+    assert 0.29 < views.v.max() <= 0.3
+    assert_close(views.class_idx.bincount() / 4000, torch.tensor([0.25, 0.5, 0.25]), atol=0.03, rtol=0)
+    radius = views.poses[:, :3, 3].norm(dim=1)
+    assert 3.0 <= radius.min() < 3.01
+    assert 3.99 < radius.max() <= 4.001
+    assert_close(views.poses, pose_from_angles(views.u, views.v, radius))
+    assert torch.equal(views.labels[:, 0], views.class_idx)
+    assert_close(views.u.mean().item(), 0.375, atol=0.01, rtol=0)
+
+
+def test_ranges_that_end_at_a_full_turn_stay_below_it():
+    pool = ViewPool(LABELS, CAMERAS, ranges=PoseRanges(0.0, 1.0, 0.0, 1.0, 3.5, 3.5))
+    views = pool.pick(torch.tensor([[0.0, 1.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]]))
+    assert views.u.tolist() == [0.0, 0.0]
+    assert views.v.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("indices", [[2, 0, 2], torch.tensor([2, 0, 2])])
+def test_select_takes_views_in_order_and_with_repetition(indices):
+    views = ViewPool(LABELS, CAMERAS).select(indices)
+    assert len(views) == 3
+    assert torch.equal(views.labels, LABELS[[2, 0, 2]])
+
+
+def test_slices_take_the_same_part_of_everything():
+    views = CAMERAS.views_of_labels(LABELS)
+    part = views.images(1, 3).to("cpu")
+    for name in ("class_idx", "u", "v", "poses", "labels"):
+        assert torch.equal(getattr(part, name), getattr(views, name)[1:3])
+    assert isinstance(part, Views)
+
+
+def test_the_pool_says_where_its_poses_come_from():
+    assert ViewPool(LABELS, CAMERAS).describe() == "the 4 views of the data set, equally likely"
+    ranges = PoseRanges(0.0, 0.5, 0.1, 0.3, 3.0, 4.0)
+    expected = "u in [0.0, 0.5], v in [0.1, 0.3], radius in [3.0, 4.0], uniform"
+    assert ViewPool(LABELS, CAMERAS, ranges=ranges).describe() == expected

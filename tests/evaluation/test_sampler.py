@@ -1,0 +1,141 @@
+"""Rendering for people and scores: an image depends on its code, class and camera alone; training does not notice."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from graf.data.views import Cameras, PoseRanges, ViewPool
+from graf.evaluation.sampler import Sampler, eval_mode
+from graf.geometry.cameras import Intrinsics
+from graf.geometry.rays import RayCaster
+from graf.geometry.volume_rendering import RaySampling
+from graf.models.field import FieldShape
+from graf.models.generator import Generator
+from graf.runtime.amp import Precision
+
+CAMERAS = Cameras(3.5, (0.2, 0.4))
+SIZE = 12
+
+
+@pytest.fixture
+def sampler() -> Sampler:
+    torch.manual_seed(5)
+    shape = FieldShape(
+        depth=2, width=16, multires=3, multires_views=1, dim_shape=3, dim_appearance=2, num_classes=3, density_scale=20
+    )
+    caster = RayCaster(Intrinsics.from_fov(SIZE, 30.0), 2.5, 4.5, 1.0)
+    return Sampler(Generator(shape, RaySampling(6)), caster, Precision("cpu", None), torch.device("cpu"), SIZE)
+
+
+def some_views(count: int):
+    number = torch.arange(count)
+    return CAMERAS.views_of_labels(torch.stack([number % 3, number % 2, 40 * number], 1))
+
+
+def test_an_image_does_not_depend_on_the_images_beside_it(sampler):
+    z, views = sampler.codes(0, range(5)), some_views(5)
+    together = sampler.render(z, views)
+    for i in range(5):
+        alone = sampler.render(z[i : i + 1], views.images(i, i + 1))
+        for name in ("rgb", "depth", "opacity"):
+            assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0])
+    assert not torch.allclose(together.rgb[0], together.rgb[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 10**6])
+def test_an_image_does_not_depend_on_the_chunk(sampler, chunk):
+    z, views = sampler.codes(0, range(2)), some_views(2)
+    expected = sampler.render(z, views)
+    sampler.generator.chunk = chunk
+    found = sampler.render(z, views)
+    for name in ("rgb", "depth", "opacity"):
+        assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+
+
+def test_renders_have_the_promised_shapes_and_ranges_without_a_graph(sampler):
+    renders = sampler.render(sampler.codes(0, range(3)), some_views(3))
+    assert renders.rgb.shape == (3, 3, SIZE, SIZE)
+    assert renders.depth.shape == renders.opacity.shape == (3, 1, SIZE, SIZE)
+    assert renders.rgb.abs().max() <= 1
+    assert 0 <= renders.opacity.min() < renders.opacity.max() <= 1 + 1e-6
+    assert 2 < renders.depth.min() < renders.depth.max() <= 4.6
+    assert renders.rgb.dtype == torch.float32
+    assert not renders.rgb.requires_grad
+
+
+def test_pixels_are_those_of_the_generator_itself(sampler):
+    z, views = sampler.codes(3, range(1)), some_views(1)
+    image = sampler.render(z, views).rgb[0]
+    rays = sampler.caster.cast_images(views.poses, SIZE)
+    number = 5 * SIZE + 7  # row 5, column 7
+    with torch.no_grad():
+        colour = sampler.generator(z, views.class_idx, rays.slice(number, number + 1)).rgb[0, 0]
+    assert_close(image[:, 5, 7], colour)
+
+
+def test_codes_are_stable_row_by_row_and_differ_between_rows_and_seeds(sampler):
+    codes = sampler.codes(0, range(6))
+    assert codes.shape == (6, 5)
+    assert torch.equal(codes[2:5], sampler.codes(0, range(2, 5)))
+    assert not torch.allclose(codes, sampler.codes(1, range(6)))
+    assert len(codes.unique(dim=0)) == 6
+    uniform = Sampler(*[getattr(sampler, name) for name in ("generator", "caster", "precision", "device")], SIZE, True)
+    many = uniform.codes(0, range(200))
+    assert many.abs().max() <= 1
+    assert float(many.std()) == pytest.approx(3**-0.5, rel=0.06)
+
+
+@pytest.mark.parametrize("ranges", [None, PoseRanges(0, 1, 0.1, 0.4, 3.5, 3.5)])
+def test_random_renders_are_stable_image_by_image(sampler, ranges):
+    pool = ViewPool(torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 200]]), CAMERAS, ranges=ranges)
+    together = sampler.render_random(pool, 4, range(6)).rgb
+    assert torch.equal(together[4:], sampler.render_random(pool, 4, range(4, 6)).rgb)
+    assert not torch.equal(together, sampler.render_random(pool, 5, range(6)).rgb)
+    assert len(together.flatten(1).unique(dim=0)) == 6
+
+
+def test_rendering_advances_no_global_generator_and_leaves_the_training_modes(sampler):
+    sampler.generator.train()
+    sampler.generator.field.eval()  # a part that training keeps in eval mode stays there
+    modes = {part: part.training for part in sampler.generator.modules()}
+    seen = []
+    forward = sampler.generator.forward
+    sampler.generator.forward = lambda *a: (
+        seen.append((sampler.generator.training, torch.is_grad_enabled())),
+        forward(*a),
+    )[1]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    sampler.render(sampler.codes(0, range(2)), some_views(2))
+    assert seen == [(False, False)] * 2
+    assert {part: part.training for part in sampler.generator.modules()} == modes
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_super_resolution_that_the_run_does_not_have_is_refused(sampler):
+    with pytest.raises(ValueError, match="no super-resolution"):
+        sampler.render(sampler.codes(0, range(1)), some_views(1), sharpen=True)
+    assert sampler.render(sampler.codes(0, range(1)), some_views(1)).sharp is None
+
+
+def test_eval_mode_ends_with_an_error_too():
+    module = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    module[1].eval()
+    seen = []
+
+    def fail() -> None:
+        with eval_mode(module):
+            seen.append((module.training, module[0].training, torch.is_grad_enabled()))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert seen == [(False, False, False)]
+    assert (module.training, module[0].training, module[1].training) == (True, True, False)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,92 @@
+"""Scoring a generator: images by number, whatever the batch, and the numbers of score_images itself."""
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from graf.data.views import Cameras, ViewPool
+from graf.evaluation import scoring
+from graf.evaluation.extractor import choose_extractor
+from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, RenderedImages, score_images
+from graf.evaluation.sampler import Renders
+from graf.evaluation.scoring import ScoringTask
+from graf.runtime.seeding import Draws
+
+LABELS = torch.tensor([[0, 0, 0], [1, 0, 90], [0, 0, 180]])
+POOL = ViewPool(LABELS, Cameras(3.5, (0.3,)))
+PROTOCOL = FidelityProtocol(seed=3, batch_size=4, kid_subsets=3, kid_subset_size=8)
+
+
+class NoiseSampler:
+    """Stands in for Sampler: image i is noise that depends on (seed, i) alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.seeds: set[int] = set()
+
+    def render_random(self, pool: ViewPool, seed: int, indices: range, sharpen: bool = False) -> Renders:
+        assert pool is POOL
+        self.asked += list(indices)
+        self.seeds.add(seed)
+        rgb = Draws(seed, 0, indices).uniform("noise", 3, 16, 16) * 2 - 1
+        sharp = Draws(seed, 0, indices).uniform("sharp", 3, 32, 32) * 2 - 1 if sharpen else None
+        return Renders(rgb, rgb[:, :1], rgb[:, :1], sharp)
+
+
+@pytest.fixture
+def photographs() -> TensorDataset:
+    return TensorDataset(torch.rand(10, 3, 16, 16) * 2 - 1, LABELS[torch.arange(10) % 3])
+
+
+def score(sampler, photographs, folder, fingerprint="photos", output="render"):
+    provenance = {"iteration": 5, "ema": True}
+    task = ScoringTask(sampler, POOL, choose_extractor("offline"), PROTOCOL, 9, folder, provenance)
+    return task.score(output, photographs, fingerprint)
+
+
+def test_the_score_is_that_of_the_numbered_images_against_all_photographs(photographs, tmp_path):
+    sampler = NoiseSampler()
+    scores = score(sampler, photographs, tmp_path)
+    fakes = RenderedImages(lambda i: Draws(3, 0, tuple(i)).uniform("noise", 3, 16, 16) * 2 - 1, 9, 3)
+    expected = score_images(ImagesAsUint8(photographs), fakes, choose_extractor("offline"), PROTOCOL, sampler.device)
+    assert scores.values == expected.values
+    assert set(range(9)) == set(sampler.asked)
+    assert sampler.seeds == {3}
+
+
+def test_the_score_does_not_depend_on_how_many_images_are_rendered_at_once(photographs, tmp_path, monkeypatch):
+    expected = score(NoiseSampler(), photographs, tmp_path / "a").values
+    monkeypatch.setattr(scoring, "RENDER_BATCH", 2)
+    assert score(NoiseSampler(), photographs, tmp_path / "b").values == expected
+
+
+def test_the_cached_photographs_give_the_same_score_and_the_provenance_says_where_it_comes_from(photographs, tmp_path):
+    first = score(NoiseSampler(), photographs, tmp_path)
+    cached = sorted(path.name for path in tmp_path.iterdir())
+    assert cached
+    again = score(NoiseSampler(), photographs, tmp_path)
+    assert again == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == cached
+    assert first.provenance["poses"] == "the 3 views of the data set, equally likely"
+    assert first.provenance["n_real"] == 10
+    assert first.provenance["n_fake"] == 9
+    assert (first.provenance["iteration"], first.provenance["ema"]) == (5, True)
+
+
+def test_other_photographs_are_not_scored_from_the_cache(photographs, tmp_path):
+    first = score(NoiseSampler(), photographs, tmp_path, "photos")
+    others = TensorDataset(photographs.tensors[0].flip(0) * 0.3, photographs.tensors[1])
+    fresh = score(NoiseSampler(), others, tmp_path / "empty", "others")
+    assert score(NoiseSampler(), others, tmp_path, "others").values == fresh.values != first.values
+
+
+def test_super_resolved_images_are_scored_under_their_own_name(photographs, tmp_path):
+    large = TensorDataset(torch.rand(10, 3, 32, 32) * 2 - 1, photographs.tensors[1])
+    scores = score(NoiseSampler(), large, tmp_path, "large", "sr")
+    fakes = RenderedImages(lambda i: Draws(3, 0, tuple(i)).uniform("sharp", 3, 32, 32) * 2 - 1, 9, 3)
+    expected = score_images(ImagesAsUint8(large), fakes, choose_extractor("offline"), PROTOCOL, torch.device("cpu"))
+    assert scores.values == {f"sr_{name}": value for name, value in expected.values.items()}
+    assert scores.provenance["output"] == "sr"
+    assert scores.provenance["resolution"] == "32x32"

@@ -1,0 +1,70 @@
+"""A trainer of configs/smoke.yaml with any keys overridden, and batches for it, without files or hooks."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from graf import assembly
+from graf.config import Config, load_config
+from graf.data.datasets import PhotoDataset
+from graf.data.loader import make_loader
+from graf.runtime.amp import Precision
+from graf.training.trainer import Trainer
+
+SMOKE = Path(__file__).resolve().parents[2] / "configs" / "smoke.yaml"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the synthetic photographs of these tests are kept."""
+    return tmp_path_factory.mktemp("toys")
+
+
+@pytest.fixture(scope="session")
+def smoke_config(toy_folder: Path) -> Callable[..., Config]:
+    """configs/smoke.yaml with overrides."""
+    return lambda *overrides: load_config(SMOKE, [f"data.datadir={toy_folder}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def photographs(smoke_config: Callable[..., Config]) -> PhotoDataset:
+    """The photographs that configs/smoke.yaml trains on: labels and poses known."""
+    return assembly.open_photographs(smoke_config())
+
+
+@pytest.fixture
+def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset) -> Callable[..., Trainer]:
+    """Build the trainer of the smoke configuration with overrides, as train.py does."""
+
+    def make(*overrides: str, data: PhotoDataset = photographs, precision: Precision | None = None) -> Trainer:
+        config = smoke_config(*overrides)
+        scene = assembly.describe_scene(config, data)
+        return Trainer(
+            config,
+            assembly.build_generator(config, len(scene.class_names)),
+            assembly.build_discriminator(config, scene),
+            assembly.build_caster(config, scene),
+            assembly.build_pool(config, data, assembly.build_cameras(config, scene)),
+            precision or Precision("cpu", None),
+            CPU,
+        )
+
+    return make
+
+
+@pytest.fixture
+def batches(photographs: PhotoDataset) -> Callable[..., Iterator[tuple[Tensor, Tensor]]]:
+    """The batches of iterations start, start + 1, ..., `count` of them."""
+
+    def make(
+        count: int, start: int = 0, size: int = 2, data: PhotoDataset = photographs
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = make_loader(data, size, nworkers=0, drop_last=True, seed=0, start_iteration=start)
+        return islice(iter(loader), count)
+
+    return make

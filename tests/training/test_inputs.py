@@ -1,0 +1,152 @@
+"""Random inputs of a step: row i belongs to sample i of the iteration, whatever batch it is drawn in."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+
+from graf.data.views import Cameras, PoseRanges, ViewPool
+from graf.geometry.volume_rendering import RaySampling
+from graf.runtime.seeding import Draws
+from graf.training.inputs import InputSampler, StepSettings
+
+CAMERAS = Cameras(3.5, (0.2, 0.4))
+LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180], [0, 1, 7]])
+SETTINGS = StepSettings(0.3, 0.8, 0.5)
+SAMPLER = InputSampler(
+    pool=ViewPool(LABELS, CAMERAS),
+    dim_z=6,
+    uniform_z=False,
+    patch_size=4,
+    sampling=RaySampling(5, 3),
+    jitter=True,
+    hflip=False,
+    device=torch.device("cpu"),
+)
+
+
+def draws(*indices: int, seed: int = 0, iteration: int = 7) -> Draws:
+    return Draws(seed, iteration, tuple(indices))
+
+
+def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dataclasses, by its dotted name."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from tensors_of(getattr(value, item.name), f"{name}.{item.name}")
+
+
+@pytest.mark.parametrize("split", [[(0, 1, 2, 3, 4)], [(0,), (1,), (2,), (3,), (4,)], [(0, 1), (2, 3, 4)]])
+@pytest.mark.parametrize("ranges", [None, PoseRanges(0, 1, 0.1, 0.4, 3, 4)])
+def test_a_fake_does_not_depend_on_the_batch_it_is_drawn_in(split, ranges):
+    sampler = replace(SAMPLER, pool=ViewPool(LABELS, CAMERAS, ranges=ranges))
+    whole = dict(tensors_of(sampler.draw_fakes(draws(0, 1, 2, 3, 4), "g", SETTINGS)))
+    parts = [dict(tensors_of(sampler.draw_fakes(draws(*part), "g", SETTINGS))) for part in split]
+    assert len(whole) >= 12
+    for name, value in whole.items():
+        assert len(value) == 5, name
+        assert torch.equal(value, torch.cat([part[name] for part in parts])), name
+
+
+@pytest.mark.parametrize("hflip", [False, True])
+def test_a_real_patch_does_not_depend_on_the_batch_it_is_drawn_in(hflip):
+    sampler, images = replace(SAMPLER, hflip=hflip), torch.rand(5, 3, 8, 8)
+    whole = dict(tensors_of(sampler.draw_reals(draws(0, 1, 2, 3, 4), images, LABELS, SETTINGS)))
+    parts = [
+        dict(tensors_of(sampler.draw_reals(draws(*range(a, b)), images[a:b], LABELS[a:b], SETTINGS)))
+        for a, b in ((0, 2), (2, 5))
+    ]
+    for name, value in whole.items():
+        assert torch.equal(value, torch.cat([part[name] for part in parts])), name
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"iteration": 8}, {"purpose": "d"}])
+def test_other_seeds_iterations_and_purposes_draw_other_numbers(change):
+    purpose = change.pop("purpose", "g")
+    first = SAMPLER.draw_fakes(draws(*range(5)), "g", SETTINGS)
+    second = SAMPLER.draw_fakes(draws(*range(5), **change), purpose, SETTINGS)
+    for part in ("z", "noise.jitter", "noise.importance_jitter", "noise.density", "patches.scale", "patches.centre"):
+        one, other = (dict(tensors_of(inputs))["." + part] for inputs in (first, second))
+        assert not torch.isclose(one, other, atol=1e-4).any(dim=-1).all(), part
+
+
+def test_no_two_random_parts_of_a_sample_share_their_numbers():
+    inputs = SAMPLER.draw_fakes(draws(0), "g", SETTINGS)
+    numbers = torch.cat([getattr(inputs, item.name)[0] for item in fields(inputs) if item.name.startswith("augment")])
+    numbers = torch.cat([numbers, inputs.noise.jitter.flatten(), inputs.noise.importance_jitter.flatten()])
+    assert len(numbers.unique()) == len(numbers)
+
+
+def test_fakes_take_their_views_from_the_pool_alone():
+    inputs = SAMPLER.draw_fakes(draws(*range(300)), "g", SETTINGS)
+    own = {tuple(label) for label in LABELS.tolist()}
+    assert {tuple(label) for label in inputs.views.labels.tolist()} == own
+    named = CAMERAS.views_of_labels(inputs.views.labels)
+    assert torch.equal(inputs.views.poses, named.poses)
+    assert torch.equal(inputs.condition.u, named.u)
+    assert torch.equal(inputs.condition.class_idx, inputs.views.labels[:, 0])
+    assert inputs.condition.patches is inputs.patches
+
+
+def test_patches_keep_to_their_scales_and_lie_inside_the_image():
+    reals = SAMPLER.draw_reals(draws(*range(400)), torch.zeros(400, 3, 4, 4), LABELS[torch.arange(400) % 5], SETTINGS)
+    for patches in (SAMPLER.draw_fakes(draws(*range(400)), "g", SETTINGS).patches, reals.patches):
+        assert 0.3 <= patches.scale.min() < 0.32
+        assert 0.78 < patches.scale.max() <= 0.8
+        edge = patches.centre.abs() + patches.scale[:, None]
+        assert 0.97 < edge.max() <= 1 + 1e-6
+        assert patches.centre.mean(0).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("uniform_z", [False, True])
+def test_codes_follow_their_law(uniform_z):
+    z = replace(SAMPLER, uniform_z=uniform_z, dim_z=64).draw_fakes(draws(*range(200)), "g", SETTINGS).z
+    assert z.shape == (200, 64)
+    assert abs(float(z.mean())) < 0.03
+    assert float(z.std()) == pytest.approx(3**-0.5 if uniform_z else 1, rel=0.03)
+    assert bool((z.abs() <= 1).all()) is uniform_z
+
+
+def test_ray_noise_has_a_place_for_every_sample_and_the_scheduled_strength():
+    noise = SAMPLER.draw_fakes(draws(*range(50)), "g", SETTINGS).noise
+    assert noise.jitter.shape == (50, 16, 5)
+    assert noise.importance_jitter.shape == (50, 16, 3)
+    assert noise.density.shape == (50, 16, 8)
+    assert 0 <= noise.jitter.min() < 0.01 < 0.99 < noise.jitter.max() < 1
+    assert float(noise.density.std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_what_is_switched_off_is_not_drawn():
+    sampler = replace(SAMPLER, jitter=False, sampling=RaySampling(5))
+    noise = sampler.draw_fakes(draws(0), "g", replace(SETTINGS, density_noise=0.0)).noise
+    assert (noise.jitter, noise.importance_jitter, noise.density) == (None, None, None)
+    assert SAMPLER.draw_fakes(draws(0), "g", replace(SETTINGS, density_noise=0.0)).noise.density is None
+
+
+def test_photographs_keep_their_pixels_and_the_cameras_of_their_labels():
+    images = torch.rand(5, 3, 8, 8)
+    reals = SAMPLER.draw_reals(draws(*range(5)), images, LABELS, SETTINGS)
+    assert torch.equal(reals.images, images)
+    assert torch.equal(reals.views.labels, LABELS)
+    assert torch.equal(reals.views.poses, CAMERAS.views_of_labels(LABELS).poses)
+    assert torch.equal(reals.condition.v, CAMERAS.views_of_labels(LABELS).v)
+
+
+def test_hflip_mirrors_about_half_of_the_photographs_left_to_right_and_no_label():
+    images, labels = torch.rand(200, 3, 4, 4), LABELS[torch.arange(200) % 5]
+    reals = replace(SAMPLER, hflip=True).draw_reals(draws(*range(200)), images, labels, SETTINGS)
+    kept = (reals.images == images).flatten(1).all(1)
+    mirrored = (reals.images == images.flip(3)).flatten(1).all(1)
+    assert (kept ^ mirrored).all()
+    assert 70 < int(mirrored.sum()) < 130
+    assert torch.equal(reals.views.labels, labels)
+
+
+def test_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    SAMPLER.draw_fakes(draws(0, 1), "g", SETTINGS)
+    SAMPLER.draw_reals(draws(0, 1), torch.zeros(2, 3, 4, 4), LABELS[:2], SETTINGS)
+    assert torch.equal(torch.get_rng_state(), state)
