@@ -25,7 +25,7 @@ from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics, median_height
 from graf.geometry.rays import RayCaster
 from graf.geometry.volume_rendering import RaySampling
-from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, ViewLatents
+from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, UnitRange, ViewLatents
 from graf.models.discriminator import DiscriminatorShape, PatchDiscriminator
 from graf.models.field import FieldShape
 from graf.models.generator import Generator
@@ -103,7 +103,10 @@ def build_sampler(
 ) -> Sampler:
     """Renders whole images at the generator's resolution, and sharpens them where there is a `ccsr`."""
     caster, uniform_z = build_caster(config, scene), config.z_dist.type == "uniform"
-    return Sampler(generator, caster, precision, device, config.data.imsize, uniform_z, ccsr)
+    sampling = None
+    if config.evaluation.N_samples is not None:
+        sampling = RaySampling(config.evaluation.N_samples, config.nerf.N_importance)
+    return Sampler(generator, caster, precision, device, config.data.imsize, uniform_z, ccsr, sampling)
 
 
 def real_images(photographs: PhotoDataset, ccsr: CCSR | None) -> dict[str, Any]:
@@ -177,7 +180,10 @@ def build_generator(config: Config, num_classes: int) -> Generator:
     )
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
-        return Generator(shape, sampling, background, learn_background, config.training.chunk)
+        generator = Generator(shape, sampling, background, learn_background, config.training.chunk)
+    strategy = config.training.memory_strategy
+    generator.strategy = "dense" if strategy == "auto" else strategy
+    return generator
 
 
 def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
@@ -212,13 +218,14 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
     if not ccsr.enabled:
         return None
     with _seeded_weights(config.seed, "ccsr"):
-        trunk: ConvTrunk | RRDBTrunk
+        trunk: ConvTrunk | UnitRange
         if ccsr.trunk == "conv":
             trunk = ConvTrunk(ccsr.scale, ccsr.features, ccsr.blocks)
         else:
-            trunk = RRDBTrunk(ccsr.scale, ccsr.features, ccsr.features // 2, ccsr.blocks)
+            rrdb = RRDBTrunk(ccsr.scale, ccsr.features, ccsr.features // 2, ccsr.blocks)
             if pretrained and ccsr.weights is not None:
-                load_esrgan_weights(trunk, ccsr.weights)
+                load_esrgan_weights(rrdb, ccsr.weights)
+            trunk = UnitRange(rrdb)
         if ccsr.freeze_trunk:
             trunk.requires_grad_(False)
         latents = ViewLatents(ccsr.num_views, 3, config.data.imsize, ccsr.view_mode)

@@ -241,6 +241,10 @@ class TrainingConfig(Section):
     drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: int = Field(4096, ge=1, description="rays rendered at once, over all images of the batch")
+    micro_batch_size: Literal["auto"] | int = Field("auto", description="images on the device at once; auto: as many as fit")
+    memory_strategy: Literal["auto", "dense", "checkpoint", "deferred"] = Field(
+        "auto", description="which activations of rendering are kept: all, those of one chunk, or none before D's gradient"
+    )
     use_amp: bool = Field(False, description="mixed precision where the device gains from it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="its half-precision type")
     gan_type: Literal["standard", "hinge", "wgan"] = Field("standard", description="loss of the game")
@@ -285,13 +289,14 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """FID / KID."""
+    """Samples, FID / KID, and what eval.py renders."""
 
     feature_extractor: Literal["auto", "inception", "offline"] = Field(
         "auto", description="auto: Inception where its weights can be found, else the fixed offline network"
     )
     inception_weights: str | None = Field(None, description="file of the Inception weights; null: torch hub's cache")
     download: bool = Field(True, description="try to download missing Inception weights before training starts")
+    N_samples: int | None = Field(None, ge=2, description="samples per ray of samples, scores and eval.py; null: as in nerf")
     num_images: int = Field(1000, ge=2, description="generated images per score")
     kid_subset_size: int = Field(1000, ge=2, description="images per KID subset, at most those on either side")
     kid_subsets: int = Field(100, ge=1, description="KID subsets")

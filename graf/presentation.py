@@ -114,6 +114,8 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
         ("--views", options.views, 1, 360),
         ("--frames", options.frames, 2, 100_000),
         ("--objects", options.objects, 1, 10_000),
+        ("--fps", options.fps, 1, 240),
+        ("--num_images", config.evaluation.num_images if options.num_images is None else options.num_images, 2, 10**7),
         *(("--heights", height, 0, 1) for height in heights),
     ):
         if not low <= value <= high:

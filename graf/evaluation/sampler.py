@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graf.data.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.data.views import ViewPool, Views
 from graf.geometry.rays import Patches, RayCaster
+from graf.geometry.volume_rendering import RaySampling
 from graf.models.ccsr import CCSR
 from graf.models.generator import Generator, rays_to_image
 from graf.runtime.amp import Precision
@@ -60,7 +61,7 @@ class Renders:
 class Sampler:
     """Renders views of objects. `resolution`: side of the images, pixels; `uniform_z`: the law of the codes.
 
-    ccsr: sharpens the renders on request.
+    ccsr: sharpens the renders on request; sampling: samples per ray, None for as many as in training.
     """
 
     generator: Generator
@@ -70,6 +71,7 @@ class Sampler:
     resolution: int
     uniform_z: bool = False
     ccsr: CCSR | None = None
+    sampling: RaySampling | None = None
 
     def codes(self, seed: int, indices: range) -> Tensor:
         """Codes z (len(indices), dim_z): row i depends on (seed, indices[i]) alone."""
@@ -91,7 +93,7 @@ class Sampler:
         view = view.to(self.device)
         rays = self.caster.cast_images(view.poses, self.resolution)
         with self.precision.autocast():
-            colours = self.generator(z.to(self.device), view.class_idx, rays)
+            colours = self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
         parts = (colours.rgb, colours.depth, colours.opacity)
         rgb, depth, opacity = (rays_to_image(part.float(), self.resolution) for part in parts)
         sharp = self._sharpen(rgb, view) if sharpen else None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.geometry.rays import Patches, crop_images
+from graf.models.rrdb import RRDBTrunk
 from graf.runtime.amp import float32_region
 
 SCALES = (2, 4)
@@ -60,7 +61,7 @@ class ViewLatents(nn.Module):
         weights = self.mixing_weights(angles)
         used = weights.sum(0).nonzero()[:, 0].tolist()
         stacked = torch.stack([self.views[view] for view in used])
-        return torch.einsum("bu,uchw->bchw", weights[:, used], stacked)
+        return torch.einsum("bu,uchw->bchw", weights[:, used].to(stacked), stacked)
 
 
 class ConvTrunk(nn.Module):
@@ -85,7 +86,7 @@ class ConvTrunk(nn.Module):
     @property
     def receptive_radius(self) -> int:
         """How many low-resolution pixels away an input pixel can still matter."""
-        return max(2 + 2 * len(self.blocks), 2)
+        return 2 + 2 * len(self.blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = functional.leaky_relu(self.first(images), 0.2)
@@ -93,6 +94,19 @@ class ConvTrunk(nn.Module):
             hidden = hidden + block(hidden)
         details = functional.pixel_shuffle(self.last(hidden), self.scale)
         return upsample(images, self.scale) + details.to(images.dtype)
+
+
+class UnitRange(nn.Module):
+    """A trunk that is made for images in [0, 1], as ESRGAN's is, on images in [-1, 1]."""
+
+    def __init__(self, trunk: RRDBTrunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.scale, self.receptive_radius = trunk.scale, trunk.receptive_radius
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.trunk((images + 1) / 2)
+        return 2 * found.to(images.dtype) - 1
 
 
 def upsample(images: Tensor, scale: int) -> Tensor:

@@ -112,10 +112,16 @@ class FieldCodes:
     view: Tensor
     view_weight: Tensor
 
-    def images(self, start: int, stop: int) -> FieldCodes:
-        """The codes of the images start..stop."""
-        skip = None if self.trunk_skip is None else self.trunk_skip[start:stop]
-        return FieldCodes(self.trunk_in[start:stop], skip, self.view[start:stop], self.view_weight)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in a fixed order."""
+        parts = (self.trunk_in, self.trunk_skip, self.view, self.view_weight)
+        return tuple(part for part in parts if part is not None)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> FieldCodes:
+        """The same codes made of other `tensors`, in that order."""
+        given = iter(tensors)
+        return FieldCodes(next(given), None if self.trunk_skip is None else next(given), next(given), next(given))
 
 
 class ConditionalField(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from graf.geometry.rays import Rays
 from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling, render_rays
 from graf.models.field import ConditionalField, FieldCodes, FieldShape
+from graf.runtime.recompute import evaluate_chunks
 
 BACKGROUNDS = {"white": 1.0, "black": -1.0}
 
@@ -16,7 +17,8 @@ class Generator(nn.Module):
     """A conditional radiance field seen through a volume renderer.
 
     background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
-    chunk: rays rendered at once, counted over all images of the batch; smaller costs time, larger costs memory.
+    chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept for the
+    backward pass, "dense" | "checkpoint" | "deferred" (graf.runtime.recompute). Both may be changed at any time.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Generator(nn.Module):
         self.field = ConditionalField(shape)
         self.sampling = sampling
         self.chunk = chunk
+        self.strategy = "dense"
         colour = torch.full((3,), BACKGROUNDS[background])
         if learn_background:
             self.background = nn.Parameter(colour)
@@ -44,34 +47,44 @@ class Generator(nn.Module):
         """Length of the latent code: shape code first, then appearance code."""
         return self.field.shape.dim_shape + self.field.shape.dim_appearance
 
-    def forward(self, z: Tensor, class_idx: Tensor, rays: Rays, noise: RayNoise | None = None) -> RayColours:
+    def forward(
+        self,
+        z: Tensor,
+        class_idx: Tensor,
+        rays: Rays,
+        noise: RayNoise | None = None,
+        sampling: RaySampling | None = None,
+    ) -> RayColours:
         """Render `rays` (B x N) of the objects z (B, dim_z) of class class_idx (B,), int64.
 
-        Without `noise` samples sit in the middle of their bins and nothing is added to the density. Returns float32
+        Without `noise` samples sit in the middle of their bins and nothing is added to the density; `sampling` takes another
+        number of samples than in training. Returns float32
         rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and opacity (B, N, 1).
         """
         codes = self.field.prepare(z, class_idx)
         noise = RayNoise() if noise is None else noise
+        sampling = self.sampling if sampling is None else sampling
         step = max(1, self.chunk // len(z))
-        chunks = [
-            self.render_chunk(codes, rays.slice(start, start + step), noise.slice(start, start + step))
-            for start in range(0, len(rays), step)
-        ]
-        if len(chunks) == 1:
-            return chunks[0]
-        return RayColours(*(torch.cat(parts, dim=1) for parts in zip(*map(_parts, chunks), strict=True)))
 
-    def render_chunk(self, codes: FieldCodes, rays: Rays, noise: RayNoise) -> RayColours:
-        """Render one chunk of rays with latents that `field.prepare` has already projected."""
+        def render_chunk(number: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            start, stop = number * step, (number + 1) * step
+            part, part_noise = rays.slice(start, stop), noise.slice(start, stop)
+            return self._render(codes.with_tensors(tensors), part, part_noise, sampling)
+
+        parameters = [*self.field.parameters(), self.background]
+        outputs = evaluate_chunks(render_chunk, -(-len(rays) // step), codes.tensors, parameters, self.strategy)
+        return RayColours(*outputs)
+
+    def _render(
+        self, codes: FieldCodes, rays: Rays, noise: RayNoise, sampling: RaySampling
+    ) -> tuple[Tensor, ...]:
+        """Colour, depth and opacity of one chunk of rays."""
 
         def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
             return self.field(points, directions, codes, density_noise)
 
-        return render_rays(field, rays, self.sampling, noise, self.background)
-
-
-def _parts(colours: RayColours) -> tuple[Tensor, Tensor, Tensor]:
-    return colours.rgb, colours.depth, colours.opacity
+        colours = render_rays(field, rays, sampling, noise, self.background)
+        return colours.rgb, colours.depth, colours.opacity
 
 
 def rays_to_image(values: Tensor, size: int) -> Tensor:

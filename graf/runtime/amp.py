@@ -6,7 +6,7 @@ Use one scaler per optimiser: an inf in one must not shrink the other's scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
@@ -164,6 +164,19 @@ def float32_region(device_type: str) -> AbstractContextManager[Any]:
     if not is_available(device_type):
         return nullcontext()
     return torch.amp.autocast(device_type, enabled=False)
+
+
+def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast state of this moment on a device type, as a factory of contexts that enter it again later."""
+    if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
+        enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    elif device_type == "cpu":
+        enabled, dtype = torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
+    else:
+        enabled, dtype = torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+    if not enabled:
+        return lambda: float32_region(device_type)
+    return lambda: torch.amp.autocast(device_type, dtype=dtype)
 
 
 def optimizer_step(scaler: Scaler, optimizer: torch.optim.Optimizer) -> bool:

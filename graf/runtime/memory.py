@@ -8,10 +8,15 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
-from graf.runtime.logs import info_once
+from graf.runtime.logs import info_once, logger
+
+Result = TypeVar("Result")
 
 MIB = 2**20
 
@@ -93,8 +98,50 @@ def reset_peak(device: torch.device) -> None:
     info_once(f"the memory peak cannot be restarted here ({reason}): it counts from the start of the process")
 
 
+class OutOfMemory(RuntimeError):
+    """Memory ran out and nothing is left to make smaller."""
+
+
+def retry_smaller(run: Callable[[], Result], shrink: Callable[[], str | None], device: torch.device) -> Result:
+    """`run()`, and whenever it runs out of memory, again after `shrink()` has made something smaller.
+
+    shrink: returns what it changed, which is logged, or None when nothing is left to shrink; then OutOfMemory is raised. `run`
+    must be repeatable: it starts from what it finds and keeps nothing of a failed try.
+    """
+    while True:
+        try:
+            return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0][:200]
+        # Only here, outside the except block, is the traceback gone that held every tensor of the failed try.
+        release_cache(device)
+        change = shrink()
+        if change is None:
+            raise OutOfMemory(f"out of memory even at the smallest size ({reason})")
+        logger.warning("out of memory (%s); %s, which is kept from now on", reason, change)
+
+
+class PhaseMeter:
+    """Peak memory of named phases, MiB: CUDA's peak of allocated bytes; elsewhere what is in use at the phase's end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what happens inside as phase `name`."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        memory = read_memory(self.device)
+        self.peaks[name] = memory["peak"] if "peak" in memory else next(iter(memory.values()))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: CUDA, MPS, torch's CPU allocator, NumPy or Python."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError, OutOfMemory)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_MESSAGES)

@@ -6,6 +6,7 @@ that terms and gradients of micro-batches add up to those of the batch. Nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,6 +61,18 @@ class RenderedPatches:
     def detach(self) -> RenderedPatches:
         """The same patches without a graph."""
         return RenderedPatches(self.rgb.detach(), self.depth.detach(), self.opacity.detach())
+
+    def part(self, indices: range) -> RenderedPatches:
+        """The patches of some samples."""
+        chosen = slice(indices.start, indices.stop)
+        return RenderedPatches(self.rgb[chosen], self.depth[chosen], self.opacity[chosen])
+
+    @classmethod
+    def join(cls, parts: Sequence[RenderedPatches]) -> RenderedPatches:
+        """All patches of several parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rgb", "depth", "opacity")))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import Stateful
+from graf.runtime.memory import PhaseMeter, retry_smaller
 from graf.runtime.seeding import Draws
 from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage
@@ -54,13 +55,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of the batch: photographs and labels, and the random numbers of its samples."""
+    """A part of the batch: photographs, labels, and the samples' numbers in the batch, which their random numbers follow."""
 
     images: Tensor
     labels: Tensor
-    draws: Draws
+    indices: range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, size: int) -> list[MicroBatch]:
+        """Parts of at most `size` samples."""
+        bounds = [(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+        return [MicroBatch(self.images[a:b], self.labels[a:b], self.indices[a:b]) for a, b in bounds]
 
 
+Result = TypeVar("Result")
 #: called after every step with the trainer and the step's statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Terms], None]
 
@@ -110,6 +120,9 @@ class Trainer:
             hflip=config.discriminator.hflip,
             device=device,
         )
+        size = training.micro_batch_size
+        self.micro_batch_size = training.batch_size if size == "auto" else size
+        self.meter = PhaseMeter(device)
         self.progress = Progress()
         self.stop_reason: str | None = None
 
@@ -138,6 +151,10 @@ class Trainer:
         """Discriminator, generator and, where there is one, CCSR."""
         return [self.d, self.g] + ([self.sr] if self.sr is not None else [])
 
+    @property
+    def _by_suffix(self) -> dict[str, Player]:
+        return {player.suffix: player for player in self.players}
+
     # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], hooks: Sequence[Hook]) -> None:
@@ -153,16 +170,23 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor) -> Terms:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
         iteration = self.progress.iteration
-        parts = [MicroBatch(images, labels, Draws(self.config.seed, iteration, range(len(images))))]
+        batch = MicroBatch(images, labels, range(len(images)))
+        for player in self.players:
+            player.begin(iteration)
+        self.discriminator.advance_spectral_norm()
 
-        # With share_fakes one rendering serves both steps; its graph is held through the D step.
-        shared = self._render_fakes(parts[0], "g") if self.config.training.share_fakes else None
-        statistics = self._update_discriminator(parts, shared)
-        generator_statistics, renders = self._update_generator(parts, shared)
+        # With share_fakes one rendering serves both steps; where the batch is split, a part's graph cannot wait for the others.
+        shared = None
+        if self.config.training.share_fakes and self.micro_batch_size >= len(images):
+            shared = self._in_phase("render", batch, lambda parts: self._render_shared(parts))
+        statistics = self._in_phase("d", batch, lambda parts: self._accumulate_discriminator(parts, shared))
+        statistics = self._apply(self.d, statistics)
+        more, renders = self._in_phase("g", batch, lambda parts: self._accumulate_generator(parts, shared))
+        statistics |= self._apply(self.g, more)
         del shared
-        statistics |= generator_statistics
         if self.sr is not None and self._ccsr_is_due(iteration):
-            statistics |= self._update_super_resolution(self.sr, parts, renders)
+            more = self._in_phase("sr", batch, lambda parts: self._accumulate_super_resolution(parts, renders))
+            statistics |= self._apply(self.sr, more)
         del renders
 
         self.average.update(self.generator)
@@ -171,57 +195,85 @@ class Trainer:
         self.progress.iteration = iteration + 1
         return statistics
 
-    # ------------------------------------------------------------------------------------------------ the updates
+    # ------------------------------------------------------------------------------------------------ the phases
 
-    def _update_discriminator(self, parts: list[MicroBatch], shared: RenderedPatches | None) -> Terms:
-        iteration, training, player = self.progress.iteration, self.config.training, self.d
-        player.begin(iteration)
-        self.discriminator.advance_spectral_norm()
-        penalty_is_due = training.reg_type != "none" and iteration % training.reg_every == 0
+    def _in_phase(self, name: str, batch: MicroBatch, accumulate: Callable[[list[MicroBatch]], Result]) -> Result:
+        """Run one phase over the micro-batches of `batch`; when memory runs out, again with smaller ones.
+
+        A phase only adds up gradients of its own player, so it is repeated from zeroed gradients with the same random numbers;
+        updates that earlier phases of the step have made stay.
+        """
+
+        def run() -> Result:
+            if name in self._by_suffix:
+                self._by_suffix[name].optimizer.zero_grad(set_to_none=True)
+            return accumulate(batch.split(self.micro_batch_size))
+
+        with self.meter.phase(name):
+            return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device)
+
+    def _shrink(self, phase: str, batch_size: int) -> str | None:
+        """Halve what is on the device at once: first the micro-batch, then the rays of a chunk; None when nothing is left."""
+        size = min(self.micro_batch_size, batch_size)
+        if size > 1:
+            self.micro_batch_size = size // 2
+            return f"phase {phase}: training.micro_batch_size {size} -> {self.micro_batch_size}"
+        if self.generator.strategy == "dense":
+            self.generator.strategy = "checkpoint"
+            return f"phase {phase}: training.memory_strategy dense -> checkpoint"
+        if self.generator.chunk > 64:
+            self.generator.chunk //= 2
+            return f"phase {phase}: training.chunk {self.generator.chunk * 2} -> {self.generator.chunk}"
+        return None
+
+    def _render_shared(self, parts: list[MicroBatch]) -> RenderedPatches | None:
+        return self.game.render_patches(self._draw_fakes(parts[0], "g")) if len(parts) == 1 else None
+
+    def _accumulate_discriminator(self, parts: list[MicroBatch], shared: RenderedPatches | None) -> Terms:
+        training, batch_size = self.config.training, sum(map(len, parts))
+        penalty_is_due = training.reg_type != "none" and self.progress.iteration % training.reg_every == 0
         terms: Terms = {}
         for part in parts:
             reals = self._draw_reals(part)
-            fakes = self._draw_fakes(part, "d" if shared is None else "g")
+            fakes = self._draw_fakes(part, "g" if training.share_fakes else "d")
             with torch.no_grad():
-                render = (self.game.render_patches(fakes) if shared is None else shared).rgb
-            batch_size = self._batch_size(parts)
+                render = (self.game.render_patches(fakes) if shared is None else shared.part(part.indices)).rgb
             losses = self.game.discriminator_terms(reals, fakes, render, batch_size)
             loss = losses["loss_d"]
             if "loss_d_class" in losses:
                 loss = loss + self.config.discriminator.class_loss * losses["loss_d_class"]
-            player.backward(loss)
+            self.d.backward(loss)
             if penalty_is_due:
-                losses |= self.game.penalty_terms(reals, render, batch_size, player.scaler)
-                player.backward(training.reg_param * training.reg_every * losses["penalty"])
+                losses |= self.game.penalty_terms(reals, render, batch_size, self.d.scaler)
+                self.d.backward(training.reg_param * training.reg_every * losses["penalty"])
             _accumulate(terms, losses)
-        return player.apply(terms, iteration, training.grad_clip, training.grad_clip_at)
+        return terms
 
-    def _update_generator(
+    def _accumulate_generator(
         self, parts: list[MicroBatch], shared: RenderedPatches | None
-    ) -> tuple[Terms, list[RenderedPatches]]:
-        """The statistics, and the renders without their graph."""
-        iteration, training, player = self.progress.iteration, self.config.training, self.g
-        player.begin(iteration)
-        terms: Terms = {}
-        renders = []
+    ) -> tuple[Terms, RenderedPatches]:
+        """The terms, and the batch's renders without their graph."""
+        batch_size, terms, renders = sum(map(len, parts)), Terms(), []
         with _frozen(self.discriminator):
             for part in parts:
                 fakes = self._draw_fakes(part, "g")
-                render = self.game.render_patches(fakes) if shared is None else shared
-                losses = self.game.generator_terms(fakes, render.rgb, self._batch_size(parts))
+                # The shared graph serves one backward pass over the whole batch; after a split each part is rendered again.
+                reuse = shared is not None and len(parts) == 1
+                render = shared if reuse and shared is not None else self.game.render_patches(fakes)
+                losses = self.game.generator_terms(fakes, render.rgb, batch_size)
                 loss = losses["loss_g"]
                 if "loss_g_class" in losses:
                     loss = loss + self.config.discriminator.class_loss * losses["loss_g_class"]
                 if "loss_g_supervision" in losses:
                     loss = loss + self.config.ccsr.supervise_generator * losses["loss_g_supervision"]
-                player.backward(loss)
+                self.g.backward(loss)
                 renders.append(render.detach())
                 _accumulate(terms, losses)
-        return player.apply(terms, iteration, training.grad_clip, training.grad_clip_at), renders
+        return terms, RenderedPatches.join(renders)
 
-    def _update_super_resolution(self, player: Player, parts: list[MicroBatch], renders: list[RenderedPatches]) -> Terms:
-        iteration, training, ccsr = self.progress.iteration, self.config.training, self.config.ccsr
-        player.begin(iteration)
+    def _accumulate_super_resolution(self, parts: list[MicroBatch], renders: RenderedPatches) -> Terms:
+        iteration, ccsr, batch_size = self.progress.iteration, self.config.ccsr, sum(map(len, parts))
+        assert self.sr is not None
         weights = {
             "loss_sr_consistency": consistency_weight(iteration, ccsr.alpha_init, ccsr.alpha_min, ccsr.alpha_decay),
             "loss_sr": ccsr.adversarial,
@@ -230,11 +282,16 @@ class Trainer:
         }
         terms: Terms = {}
         with _frozen(self.discriminator):
-            for part, render in zip(parts, renders, strict=True):
-                losses = self.game.super_resolution_terms(self._draw_fakes(part, "g"), render, self._batch_size(parts))
-                player.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
+            for part in parts:
+                fakes, render = self._draw_fakes(part, "g"), renders.part(part.indices)
+                losses = self.game.super_resolution_terms(fakes, render, batch_size)
+                self.sr.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
                 _accumulate(terms, losses)
-        return player.apply(terms, iteration, training.grad_clip, training.grad_clip_at)
+        return terms
+
+    def _apply(self, player: Player, terms: Terms) -> Terms:
+        training = self.config.training
+        return player.apply(terms, self.progress.iteration, training.grad_clip, training.grad_clip_at)
 
     # ------------------------------------------------------------------------------------------------ inputs and schedules
 
@@ -261,17 +318,13 @@ class Trainer:
         return iteration >= ccsr.start_iteration and iteration % ccsr.every == 0
 
     def _draw_reals(self, part: MicroBatch) -> RealInputs:
-        return self.inputs.draw_reals(part.draws, part.images, part.labels, self.settings_at(self.progress.iteration))
+        return self.inputs.draw_reals(self._draws(part), part.images, part.labels, self.settings_at(self.progress.iteration))
 
     def _draw_fakes(self, part: MicroBatch, purpose: str) -> FakeInputs:
-        return self.inputs.draw_fakes(part.draws, purpose, self.settings_at(self.progress.iteration))
+        return self.inputs.draw_fakes(self._draws(part), purpose, self.settings_at(self.progress.iteration))
 
-    def _render_fakes(self, part: MicroBatch, purpose: str) -> RenderedPatches:
-        return self.game.render_patches(self._draw_fakes(part, purpose))
-
-    @staticmethod
-    def _batch_size(parts: list[MicroBatch]) -> int:
-        return sum(len(part.images) for part in parts)
+    def _draws(self, part: MicroBatch) -> Draws:
+        return Draws(self.config.seed, self.progress.iteration, part.indices)
 
     def _make_player(self, name: str, suffix: str, network: nn.Module, lr: float, precision: Precision) -> Player:
         training = self.config.training

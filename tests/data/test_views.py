@@ -114,3 +114,56 @@ def test_the_pool_says_where_its_poses_come_from():
     ranges = PoseRanges(0.0, 0.5, 0.1, 0.3, 3.0, 4.0)
     expected = "u in [0.0, 0.5], v in [0.1, 0.3], radius in [3.0, 4.0], uniform"
     assert ViewPool(LABELS, CAMERAS, ranges=ranges).describe() == expected
+
+
+@pytest.mark.parametrize("direction", ["ccw", "cw"])
+@pytest.mark.parametrize("degrees", [15.0, -15.0, 90.0, 350.0])
+def test_turned_views_are_those_of_the_turned_labels(direction, degrees):
+    """A camera that moves counter-clockwise sees growing label angles where these run ccw, falling ones where cw."""
+    cameras = Cameras(3.5, (0.2, 0.4), direction)
+    sign = 1 if direction == "ccw" else -1
+    labels = LABELS.clone()
+    labels[:, 2] = (labels[:, 2] + sign * int(degrees)) % 360
+    turned, expected = cameras.views_of_labels(LABELS).turn(degrees), cameras.views_of_labels(labels)
+    assert torch.equal(turned.labels, expected.labels)
+    assert_close(turned.poses, expected.poses, atol=2e-6, rtol=0)
+    assert_close(turned.u, expected.u)
+    assert_close(turned.v, expected.v)
+    assert torch.equal(turned.class_idx, LABELS[:, 0])
+
+
+def test_each_view_can_turn_by_its_own_angle_and_back():
+    views = CAMERAS.views_of_labels(LABELS)
+    degrees = torch.tensor([15.0, -15.0, 0.0, 180.0])
+    turned = views.turn(degrees)
+    assert turned.labels[:, 2].tolist() == [15, 75, 359, 0]
+    assert_close(turned.poses[2], views.poses[2])
+    back = turned.turn(-degrees)
+    assert torch.equal(back.labels, views.labels)
+    assert_close(back.poses, views.poses, atol=2e-6, rtol=0)
+    assert torch.equal(views.labels, LABELS)  # turning makes new views
+
+
+def test_turning_moves_true_poses_around_the_z_axis_wherever_they_look():
+    poses = torch.linalg.qr(torch.randn(4, 4, 4)).Q
+    views = ViewPool(LABELS, CAMERAS, poses=poses).select(range(4))
+    turned = views.turn(90.0)
+    assert_close(turned.poses[:, 0], -poses[:, 1], atol=1e-6, rtol=0)
+    assert_close(turned.poses[:, 1], poses[:, 0], atol=1e-6, rtol=0)
+    assert_close(turned.poses[:, 2:], poses[:, 2:])
+    assert torch.equal(turned.labels[:, 2], (LABELS[:, 2] + 90) % 360)
+
+
+@pytest.mark.parametrize("direction", ["ccw", "cw"])
+def test_turned_selected_and_sliced_views_keep_the_sense_of_their_angles(direction):
+    views = Cameras(3.5, (0.2, 0.4), direction).views_of_labels(LABELS)
+    for part in (views.turn(10.0), views.select(torch.tensor([3, 1])), views.images(1, 3), views.to("cpu")):
+        assert part.angle_sign == (1 if direction == "ccw" else -1)
+
+
+def test_views_are_selected_in_order_and_with_repetition():
+    views = CAMERAS.views_of_labels(LABELS)
+    indices = torch.tensor([3, 0, 3])
+    chosen = views.select(indices)
+    for name in ("class_idx", "u", "v", "poses", "labels"):
+        assert torch.equal(getattr(chosen, name), getattr(views, name)[indices])

@@ -76,6 +76,32 @@ def test_a_crop_out_of_a_finer_patch_is_the_patch_that_it_says(size, factor):
         assert_close(found[i], fine[i, y : y + size, x : x + size], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+def test_crops_of_a_rendered_patch_show_what_they_say(factor):
+    """A function of the image plane, rendered finely and cropped, equals the function on the crop's own grid."""
+    size, patches = 8, place_patches(torch.rand(6, 3), 0.3, 0.9)
+    corner = torch.randint(0, (factor - 1) * size + 1, (6, 2))
+    corner[0], corner[1] = 0, (factor - 1) * size
+
+    def render(of, side):
+        x, y = patch_grid(of, side).unbind(-1)
+        return torch.stack([torch.sin(7 * x) * y, torch.cos(5 * x - 9 * y)], 1)
+
+    fine = render(patches, factor * size)
+    crops = subdivide_patches(patches, size, factor, corner)
+    found = torch.stack([fine[i, :, y : y + size, x : x + size] for i, (x, y) in enumerate(corner.tolist())])
+    assert_close(found, render(crops, size), atol=1e-5, rtol=0)
+
+
+def test_crops_have_a_share_of_the_scale_and_stay_inside_their_patch():
+    patches, factor, size = place_patches(torch.rand(200, 3), 0.3, 0.9), 4, 8
+    corner = torch.randint(0, (factor - 1) * size + 1, (200, 2))
+    crops = subdivide_patches(patches, size, factor, corner)
+    assert_close(crops.scale, patches.scale / factor)
+    reach = (crops.centre - patches.centre).abs() + crops.scale[:, None]
+    assert bool((reach <= patches.scale[:, None] + 1e-6).all())
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.25, 1.0), (0.9, 0.9), (1.0, 1.0)])
 def test_patches_have_scales_in_range_and_stay_inside_the_image(low, high):
     uniforms = torch.rand(2000, 3)

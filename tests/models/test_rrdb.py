@@ -1,4 +1,4 @@
-"""The RRDB trunk is ESRGAN's, by a second implementation and by size; its weights files load in every published layout."""
+"""The RRDB trunk is ESRGAN's, by a second implementation and by size; weights load in every published layout."""
 
 import logging
 import math

@@ -1,0 +1,155 @@
+"""What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs without and with them and writes the ablation table.
+
+Every variant is trained with the same three seeds, 32 -> 64 pixels, on the embedded toys, and measured at high resolution: KID
+against true 64-pixel images, agreement with the render, and what super-resolution adds to the disagreement of neighbouring views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import eval as eval_program
+import train as train_program
+from benchmarks.results import format_table, hardware, write_section
+from graf import assembly
+from graf.data.datasets import DataSettings, open_dataset
+from graf.evaluation.extractor import choose_extractor
+from graf.evaluation.scoring import ScoringTask
+from graf.geometry.rays import Patches
+from graf.models.ccsr import CCSR, BoxProjection, SuperResolved, ViewLatents, upsample
+from graf.presentation import Presentation, open_presentation
+
+SCALE = 2
+COMMON = (
+    "data.imsize=32",
+    "ray_sampler.N_samples=256",
+    "training.lr_decay_start=0.5",
+    "training.fid_every=0",
+    "training.sample_every=0",
+    "training.print_every=20",
+    "training.save_every=100000",
+    "training.monitoring=[]",
+    "ray_sampler.scale_anneal=0.5",
+    "evaluation.feature_extractor=offline",
+    "evaluation.num_images=400",
+    "evaluation.N_samples=48",
+    "ccsr.every=1",
+)
+WITHOUT = "no CCSR (bicubic)"
+VARIANTS = {
+    WITHOUT: ("ccsr.enabled=false",),
+    "CCSR, one shared latent": ("ccsr.num_views=1", "ccsr.agreement=0"),
+    "CCSR, latents per view": ("ccsr.agreement=0",),
+    "CCSR, latents per view, agreement": (),
+}
+#: column -> (key of a measured row, factor)
+COLUMNS = {
+    "KID x 1000": ("kid", 1000),
+    "KID of bicubic x 1000": ("kid_bicubic", 1000),
+    "|down(SR) - render|, largest": ("low_resolution_max", 1),
+    "in 8-bit files, mean": ("file_mean", 1),
+    "clipped, %": ("clipped", 100),
+    "reprojection error of the render x 1000": ("reprojection_render", 1000),
+    "added by SR x 1000": ("reprojection_added", 1000),
+    "step, ms": ("seconds_per_step", 1000),
+    "peak RSS, MiB": ("memory", 1),
+}
+
+
+class Bicubic(CCSR):
+    """Bicubic upsampling in the place of CCSR, so that it is measured by the same code."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), ViewLatents(1, 3, 1), BoxProjection(SCALE))
+
+    def forward(self, render: Tensor, angles: Tensor, patches: Patches) -> SuperResolved:
+        image = upsample(render.float(), SCALE)
+        return SuperResolved(image, image)
+
+
+def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
+    """Train one variant with one seed; a finished run is left as it is."""
+    expname = "".join(letter if letter.isalnum() else "_" for letter in f"{name}_{seed}")
+    arguments = ["--config", "configs/default.yaml", "--use_amp", "--outdir", str(folder), *COMMON, f"expname={expname}"]
+    arguments += [f"seed={seed}", f"training.max_iterations={iterations}", f"ccsr.start_iteration={iterations // 3}"]
+    if train_program.main([*arguments, *VARIANTS[name]]):
+        sys.exit(f"{expname}: training failed")
+    return folder / expname
+
+
+def measure(run: Path) -> dict[str, float]:
+    """KID at high resolution, consistency, step time and memory of a run."""
+    shown = open_presentation(eval_program.parse_arguments(["--run", str(run)]))
+    row = {"kid_bicubic": score(replace(shown, sampler=replace(shown.sampler, ccsr=Bicubic())))}
+    if shown.sampler.ccsr is None:
+        shown = replace(shown, sampler=replace(shown.sampler, ccsr=Bicubic()))
+        row["kid"] = row["kid_bicubic"]
+    else:
+        row["kid"] = score(shown)
+    report = assembly.build_consistency(shown.config, shown.scene, shown.sampler, shown.classes).measure()
+    row |= {key: float(value) for key, value in report.as_dict().items() if value is not None}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    late = [line for line in lines if line["iteration"] > 0.5 * lines[-1]["iteration"]]
+    batch_size = shown.config.training.batch_size
+    row["seconds_per_step"] = statistics.median(batch_size / line["images_per_second"] for line in late)
+    row["memory"] = max(line["memory_peak_rss"] for line in late)
+    return row
+
+
+def score(shown: Presentation) -> float:
+    """KID (offline extractor) of the sharpened images against true high-resolution ones."""
+    config = shown.config
+    settings = DataSettings.from_mapping(config.data.model_dump() | {"imsize": SCALE * config.data.imsize})
+    photographs = open_dataset(settings)
+    pool = assembly.build_pool(config, photographs, shown.cameras)
+    protocol, count = assembly.build_protocol(config), config.evaluation.num_images
+    cache = shown.folder.parent.parent / "feature_cache"
+    task = ScoringTask(shown.sampler, pool, choose_extractor("offline"), protocol, count, cache)
+    return task.score("sr", photographs, photographs.fingerprint()).values["sr_kid_offline"]
+
+
+def tabulate(measured: dict[str, list[dict[str, float]]]) -> str:
+    """A row per variant: the mean over its seeds, with the spread (standard deviation) where there are several."""
+    rows = []
+    for name, runs in measured.items():
+        cells = [name]
+        for key, factor in COLUMNS.values():
+            values = [factor * run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{spread}")
+        rows.append(cells)
+    return format_table(["variant", *COLUMNS], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all variants and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--iterations", type=int, default=1500, help="length of every run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per variant (default: %(default)s)")
+    parser.add_argument("--outdir", type=Path, default=Path("results/ccsr_ablation"), help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    for seed in range(options.seeds):
+        for name in VARIANTS:
+            run = train_variant(name, seed, options.iterations, options.outdir)
+            measured[name].append(measure(run))
+            print(f"seed {seed}, {name}: {json.dumps(measured[name][-1])}", flush=True)
+    text = (
+        f"{options.seeds} seeds, {options.iterations} iterations each, 32 -> 64 pixels, embedded toys, {hardware()}, "
+        f"{torch.get_num_threads()} threads.\n\n{tabulate(measured)}"
+    )
+    write_section("CCSR: what its parts do", "python -m benchmarks.ccsr", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

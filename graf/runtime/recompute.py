@@ -1,0 +1,106 @@
+"""Trading time for memory: evaluating something chunk by chunk without keeping every chunk's activations for the backward pass.
+
+* "dense" keeps them all: fastest, and memory grows with the number of chunks.
+* "checkpoint" keeps each chunk's inputs and computes its activations again when its gradient is due
+  (Chen et al. 2016, arXiv 1604.06174).
+* "deferred" runs all chunks without a graph, and runs each again with one when the gradient of the whole output is known
+  (deferred back-propagation, ARF, Zhang et al., ECCV 2022): not even the chunks' graphs coexist with what follows.
+
+All three give the same gradients, provided that the function draws no random numbers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from graf.runtime.amp import capture_autocast
+
+STRATEGIES = ("dense", "checkpoint", "deferred")
+
+#: (number of the chunk, tensors shared by all chunks) -> outputs (B, rays of the chunk, ...)
+ChunkFunction = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def evaluate_chunks(
+    function: ChunkFunction,
+    num_chunks: int,
+    shared: tuple[Tensor, ...],
+    parameters: Sequence[Tensor],
+    strategy: str = "dense",
+) -> tuple[Tensor, ...]:
+    """The outputs of all chunks, concatenated along dimension 1.
+
+    shared: tensors that every chunk uses, through which gradients flow; parameters: the leaves that `function` uses besides
+    them, which only "deferred" needs to know. Without gradients every strategy is a plain loop.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"memory strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    if strategy == "deferred" and torch.is_grad_enabled():
+        outputs: tuple[Tensor, ...] = _Deferred.apply(function, num_chunks, len(shared), *shared, *parameters)
+        return outputs
+    if strategy == "checkpoint" and torch.is_grad_enabled():
+        chunks = [
+            checkpoint(function, number, shared, use_reentrant=False, preserve_rng_state=False)
+            for number in range(num_chunks)
+        ]
+    else:
+        chunks = [function(number, shared) for number in range(num_chunks)]
+    return _concatenate(chunks)
+
+
+def _concatenate(chunks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    if len(chunks) == 1:
+        return chunks[0]
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+
+
+class _Deferred(torch.autograd.Function):
+    """Forward: every chunk without a graph. Backward: every chunk again with one, its gradients added up at once."""
+
+    @staticmethod
+    def forward(ctx: Any, function: ChunkFunction, num_chunks: int, num_shared: int, *tensors: Tensor) -> Any:
+        ctx.function, ctx.num_chunks, ctx.num_shared = function, num_chunks, num_shared
+        ctx.autocast = capture_autocast(tensors[0].device.type)
+        ctx.save_for_backward(*tensors)
+        return _concatenate([function(number, tensors[:num_shared]) for number in range(num_chunks)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        # Shared tensors become leaves, so that each chunk's backward stops there; parameters are leaves already.
+        leaves = [
+            tensor.detach().requires_grad_(need) if index < ctx.num_shared else tensor
+            for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
+        ]
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        totals: list[Tensor | None] = [None] * len(wanted)
+        start = 0
+        for number in range(ctx.num_chunks):
+            with torch.enable_grad(), ctx.autocast():
+                outputs = ctx.function(number, tuple(leaves[: ctx.num_shared]))
+            stop = start + outputs[0].shape[1]
+            attached = [
+                (output, gradient[:, start:stop])
+                for output, gradient in zip(outputs, gradients, strict=True)
+                if output.requires_grad
+            ]
+            ends, given = zip(*attached, strict=True)
+            parts = torch.autograd.grad(ends, wanted, given, allow_unused=True)
+            del outputs, attached, ends, given
+            totals = [_add(total, part) for total, part in zip(totals, parts, strict=True)]
+            start = stop
+        remaining = iter(totals)
+        return None, None, None, *(next(remaining) if need else None for need in needed)
+
+
+def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part if total is None else total
+    return total.add_(part)

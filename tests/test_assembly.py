@@ -1,0 +1,93 @@
+"""From a configuration to objects: weights follow the seed alone, and each key arrives where it acts."""
+
+import pytest
+import torch
+
+from graf import assembly
+from graf.assembly import Scene
+from graf.config import Config, build_config
+
+SCENE = Scene(("car", "mug"), (0.2, 0.4), 30.0, True)
+SMALL = {
+    "nerf": {"netdepth": 2, "netwidth": 16, "N_samples": 4, "multires": 2, "multires_views": 1},
+    "z_dist": {"dim": 8, "dim_appearance": 3},
+    "ray_sampler": {"N_samples": 256},
+    "discriminator": {"ndf": 4},
+}
+
+
+def configure(**sections: dict[str, object] | int) -> Config:
+    merged: dict[str, object] = {name: dict(values) for name, values in SMALL.items()}
+    for name, values in sections.items():
+        merged[name] = {**merged.get(name, {}), **values} if isinstance(values, dict) else values  # type: ignore[dict-item]
+    return build_config(merged)
+
+
+def weights_of(config: Config) -> list[torch.Tensor]:
+    networks = assembly.build_generator(config, 2), assembly.build_discriminator(config, SCENE)
+    return [parameter.detach() for network in networks for parameter in network.parameters()]
+
+
+def test_weights_depend_on_the_seed_alone_and_no_global_number_is_drawn():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = weights_of(configure(seed=5))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, weights_of(configure(seed=5)), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, weights_of(configure(seed=6)), strict=True))
+
+
+def test_the_generators_weights_do_not_depend_on_the_discriminators_keys():
+    first = assembly.build_generator(configure(), 2).state_dict()
+    other = assembly.build_generator(configure(discriminator={"ndf": 8}), 2).state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("poses_known", "class_loss", "groups"), [(True, 1, (2, 2, 8)), (False, 1, (2,)), (True, 0, ()), (False, 0, ())]
+)
+def test_the_label_head_covers_what_is_known(poses_known, class_loss, groups):
+    scene = Scene(("car", "mug"), (0.2, 0.4), 30.0, poses_known)
+    discriminator = assembly.build_discriminator(configure(discriminator={"class_loss": class_loss}), scene)
+    assert tuple(discriminator.shape.label_groups) == groups
+    assert discriminator.shape.condition_pose is poses_known
+
+
+@pytest.mark.parametrize(
+    ("background", "white", "expected"), [("auto", True, 1.0), ("auto", False, -1.0), ("black", True, -1.0)]
+)
+def test_what_a_ray_that_meets_nothing_sees(background, white, expected):
+    config = configure(nerf={"background": background, "bounding_radius": 0.1}, data={"white_bkgd": white})
+    generator = assembly.build_generator(config, 2)
+    views = assembly.build_cameras(config, SCENE).views_of_labels(torch.tensor([[1, 0, 30]]))
+    rays = assembly.build_caster(config, SCENE).cast_images(views.poses, 16)
+    with torch.no_grad():
+        colours = generator(torch.zeros(1, 8), views.class_idx, rays)
+    corner = colours.rgb[0, 0]
+    assert torch.equal(corner, torch.full((3,), expected))
+    assert float(colours.opacity[0, 0]) == 0
+
+
+def test_codes_split_into_shape_and_appearance():
+    generator = assembly.build_generator(configure(), 2)
+    assert generator.dim_z == 8
+    assert (generator.field.shape.dim_shape, generator.field.shape.dim_appearance) == (5, 3)
+
+
+def test_a_scene_survives_the_checkpoint():
+    meta = SCENE.as_meta()
+    assert Scene(**meta) == SCENE
+
+
+def test_the_data_sets_own_field_of_view_wins(caplog):
+    class Photographs:
+        fov, class_names, v_list, poses_known = 41.5, ["a"], (0.3,), True
+
+    with caplog.at_level("INFO", "graf"):
+        scene = assembly.describe_scene(configure(), Photographs())  # type: ignore[arg-type]
+    assert scene == Scene(("a",), (0.3,), 41.5, True)
+    assert (
+        assembly.build_caster(configure(), scene).intrinsics.focal
+        != assembly.build_caster(configure(), SCENE).intrinsics.focal
+    )

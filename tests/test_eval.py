@@ -1,0 +1,297 @@
+"""eval.py as a program: the newest run from all sides, every action, the training's own scores, and one-line errors."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from graf.evaluation.fidelity import read_scores
+from graf.geometry.cameras import median_height
+from graf.runtime.checkpoint import read_checkpoint, save_checkpoint
+
+CLASSES = ("car", "duck", "house", "mug")
+KINDS = ("rgb", "depth", "opacity")
+
+
+@pytest.fixture
+def look(run_program, smoke_run, capsys):
+    """eval.py on the shared run, from an empty working directory; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object, run_folder: Path | None = smoke_run.folder) -> tuple[int, str, str]:
+        where = [] if run_folder is None else ["--run", run_folder]
+        code = run_program("eval.py", *where, "--device", "cpu", *arguments)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def copied_run(smoke_run, tmp_path) -> Path:
+    """A copy of the shared run without what eval.py wrote, under tmp_path/results."""
+    ignored = shutil.ignore_patterns("eval", "tensorboard", "samples")
+    return Path(shutil.copytree(smoke_run.folder, tmp_path / "results" / "copied", ignore=ignored))
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def written_by(stdout: str) -> list[Path]:
+    """The files that the last line lists; all of them exist."""
+    last = stdout.strip().splitlines()[-1]
+    assert last.startswith("written: ")
+    paths = [Path(path) for path in last.removeprefix("written: ").split()]
+    assert all(path.is_file() and path.stat().st_size > 0 for path in paths)
+    return paths
+
+
+def error_of(result: tuple[int, str, str]) -> str:
+    code, _, stderr = result
+    assert code == 1
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def count_frames(video: Path) -> tuple[int, float]:
+    """Frames and seconds of a video; skips where there is no ffmpeg."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    return imageio_ffmpeg.count_frames_and_secs(str(video))
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_alone_it_writes_grids_of_every_class_and_a_turn_of_the_newest_run(run_command_line, smoke_run):
+    process = run_command_line("eval.py", cwd=smoke_run.cwd)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "model_best.pt, iteration 6" in stdout
+    written = [(smoke_run.cwd / path) for path in stdout.strip().splitlines()[-1].removeprefix("written: ").split()]
+    assert {path.name for path in written[:-1]} == {f"grid_{name}_{kind}.png" for name in CLASSES for kind in KINDS}
+    for path in written[:-1]:
+        pixels = read_pixels(path)
+        assert pixels.shape[0] == 34 + 2 + 18
+        assert pixels.shape[1] > 8 * 34 + 2
+    assert len({read_pixels(path).tobytes() for path in written[:-1]}) == 12
+    assert written[-1] == smoke_run.folder / "eval" / "rotation.mp4"
+    assert count_frames(written[-1]) == (72, pytest.approx(3.0, abs=0.05))
+
+
+def test_every_picture_action_writes_its_files_without_the_photographs(look, tmp_path):
+    actions = ["--grid", "--rotation", "--elevation", "--shape_appearance", "--interpolate"]
+    details = ["--classes", "mug", "1", "--views", 3, "--heights", 0.2, 0.4, "--frames", 6, "--objects", 2, "--fps", 6]
+    code, stdout, stderr = look(*actions, *details)
+    assert code == 0, stderr
+    written = {path.name: path for path in written_by(stdout)}
+    grids = {f"grid_{name}_{kind}.png" for name in ("duck", "mug") for kind in KINDS}
+    videos = {"rotation_v0.2.mp4", "rotation_v0.4.mp4", "elevation.mp4", "interpolation.mp4"}
+    assert set(written) == grids | videos | {"shape_appearance_duck.png", "shape_appearance_mug.png"}
+    assert read_pixels(written["grid_mug_rgb.png"]).shape[0] == 4 * 34 + 2 + 18  # two heights of two objects
+    assert read_pixels(written["shape_appearance_mug.png"]).shape[0] == 5 * 34 + 2 + 18
+    for video in videos:
+        assert count_frames(written[video]) == (6, pytest.approx(1.0, abs=0.05))
+    assert list(tmp_path.iterdir()) == []  # nothing was read from or written to the working directory
+
+
+def test_a_class_may_be_named_or_numbered_and_the_seed_names_the_object(look):
+    def grid(*arguments: object) -> np.ndarray:
+        code, stdout, _ = look("--grid", "--views", 2, *arguments)
+        assert code == 0
+        return read_pixels(written_by(stdout)[0])
+
+    by_name, by_number = grid("--classes", "house"), grid("--classes", "2")
+    assert np.array_equal(by_name, by_number)
+    assert not np.array_equal(by_name, grid("--classes", "house", "--seed", 1))
+    assert np.array_equal(by_name, grid("--classes", "house", "--seed", 0))
+
+
+def test_smaller_chunks_show_the_same_picture(look):
+    pictures = []
+    for chunk in ([], ["--chunk", 100]):
+        _, stdout, _ = look("--grid", "--views", 2, "--classes", "car", *chunk)
+        pictures.append(read_pixels(written_by(stdout)[0]).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_the_grid_stands_at_the_median_height_unless_told(look, smoke_run):
+    heights = read_checkpoint(smoke_run.folder / "checkpoints" / "model_best.pt")["meta"]["scene"]["v_list"]
+    median = heights[median_height(heights)]
+    _, stdout, _ = look("--grid", "--views", 2, "--classes", "car")
+    unasked = read_pixels(written_by(stdout)[0])
+    _, stdout, _ = look("--grid", "--views", 2, "--classes", "car", "--heights", median)
+    assert np.array_equal(unasked, read_pixels(written_by(stdout)[0]))
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("name", ["model_best.pt", "model_00000006.pt"])
+def test_the_scores_are_exactly_the_trainings_own(look, monkeypatch, smoke_run, name):
+    checkpoint = smoke_run.folder / "checkpoints" / name
+    iteration = read_checkpoint(checkpoint)["meta"]["iteration"]
+    shutil.rmtree(smoke_run.folder / "eval", ignore_errors=True)
+    monkeypatch.chdir(smoke_run.cwd)  # the config names the photographs relative to it
+    code, stdout, stderr = look("--fid_kid", "--checkpoint", checkpoint)
+    assert code == 0, stderr
+    expected = next(row for row in read_scores(smoke_run.folder / "scores.jsonl") if row["iteration"] == iteration)
+    assert read_scores(smoke_run.folder / "eval" / "scores.jsonl") == [expected]
+    assert f"fid_offline {expected['fid_offline']:.6g}" in stdout
+    written = {path.name: path for path in written_by(stdout)}
+    assert {"scores.csv", "scores.json"} <= set(written)
+    content = json.loads(written["scores.json"].read_text())
+    (row,) = content if isinstance(content, list) else [content]
+    assert row == expected
+    (line,) = csv.DictReader(written["scores.csv"].read_text().splitlines())
+    assert float(line["kid_offline"]) == expected["kid_offline"]
+
+
+def test_the_number_of_generated_images_can_be_chosen(look, monkeypatch, smoke_run):
+    shutil.rmtree(smoke_run.folder / "eval", ignore_errors=True)
+    monkeypatch.chdir(smoke_run.cwd)
+    assert look("--fid_kid", "--num_images", 20)[0] == 0
+    (row,) = read_scores(smoke_run.folder / "eval" / "scores.jsonl")
+    assert row["n_fake"] == 20
+    assert row["kid_subset_size"] == 20
+
+
+def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
+    monkeypatch.chdir(smoke_run.cwd)
+    code, stdout, stderr = look("--heldout")
+    assert code == 0, stderr
+    (file,) = written_by(stdout)
+    report = json.loads(file.read_text())
+    *objects, average = report["objects"]
+    assert {row["name"] for row in objects} <= set(CLASSES)
+    assert sum(row["photographs"] for row in objects) == average["photographs"] == 6
+    assert report["renders"]["iteration"] == 6
+    for row in report["objects"]:
+        assert row["name"] in stdout
+        assert 0 < row["labelled"] < 40
+
+
+# ---------------------------------------------------------------- which run, which checkpoint
+
+
+def test_a_checkpoint_finds_its_run_from_anywhere(look, smoke_run):
+    backup = smoke_run.folder / "checkpoints" / "backup_00000004.pt"
+    code, stdout, stderr = look("--checkpoint", backup, "--grid", "--views", 1, "--classes", "car", run_folder=None)
+    assert code == 0, stderr
+    assert "backup_00000004.pt, iteration 4" in stdout
+    assert written_by(stdout)[0].parent == smoke_run.folder / "eval"
+
+
+def test_the_newest_run_is_the_one_that_saved_last_its_best_alone_counts(look, copied_run, capsys):
+    older = copied_run.with_name("older")
+    shutil.copytree(copied_run, older)
+    for age, run in ((500, older), (100, copied_run)):
+        for file in (run / "checkpoints").iterdir():
+            os.utime(file, (file.stat().st_atime, file.stat().st_mtime - age))
+    for name in ("model_00000006.pt", "backup_00000004.pt"):  # as if killed before its first timed checkpoint
+        (copied_run / "checkpoints" / name).unlink()
+    arguments = ["--grid", "--views", 1, "--classes", "car"]
+    code, stdout, _ = look(*arguments, run_folder=None)
+    assert code == 0
+    assert str(Path("results", "copied", "checkpoints", "model_best.pt")) in stdout
+    (copied_run / "checkpoints" / "model_best.pt").unlink()
+    assert str(Path("results", "older")) in look(*arguments, run_folder=None)[1]
+
+
+def test_without_a_best_checkpoint_the_newest_is_shown(look, copied_run):
+    (copied_run / "checkpoints" / "model_best.pt").unlink()
+    _, stdout, _ = look("--grid", "--views", 1, "--classes", "car", run_folder=copied_run)
+    assert "model_00000006.pt, iteration 6" in stdout
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_no_run_says_how_to_train_one(look):
+    error = error_of(look(run_folder=None))
+    assert "results: no run found" in error
+    assert "train.py" in error
+
+
+def test_a_folder_without_a_run_is_named(look, tmp_path):
+    (tmp_path / "empty").mkdir()
+    error = error_of(look(run_folder=tmp_path / "empty"))
+    assert "no run is there" in error
+    assert "train.py" in error
+
+
+def test_no_checkpoint_and_a_missing_checkpoint_are_named(look, copied_run):
+    missing = copied_run / "checkpoints" / "model_00000099.pt"
+    error = error_of(look("--checkpoint", missing, run_folder=None))
+    assert "model_00000099.pt: no such checkpoint; try " in error
+    shutil.rmtree(copied_run / "checkpoints")
+    assert "no checkpoint yet" in error_of(look(run_folder=copied_run))
+
+
+def test_a_checkpoint_of_another_config_is_refused(look, copied_run):
+    config = copied_run / "config.yaml"
+    config.write_text(config.read_text().replace("netwidth: 32", "netwidth: 48"))
+    error = error_of(look(run_folder=copied_run))
+    assert "a checkpoint of another config" in error
+    assert "use the config in its run folder" in error
+
+
+def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
+    checkpoint = copied_run / "checkpoints" / "model_best.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:3000])
+    assert "cannot be read" in error_of(look(run_folder=copied_run))
+    save_checkpoint(checkpoint, {}, {"iteration": 3})
+    assert "not a checkpoint of train.py" in error_of(look(run_folder=copied_run))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--classes", "boat"], "--classes boat: expected names or indices of car, duck, house, mug"),
+        (["--classes", "4"], "--classes 4: expected names or indices of car"),
+        (["--views", 0], "--views=0: expected 1 to 360"),
+        (["--frames", 1], "--frames=1: expected 2"),
+        (["--objects", 0], "--objects=0: expected 1"),
+        (["--heights", 0.2, 1.5], "--heights=1.5: expected 0 to 1"),
+        (["--chunk", 0], "--chunk=0: expected at least 1"),
+        (["--fps", 0], "--fps=0: expected 1"),
+        (["--num_images", 0], "--num_images=0: expected 2"),
+        (["--device", "cuda:97"], "device 'cuda:97' is not available"),
+        (["--sr"], "this run has no super-resolution"),
+        (["--consistency"], "this run has no super-resolution"),
+    ],
+)
+def test_a_wrong_choice_is_one_line(look, arguments, expected):
+    assert expected in error_of(look(*arguments))
+
+
+def test_nothing_held_out_is_said(look, copied_run):
+    config = copied_run / "config.yaml"
+    config.write_text(config.read_text().replace("heldout_every: 6", "heldout_every: 0"))
+    assert "nothing was held out of this run" in error_of(look("--heldout", run_folder=copied_run))
+
+
+def test_missing_photographs_stop_the_scores_and_say_so(look, copied_run, tmp_path):
+    config = copied_run / "config.yaml"
+    config.write_text(
+        config.read_text().replace("type: synthetic", "type: turntable", 1).replace("v_list: null", "v_list: [0.3]")
+    )
+    assert "data.datadir=data does not exist" in error_of(look("--fid_kid", run_folder=copied_run))
+
+
+def test_the_program_itself_returns_the_exit_code(run_command_line, tmp_path):
+    process: subprocess.Popen[str] = run_command_line("eval.py", cwd=tmp_path)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stdout == ""
+    assert stderr.startswith("error: results: no run found")
+    assert stderr.count("\n") == 1

@@ -1,0 +1,274 @@
+"""Every foreseen failure: one line that starts with "error: " and says what to do, an exit code, and nothing lost."""
+
+import hashlib
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from graf import assembly
+from graf.failures import explain_failure
+from graf.models.generator import Generator
+from graf.runtime.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "configs" / "smoke.yaml"
+BARE = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[]")
+
+
+@pytest.fixture
+def train(run_program, smoke_run):
+    """train.py on configs/smoke.yaml in tmp_path, with the photographs of the shared run; returns the exit code."""
+    return lambda *arguments: run_program("train.py", "--config", SMOKE, f"data.datadir={smoke_run.data}", *arguments)
+
+
+@pytest.fixture
+def read_error(capsys) -> Callable[[], str]:
+    """What a failed program said after "error: ", which must be all there is besides progress bars and warnings."""
+
+    def read() -> str:
+        stderr = capsys.readouterr().err
+        assert "Traceback" not in stderr
+        said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1, stderr
+        assert stderr.splitlines()[-1] == said[0]
+        return said[0]
+
+    return read
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def save_photographs(folder: Path, count: int = 4) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+# ---------------------------------------------------------------- the table of the README
+
+
+def test_a_batch_too_big_for_the_data_set_is_a_config_error_before_anything_is_built(run_program, read_error, tmp_path):
+    assert run_program("train.py", "--config", SMOKE, "training.batch_size=64") == 1
+    error = read_error()
+    assert "training.batch_size=64: the data set has 48 images" in error
+    assert "training.batch_size=48 or training.drop_last=false" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_too_big_for_a_folder_is_found_before_the_networks_are_built(train, read_error, tmp_path, monkeypatch):
+    monkeypatch.setattr(assembly, "build_generator", lambda *_: pytest.fail("built"))
+    assert train("training.batch_size=45") == 1  # 48 photographs, of which 6 are held out
+    assert "training.batch_size=45: the data set has 42 images" in read_error()
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nlong advice"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_out_of_memory_names_the_keys_to_lower(train, read_error, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Generator, "forward", fail)
+    assert train(*BARE) == 1
+    line = read_error()
+    assert line.startswith("error: out of memory; lower training.batch_size first")
+    assert "ray_sampler.N_samples" in line
+    assert "training.chunk" in line
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:97", "mps"])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(train, read_error, tmp_path, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has MPS")
+    assert train("--device", device) == 1
+    error = read_error()
+    assert f"device '{device}' is not available; this machine offers " in error
+    assert "auto" in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_missing_inception_weights_are_found_out_before_the_first_step(train, read_error, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    assert train("evaluation.feature_extractor=inception", "evaluation.download=false") == 1
+    error = read_error()
+    assert "no Inception weights" in error
+    assert "evaluation.feature_extractor=offline" in error
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["data.type=image_folder"], "no photographs"),
+        (["data.type=turntable", "data.v_list=[0.3]"], "expected"),
+        (["data.type=transforms"], "transforms_train.json"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False], ids=["empty", "missing"])
+def test_an_empty_or_missing_folder_is_named(run_program, read_error, tmp_path, keys, expected, exists):
+    if exists:
+        (tmp_path / "photos").mkdir()
+    assert run_program("train.py", "--config", SMOKE, "data.datadir=photos", *keys) == 1
+    error = read_error()
+    assert "photos" in error
+    assert expected in error if exists else "does not exist" in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_corrupt_image_is_an_error_when_strict_and_else_reported(run_program, read_error, capsys, tmp_path):
+    folder = save_photographs(tmp_path / "photos", 8)
+    broken = folder / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    keys = ["data.datadir=photos", "data.type=image_folder", *BARE, "--max_iterations", "1"]
+    assert run_program("train.py", "--config", SMOKE, *keys, "data.strict=true") == 1
+    error = read_error()
+    assert "3.png" in error
+    assert "data.strict=true" in error
+    assert not (tmp_path / "results").exists()
+    assert run_program("train.py", "--config", SMOKE, *keys) == 0
+    assert "1 unreadable photographs: 3.png" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_without_a_checkpoint_cannot_be_looked_at_yet(run_program, read_error, tmp_path, smoke_run):
+    run = tmp_path / "results" / "young"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text((smoke_run.folder / "config.yaml").read_text())
+    assert run_program("eval.py") == 1
+    error = read_error()
+    assert "young" in error
+    assert "no checkpoint yet" in error
+
+
+def test_an_interrupt_before_the_first_step_says_that_nothing_was_saved(train, read_error, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assembly, "open_photographs", interrupt)
+    assert train() == 130
+    assert "interrupted before" in read_error()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_which_resumes(train, read_error, tmp_path):
+    assert train(*BARE, "--max_iterations", "1") == 0
+    checkpoints = tmp_path / "results" / "smoke" / "checkpoints"
+    before = digests(checkpoints)
+    size = (checkpoints / "model_00000001.pt").stat().st_size
+    with files_limited_to(size // 2):
+        assert train(*BARE, "--max_iterations", "3") == 1
+    error = read_error()
+    assert "model_00000003.pt: the checkpoint could not be written" in error
+    assert "the previous checkpoint is intact" in error
+    assert digests(checkpoints) == before
+    assert read_checkpoint(checkpoints / "model_00000001.pt")["meta"]["iteration"] == 1
+    assert train(*BARE, "--max_iterations", "3") == 0
+    assert set(digests(checkpoints)) == {"model_00000001.pt", "model_00000003.pt"}
+
+
+# ---------------------------------------------------------------- divergence
+
+
+def test_a_diverged_run_stops_with_the_tensors_name_and_saves_nothing(train, read_error, tmp_path):
+    assert train(*BARE, "--max_iterations", "2") == 0
+    checkpoints = tmp_path / "results" / "smoke" / "checkpoints"
+    before = digests(checkpoints)
+    assert train(*BARE, "--max_iterations", "9", "training.lr_d=1e30") == 1
+    error = read_error()
+    assert "is not finite; the last checkpoint is untouched" in error
+    assert "iteration 3: loss_d" in error or "iteration 2: loss_g" in error
+    assert "training.lr_d" in error
+    assert digests(checkpoints) == before
+
+
+# ---------------------------------------------------------------- config, checkpoints, files
+
+
+def test_a_misspelt_key_ends_the_real_program_with_one_line(run_command_line, tmp_path):
+    process = run_command_line("train.py", "--config", str(SMOKE), "training.batchsize=4", cwd=tmp_path)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stdout == ""
+    assert stderr == "error: training.batchsize=4: unknown key; did you mean training.batch_size?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--max_iterations", "0"], "training.max_iterations=0"),
+        (["--device", "tpu"], "training.device='tpu'"),
+        (["nerf.N_samples"], "expected section.key=value"),
+        (["ray_sampler.N_samples=1000"], "try 1024"),
+        (["--resume", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(train, read_error, arguments, expected):
+    assert train(*arguments) == 1
+    assert expected in read_error()
+
+
+def test_a_missing_config_names_the_nearest_one(run_program, read_error):
+    assert run_program("train.py", "--config", "configs/smok.yaml") == 1
+    assert "did you mean" in (error := read_error())
+    assert "smoke.yaml" in error
+
+
+def test_a_checkpoint_of_another_network_is_refused_before_it_is_loaded(train, read_error, tmp_path):
+    assert train(*BARE, "--max_iterations", "1") == 0
+    checkpoints = tmp_path / "results" / "smoke" / "checkpoints"
+    config = (tmp_path / "results" / "smoke" / "config.yaml").read_text()
+    before = digests(checkpoints)
+    assert train(*BARE, "--max_iterations", "2", "nerf.netwidth=48") == 1
+    assert "a checkpoint of another config" in read_error()
+    assert digests(checkpoints) == before
+    assert (tmp_path / "results" / "smoke" / "config.yaml").read_text() == config
+
+
+def test_a_checkpoint_that_was_cut_short_names_the_one_before_it(train, read_error, tmp_path):
+    assert train(*BARE, "training.save_every=1e-9", "--max_iterations", "2") == 0
+    newest = tmp_path / "results" / "smoke" / "checkpoints" / "model_00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    assert train(*BARE, "--max_iterations", "3") == 1
+    error = read_error()
+    assert "model_00000002.pt: cannot be read" in error
+    assert "model_00000001.pt" in error
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(train, read_error, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert train(*BARE, "--outdir", "taken") == 1
+    assert "taken" in read_error()
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(train, monkeypatch):
+    monkeypatch.setattr(assembly, "build_pool", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train()
+    with pytest.raises(ZeroDivisionError):
+        explain_failure(ZeroDivisionError("a bug"))

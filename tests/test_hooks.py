@@ -1,0 +1,101 @@
+"""What happens between steps, hook by hook, on a stand-in trainer: when, how often, and with which numbers."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from graf import hooks
+from graf.runs import RunFolder
+from graf.runtime.interrupt import StopRequest
+from graf.runtime.logs import RunLog
+from graf.training.trainer import Progress
+
+
+def trainer_at(iteration: int, seconds: float = 0.0) -> SimpleNamespace:
+    """What the hooks use of a Trainer."""
+    return SimpleNamespace(
+        progress=Progress(iteration, seconds),
+        device=torch.device("cpu"),
+        state={"progress": Progress(iteration, seconds)},
+        stop_reason=None,
+        scalars_of=lambda statistics: {"loss_d": 1.0, "loss_g": 2.0},
+    )
+
+
+def rows_of(folder: Path) -> dict[int, dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {row["iteration"]: row for row in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+    ("start", "seconds", "expected"),
+    [
+        (0, 0.0, {1: 8 / 2, 10: 9 * 8 / 18, 20: 10 * 8 / 20}),
+        (13, 100.0, {20: 7 * 8 / 14}),  # resumed: its first line counts its own steps alone
+        (10, 100.0, {20: 10 * 8 / 20}),
+    ],
+)
+def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start, seconds, expected):
+    with RunLog(tmp_path, total=30, start=start, progress=False) as log:
+        hook = hooks.LogHook(log, 10, 8, (start, seconds))
+        for iteration in range(start + 1, 24):
+            hook(trainer_at(iteration, seconds + 2.0 * (iteration - start)), {})
+    rows = rows_of(tmp_path)
+    assert {iteration: row["images_per_second"] for iteration, row in rows.items()} == pytest.approx(expected)
+    for row in rows.values():
+        assert (row["loss_d"], row["loss_g"]) == (1.0, 2.0)
+        assert any(name.startswith("memory_") for name in row)
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(500, [1, 10, 50, 100, 250, 500, 1000]), (100, [1, 10, 50, *range(100, 1001, 100)]), (400, None), (0, [])],
+)
+def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
+    expected = [1, 10, 50, 100, 250, 400, 800] if expected is None else expected
+    monkeypatch.setattr(hooks, "release_cache", lambda device: None)
+    drawn: list[int] = []
+    hook = hooks.SampleHook(*[None] * 5, every, [])  # type: ignore[arg-type]
+    monkeypatch.setattr(hook, "write", drawn.append)
+    for iteration in range(1, 1001):
+        hook(trainer_at(iteration), {})
+    assert drawn == expected
+
+
+def test_a_checkpoint_is_saved_when_its_time_has_come_and_once_an_iteration(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
+    run = RunFolder(tmp_path)
+    hook = hooks.CheckpointHook(run, {}, save_every=10, backup_every=4, keep=2)
+    for iteration in range(1, 10):
+        clock.now += 4
+        hook(trainer_at(iteration), {})
+    hook.save_latest(trainer_at(9))
+    saved = sorted(path.name for path in run.checkpoints.iterdir())
+    backups = ["backup_00000004.pt", "backup_00000008.pt"]
+    assert saved == [*backups, "model_00000006.pt", "model_00000009.pt"]  # 3, 6 and 9 were due, two are kept
+    before = (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns
+    hook.save_latest(trainer_at(9))
+    assert (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns == before
+
+
+def test_the_trainer_is_asked_to_stop_by_a_signal_or_by_the_clock(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
+    request, trainer = StopRequest(), trainer_at(1)
+    hook = hooks.StopHook(request, 2.0, started=1000.0)
+    clock.now = 1119.0
+    hook(trainer, {})
+    assert trainer.stop_reason is None
+    clock.now = 1120.0
+    hook(trainer, {})
+    assert trainer.stop_reason == "training.max_minutes=2 have passed"
+    request.reason = "SIGTERM"
+    hook(trainer, {})
+    assert trainer.stop_reason == "SIGTERM"
+    unlimited = trainer_at(1)
+    hooks.StopHook(StopRequest(), None, started=0.0)(unlimited, {})
+    assert unlimited.stop_reason is None

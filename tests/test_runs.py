@@ -1,0 +1,89 @@
+"""Run folders: where a run goes on, which run and checkpoint are the newest, and what changed in a configuration."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from graf.config import Config, ConfigError
+from graf.runs import RunFolder, choose_run_folder, describe_changes, newest_run
+from graf.runtime.checkpoint import CheckpointError
+
+
+def make_run(folder: Path, *checkpoints: str, age: float = 0) -> RunFolder:
+    """A run folder with the resolved configuration and empty checkpoint files, `age` seconds old."""
+    run = RunFolder(folder)
+    run.checkpoints.mkdir(parents=True)
+    run.config_file.write_text(Config(expname=folder.name).to_yaml())
+    for name in checkpoints:
+        file = run.checkpoints / name
+        file.write_bytes(b"")
+        os.utime(file, (1e9 - age, 1e9 - age))
+    return run
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config.model_validate({"expname": "toys", "training": {"outdir": str(tmp_path)}})
+
+
+def test_auto_continues_from_the_highest_iteration_and_else_begins(config, tmp_path):
+    assert choose_run_folder(config, "auto") == (RunFolder(tmp_path / "toys"), None)
+    run = make_run(tmp_path / "toys", "model_00000200.pt", "model_00001000.pt", "backup_00002000.pt", "model_best.pt")
+    assert choose_run_folder(config, "auto") == (run, run.checkpoints / "model_00001000.pt")
+
+
+@pytest.mark.parametrize("checkpoint", ["model_00000200.pt", "model_best.pt", "backup_00000100.pt"])
+def test_none_never_enters_a_folder_that_has_a_checkpoint(config, tmp_path, checkpoint):
+    assert choose_run_folder(config, "none") == (RunFolder(tmp_path / "toys"), None)
+    make_run(tmp_path / "toys", checkpoint)
+    assert choose_run_folder(config, "none") == (RunFolder(tmp_path / "toys-2"), None)
+    make_run(tmp_path / "toys-2", checkpoint)
+    assert choose_run_folder(config, "none") == (RunFolder(tmp_path / "toys-3"), None)
+
+
+def test_a_path_continues_from_that_checkpoint_in_the_configs_folder(config, tmp_path):
+    other = make_run(tmp_path / "other", "model_00000007.pt")
+    file = other.checkpoints / "model_00000007.pt"
+    assert choose_run_folder(config, str(file)) == (RunFolder(tmp_path / "toys"), file)
+    with pytest.raises(CheckpointError, match=r"gone\.pt: no such checkpoint; expected auto, none or the path"):
+        choose_run_folder(config, "gone.pt")
+
+
+def test_the_best_checkpoint_is_shown_before_the_newest(tmp_path):
+    run = make_run(tmp_path / "a", "model_00000200.pt", "model_00001000.pt")
+    assert run.choose_checkpoint() == run.checkpoints / "model_00001000.pt"
+    (run.checkpoints / "model_best.pt").write_bytes(b"")
+    assert run.choose_checkpoint() == run.checkpoints / "model_best.pt"
+
+
+def test_a_run_without_checkpoint_says_what_to_wait_for(tmp_path):
+    with pytest.raises(CheckpointError, match=r"young: the run has no checkpoint yet; .*training\.save_every"):
+        make_run(tmp_path / "young").choose_checkpoint()
+
+
+def test_the_newest_run_saved_last_whatever_it_saved(tmp_path):
+    make_run(tmp_path / "a", "model_00009000.pt", age=50)
+    newest = make_run(tmp_path / "b", "model_best.pt", age=10)
+    make_run(tmp_path / "c", "model_00000001.pt", age=90)
+    make_run(tmp_path / "d")
+    assert newest_run(tmp_path) == newest
+
+
+def test_without_any_run_the_command_that_makes_one_is_named(tmp_path):
+    (tmp_path / "not a run").mkdir()
+    with pytest.raises(ConfigError, match=r"no run found; train one with train\.py"):
+        newest_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"not a run: no run is there \(no config\.yaml\)"):
+        RunFolder(tmp_path / "not a run").load_config()
+
+
+def test_a_run_reads_its_own_configuration(tmp_path):
+    assert make_run(tmp_path / "toys").load_config() == Config(expname="toys")
+
+
+def test_changes_are_listed_by_key():
+    old = {"seed": 0, "nerf": {"a": 1, "b": {"c": 2}}, "gone": 5}
+    new = {"seed": 0, "nerf": {"a": 3, "b": {"c": 4}}, "added": [1]}
+    assert describe_changes(old, new) == ["added: None -> [1]", "gone: 5 -> None", "nerf.a: 1 -> 3", "nerf.b.c: 2 -> 4"]
+    assert describe_changes(old, old) == []

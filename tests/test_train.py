@@ -1,0 +1,303 @@
+"""train.py as a program: what a run leaves behind, how it stops, and that a resumed run is the unbroken one."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from graf.config import load_config
+from graf.evaluation.fidelity import read_scores
+from graf.runtime.amp import Precision
+from graf.runtime.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "configs" / "smoke.yaml"
+PHOTOS = ROOT.parent / "shared" / "data"
+
+#: a run without pictures, scores and monitors: iterations and checkpoints only
+BARE = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[]")
+
+
+@pytest.fixture
+def train(run_program, smoke_run):
+    """train.py on configs/smoke.yaml in tmp_path, with the photographs of the shared run; returns the exit code."""
+    return lambda *arguments: run_program("train.py", "--config", SMOKE, f"data.datadir={smoke_run.data}", *arguments)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The training rows of metrics.jsonl, without the rows of scores."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss_d" in row]
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def assert_equal(first: object, second: object, where: str) -> None:
+    """Nested dicts and lists with bit for bit equal tensors."""
+    if isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor)
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert isinstance(second, dict)
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_equal(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list):
+        assert isinstance(second, list)
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_equal(a, b, f"{where}.{number}")
+    else:
+        assert first == second, where
+
+
+# ---------------------------------------------------------------- a finished run
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_answers_within_three_seconds(program):
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, timeout=30)
+    assert time.monotonic() - started < 3
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage:")
+
+
+def test_every_promised_scalar_is_logged_in_every_iteration(smoke_run):
+    rows = read_metrics(smoke_run.folder)
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    promised = {
+        *("loss_d", "loss_g", "penalty", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "scale_d", "scale_g"),
+        *("lr_d", "lr_g", "patch_min_scale", "density_noise", "images_per_second", "time"),
+    }
+    for row in rows:
+        assert promised <= row.keys()
+        assert any(name.startswith("memory_") for name in row)
+        assert all(math.isfinite(value) for value in row.values())
+        assert 0 < row["d_real"] < 1
+        assert row["images_per_second"] > 0
+    assert len({row["loss_d"] for row in rows}) == 6
+
+
+def test_grids_of_colour_depth_and_opacity_show_every_object_from_all_sides(smoke_run):
+    files = sorted(path.name for path in (smoke_run.folder / "samples").iterdir())
+    kinds = ("depth", "opacity", "rgb")
+    assert files == [f"{kind}_{iteration:08d}.png" for kind in kinds for iteration in (1, 3, 6)]
+    for file in files:
+        with Image.open(smoke_run.folder / "samples" / file) as picture:
+            assert picture.height == 2 * (32 + 2) + 2 + 18  # two objects, captions above
+            assert 8 * (32 + 2) + 2 < picture.width < 8 * (32 + 2) + 2 + 60  # eight azimuths, class names on the left
+
+
+def test_scores_carry_their_provenance(smoke_run):
+    rows = read_scores(smoke_run.folder / "scores.jsonl")
+    assert [row["iteration"] for row in rows] == [3, 6]
+    for row in rows:
+        assert {"fid_offline", "kid_offline", "kid_std_offline"} <= row.keys()
+        assert not {"fid", "kid"} & row.keys()
+        assert (row["n_real"], row["n_fake"], row["resolution"], row["ema"]) == (42, 12, "32x32", True)
+        assert row["extractor"] == "graf-offline-v1"
+        assert len(str(row["extractor_hash"])) == 64
+        assert row["seed"] == 0
+        assert "42 views" in str(row["poses"])
+    assert (smoke_run.folder / "scores.csv").read_text().count("\n") == 3
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_fid_and_says_what_it_was_scored_with(smoke_run):
+    assert checkpoint_names(smoke_run.folder) == ["backup_00000004.pt", "model_00000006.pt", "model_best.pt"]
+    rows = read_scores(smoke_run.folder / "scores.jsonl")
+    lowest = min(rows, key=lambda row: row["fid_offline"])
+    best = read_checkpoint(smoke_run.folder / "checkpoints" / "model_best.pt")
+    assert best["meta"]["iteration"] == lowest["iteration"]
+    assert best["objects"]["progress"]["best"] == lowest
+    last = read_checkpoint(smoke_run.folder / "checkpoints" / "model_00000006.pt")
+    assert last["meta"]["iteration"] == last["objects"]["progress"]["iteration"] == 6
+    assert last["objects"]["average"]["updates"] == 6
+
+
+def test_the_resolved_config_is_a_config_of_the_same_run(smoke_run, run_program, monkeypatch, capsys):
+    written = smoke_run.folder / "config.yaml"
+    assert load_config(written) == load_config(SMOKE)
+    assert read_checkpoint(smoke_run.folder / "checkpoints" / "model_best.pt")["meta"]["config"] == load_config(
+        written
+    ).model_dump(mode="json")
+    monkeypatch.chdir(smoke_run.cwd)
+    assert run_program("train.py", "--config", written) == 0
+    assert "has already run its 6 iterations" in capsys.readouterr().out
+    assert len(read_metrics(smoke_run.folder)) == 6
+
+
+def test_the_console_names_device_data_and_folder(smoke_run):
+    assert "device: " in smoke_run.stdout
+    assert "42 photographs of 4 classes" in smoke_run.stdout
+    assert f"run folder: {Path('results', 'smoke')}" in smoke_run.stdout
+    assert "Warning" not in smoke_run.stderr
+    assert "Traceback" not in smoke_run.stderr
+    assert any((smoke_run.folder / "tensorboard").iterdir())
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_flags_and_keys_may_stand_in_any_order_and_keys_win(train, tmp_path):
+    arguments = ["--outdir", "runs", *BARE, "--seed", "3", "expname=mine", "--max_iterations", "9"]
+    assert train(*arguments, "training.batch_size=4", "--device", "cpu", "training.max_iterations=1", "--use_amp") == 0
+    config = load_config(tmp_path / "runs" / "mine" / "config.yaml")
+    assert (config.seed, config.training.max_iterations, config.training.batch_size) == (3, 1, 4)
+    assert (config.training.device, config.training.use_amp) == ("cpu", True)
+    assert checkpoint_names(tmp_path / "runs" / "mine") == ["model_00000001.pt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("coil100", ["data.type=turntable", "data.v_list=[0.31]", "data.white_bkgd=false"]),
+        ("lego128", ["data.type=transforms"]),
+    ],
+)
+def test_real_photographs_train(run_program, tmp_path, name, keys):
+    if not (PHOTOS / name).is_dir():
+        assert os.environ.get("CI") != "true", f"{PHOTOS / name} is missing"
+        pytest.skip(f"no {PHOTOS / name}")
+    keys = [f"data.datadir={PHOTOS / name}", *keys, *BARE, "discriminator.class_loss=1", "--max_iterations", "2"]
+    assert run_program("train.py", "--config", SMOKE, *keys) == 0
+    rows = read_metrics(tmp_path / "results" / "smoke")
+    assert all(math.isfinite(row["loss_d_class"]) for row in rows)
+
+
+# ---------------------------------------------------------------- checkpoints and resuming
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["float32", "with loss scaling"])
+def test_a_run_in_two_parts_is_the_run_in_one(train, tmp_path, monkeypatch, capsys, scaled):
+    """Weights, average, optimisers, scalers, progress and every logged loss, bit for bit."""
+    if scaled:
+        scaler = lambda self, enabled=None: torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)  # noqa: E731
+        monkeypatch.setattr(Precision, "make_scaler", scaler)
+    keys = [*BARE, "training.optimizer=adam", "training.lr_schedule=multistep", "training.lr_anneal_every=[2,4]"]
+    keys += [
+        "discriminator.spectral_norm=true",
+        "training.reg_every=2",
+        "data.heldout_every=24",
+        "training.batch_size=9",
+    ]
+    assert train(*keys, "--outdir", "whole", "--max_iterations", "6") == 0
+    assert train(*keys, "--outdir", "parts", "--max_iterations", "3") == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert train(*keys, "--outdir", "parts", "--max_iterations", "6") == 0
+    assert "resuming from" in (printed := capsys.readouterr().out)
+    assert "training.max_iterations: 3 -> 6" in printed
+
+    whole, parts = tmp_path / "whole" / "smoke", tmp_path / "parts" / "smoke"
+    one, two = (read_checkpoint(run / "checkpoints" / "model_00000006.pt")["objects"] for run in (whole, parts))
+    for checkpoint in (one, two):
+        assert checkpoint["progress"].pop("seconds") > 0
+        assert checkpoint["average"]["updates"] == 6
+        assert checkpoint["optimizer_g"]["param_groups"][0]["lr"] == 5e-4 / 4
+        if scaled:
+            assert (checkpoint["scaler_d"]["scale"], checkpoint["scaler_d"]["_growth_tracker"]) == (2048.0, 2)
+    assert_equal(one, two, "checkpoint")
+    rows, resumed_rows = read_metrics(whole), read_metrics(parts)
+    assert len(rows) == len(resumed_rows) == 6
+    for row, resumed in zip(rows, resumed_rows, strict=True):
+        assert resumed["images_per_second"] > 0
+        for name in ("iteration", "loss_d", "loss_g", "grad_norm_d", "grad_norm_g", "lr_g", "scale_g", "d_real"):
+            assert row[name] == resumed[name], name
+
+
+def test_sigterm_saves_and_the_command_that_it_prints_goes_on_from_there(
+    run_command_line, smoke_run, run_program, tmp_path
+):
+    keys = [*BARE, f"data.datadir={smoke_run.data}", "training.lr_schedule=exponential", "training.lr_anneal_every=10"]
+    process = run_command_line(
+        "train.py", "--config", str(SMOKE), *keys, "--max_iterations", "1000000", "--resume", "none", cwd=tmp_path
+    )
+    run = tmp_path / "results" / "smoke"
+    try:
+        for _ in range(600):
+            if (run / "metrics.jsonl").is_file() and len(read_metrics(run)) >= 3:
+                break
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    last = read_metrics(run)[-1]
+    iteration = int(last["iteration"])
+    assert f"stopped after iteration {iteration} (SIGTERM); resume with: " in stdout
+    assert checkpoint_names(run)[-1] == f"model_{iteration:08d}.pt"
+    saved = read_checkpoint(run / "checkpoints" / f"model_{iteration:08d}.pt")
+    assert saved["meta"]["iteration"] == iteration
+
+    command = shlex.split(stdout.split("resume with: ")[1].splitlines()[0])
+    assert command[:2] == ["python", "train.py"]
+    assert run_program(*command[1:], "--max_iterations", iteration + 2) == 0
+    rows = read_metrics(run)
+    assert [row["iteration"] for row in rows] == list(range(1, iteration + 3))
+    for row in rows:
+        assert row["lr_g"] == pytest.approx(5e-4 * 0.5 ** ((row["iteration"] - 1) / 10))
+        assert (row["scale_g"], row["scale_d"]) == (1.0, 1.0)
+    resumed = read_checkpoint(run / "checkpoints" / f"model_{iteration + 2:08d}.pt")["objects"]
+    assert resumed["average"]["updates"] == iteration + 2
+
+
+def test_max_minutes_stops_saves_shows_and_says_how_to_go_on(train, tmp_path, capsys):
+    assert train("training.fid_every=0", "training.monitoring=[]", "--max_minutes", "1e-6") == 0
+    assert "stopped after iteration 1 (training.max_minutes=1e-06 have passed)" in (printed := capsys.readouterr().out)
+    assert f"resume with: python train.py --config {Path('results', 'smoke', 'config.yaml')}" in printed
+    run = tmp_path / "results" / "smoke"
+    assert checkpoint_names(run) == ["model_00000001.pt"]
+    assert (run / "samples" / "rgb_00000001.png").is_file()
+
+
+def test_resume_none_starts_afresh_beside_the_run_in_a_folder_that_resumes_itself(train, run_program, tmp_path, capsys):
+    keys = [*BARE, "--max_iterations", "1", "--resume", "none"]
+    for name in ("smoke", "smoke-2", "smoke-3"):
+        assert train(*keys) == 0
+        assert f"run folder: {Path('results', name)}" in capsys.readouterr().out
+        assert checkpoint_names(tmp_path / "results" / name) == ["model_00000001.pt"]
+    second = Path("results", "smoke-2", "config.yaml")
+    assert load_config(second).expname == "smoke-2"
+    assert run_program("train.py", "--config", second, "--max_iterations", "2") == 0
+    assert [row["iteration"] for row in read_metrics(tmp_path / "results" / "smoke-2")] == [1, 2]
+    assert [row["iteration"] for row in read_metrics(tmp_path / "results" / "smoke")] == [1]
+
+
+def test_resume_takes_a_checkpoint_by_its_path(train, smoke_run, tmp_path, capsys):
+    backup = smoke_run.folder / "checkpoints" / "backup_00000004.pt"
+    assert train(*BARE, "--outdir", "elsewhere", "--resume", backup) == 0
+    assert f"resuming from {backup}" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "elsewhere" / "smoke")
+    original = read_metrics(smoke_run.folder)[4:]
+    assert [row["loss_d"] for row in rows] == [row["loss_d"] for row in original]
+    assert [row["iteration"] for row in rows] == [5, 6]
+
+
+def test_timed_checkpoints_are_pruned_and_backups_are_kept(train, tmp_path):
+    keys = ["training.save_every=1e-9", "training.keep_checkpoints=2", "training.backup_every=2"]
+    assert train(*BARE, *keys, "--max_iterations", "5") == 0
+    run = tmp_path / "results" / "smoke"
+    assert checkpoint_names(run) == [
+        *("backup_00000002.pt", "backup_00000004.pt", "model_00000004.pt", "model_00000005.pt")
+    ]
+
+
+def test_nothing_random_of_the_process_enters_a_run(train, tmp_path):
+    for seed, outdir in ((1, "a"), (2, "b")):
+        torch.manual_seed(seed)
+        assert train("training.monitoring=[]", "--outdir", outdir, "--max_iterations", "3") == 0
+    one, two = (read_metrics(tmp_path / outdir / "smoke") for outdir in ("a", "b"))
+    assert [row["loss_g"] for row in one] == [row["loss_g"] for row in two]
+    assert read_scores(tmp_path / "a/smoke/scores.jsonl") == read_scores(tmp_path / "b/smoke/scores.jsonl")
