@@ -33,6 +33,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     detail.add_argument("--frames", type=int, default=72, help="frames of a video (default: %(default)s)")
     detail.add_argument("--fps", type=int, default=24, help="frames per second (default: %(default)s)")
     detail.add_argument("--num_images", type=int, help="generated images for --fid_kid (default: as in training)")
+    detail.add_argument("--resolution", type=int, help="side of the renders, pixels (default: data.imsize)")
     detail.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps (default: %(default)s)")
     detail.add_argument("--chunk", type=int, help="rays rendered at once; smaller needs less memory")
     return parser.parse_args(arguments)

@@ -25,6 +25,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_iterations", type=int, help="length of the run and of its schedules")
     parser.add_argument("--max_minutes", type=float, help="stop and save after so many minutes")
     parser.add_argument("--seed", type=int, help="seed of every random number")
+    parser.add_argument(
+        "--memory_snapshot", action="store_true", help="CUDA: write the allocator's history for its viewer"
+    )
+    parser.add_argument("--plan", action="store_true", help="predict memory, print what fits and exit; needs no data")
+    parser.add_argument("--memory_budget", help="training.memory_budget: auto, or an amount such as 8GiB")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
     return parser.parse_intermixed_args(arguments)  # keys may stand between flags
 
@@ -36,6 +41,7 @@ def collect_overrides(options: argparse.Namespace) -> list[str]:
         "training.outdir": options.outdir,
         "training.max_iterations": options.max_iterations,
         "training.max_minutes": options.max_minutes,
+        "training.memory_budget": options.memory_budget,
         "training.use_amp": "true" if options.use_amp else None,
         "seed": options.seed,
     }
@@ -47,6 +53,11 @@ def train(options: argparse.Namespace, started: float) -> None:
     from graf.config import load_config
 
     config = load_config(options.config, collect_overrides(options))
+    if options.plan:
+        from graf.planner import print_plan
+
+        print_plan(config)
+        return
 
     from graf import assembly, hooks
     from graf.data.loader import make_loader
@@ -59,12 +70,14 @@ def train(options: argparse.Namespace, started: float) -> None:
     from graf.runtime.device import configure_backends, describe_device, pick_device
     from graf.runtime.interrupt import StopRequest
     from graf.runtime.logs import RunLog, logger, setup_console
-    from graf.training.trainer import Trainer
+    from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
+    from graf.training.trainer import Hook, Trainer
 
     setup_console()
     training = config.training
 
     # Machine
+    prepare_allocator()
     device = pick_device(training.device)
     configure_backends(device)
     precision = choose_precision(training.use_amp, training.amp_dtype, device)
@@ -77,7 +90,9 @@ def train(options: argparse.Namespace, started: float) -> None:
     photographs = assembly.open_photographs(config)
     assembly.check_batch_size(config, len(photographs))
     scene = assembly.describe_scene(config, photographs)
-    logger.info("data: %d photographs of %d classes in %s", len(photographs), len(scene.class_names), config.data.datadir)
+    logger.info(
+        "data: %d photographs of %d classes in %s", len(photographs), len(scene.class_names), config.data.datadir
+    )
     extractor = None
     if training.fid_every:
         evaluation = config.evaluation
@@ -101,10 +116,16 @@ def train(options: argparse.Namespace, started: float) -> None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
         logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
+    if training.memory_budget is not None:
+        from graf.planner import apply_budget
+
+        apply_budget(config, trainer, scene, offline_features=extractor is not None and extractor.suffix != "")
     start = trainer.progress.iteration
     if start >= training.max_iterations:
         logger.info(
-            "%s has already run its %d iterations; raise training.max_iterations, or use --resume none", folder.path, start
+            "%s has already run its %d iterations; raise training.max_iterations, or use --resume none",
+            folder.path,
+            start,
         )
         return
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -121,15 +142,17 @@ def train(options: argparse.Namespace, started: float) -> None:
 
     # What happens between steps
     sampler = assembly.build_sampler(config, scene, precision, device, *trainer.averaged_networks)
-    showcase = hooks.fixed_showcase(
-        sampler, config, len(scene.class_names), scene.v_list[median_height(scene.v_list)]
-    )
+    showcase = hooks.fixed_showcase(sampler, config, len(scene.class_names), scene.v_list[median_height(scene.v_list)])
     row_labels = [scene.class_names[int(class_idx)] for class_idx in showcase.class_idx]
     meta = {"config": config.model_dump(mode="json"), "scene": scene.as_meta()}
-    save = hooks.CheckpointHook(folder, meta, training.save_every, training.backup_every, training.keep_checkpoints)
+    caches = CacheRelease(training.empty_cache, device)
+    save = hooks.CheckpointHook(
+        folder, meta, training.save_every, training.backup_every, training.keep_checkpoints, caches
+    )
     log = RunLog(folder.path, total=training.max_iterations, start=start, monitoring=training.monitoring)
-    with log, StopRequest() as request:
-        sample = hooks.SampleHook(sampler, cameras, showcase, folder, log, training.sample_every, row_labels)
+    snapshot = folder.path / "memory_snapshot.pickle" if options.memory_snapshot else None
+    with log, StopRequest() as request, record_allocations(snapshot, device):
+        sample = hooks.SampleHook(sampler, cameras, showcase, folder, log, training.sample_every, row_labels, caches)
         score = None
         if extractor is not None:
             protocol, count = assembly.build_protocol(config), config.evaluation.num_images
@@ -138,9 +161,9 @@ def train(options: argparse.Namespace, started: float) -> None:
             consistency = None
             if ccsr is not None:
                 consistency = assembly.build_consistency(config, scene, sampler, range(len(scene.class_names)))
-            score = hooks.ScoreHook(task, real, config, folder, log, save, consistency)
-        between = [
-            hooks.LogHook(log, training.print_every, training.batch_size, (start, trainer.progress.seconds)),
+            score = hooks.ScoreHook(task, real, config, folder, log, save, caches, consistency)
+        between: list[Hook] = [
+            hooks.LogHook(log, training.print_every, training.batch_size, caches, (start, trainer.progress.seconds)),
             sample,
             *([score] if score is not None else []),
             save,
@@ -170,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(options, started)
     except KeyboardInterrupt:
-        print("error: interrupted before the step was finished; nothing was saved since the last checkpoint", file=sys.stderr)
+        print(
+            "error: interrupted before the step was finished; nothing was saved since the last checkpoint",
+            file=sys.stderr,
+        )
         return 130
     except Exception as error:
         from graf.failures import explain_failure

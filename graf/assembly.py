@@ -1,4 +1,4 @@
-"""Config -> objects: the part of composing a program that train.py and eval.py share. A composition root, imported by nothing below it."""
+"""Config -> objects, for train.py and eval.py alike. A composition root, imported by nothing below it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def real_images(photographs: PhotoDataset, ccsr: CCSR | None) -> dict[str, Any]:
 
 
 def build_consistency(config: Config, scene: Scene, sampler: Sampler, classes: Sequence[int]) -> ConsistencyTask:
-    """The consistency measurement of a run: one object per class at the median height; synthetic data know the truth."""
+    """The consistency measurement of a run: one object per class, median height; synthetic data know the truth."""
     synthetic = config.data.type == "synthetic" and config.data.synthetic.instances == 1
     return ConsistencyTask(
         sampler=sampler,
@@ -148,9 +148,7 @@ def _render_truth(config: Config, scene: Scene, class_idx: int, views: Views, lo
 def build_protocol(config: Config) -> FidelityProtocol:
     """How FID and KID are computed."""
     evaluation = config.evaluation
-    return FidelityProtocol(
-        evaluation.seed, evaluation.batch_size, evaluation.kid_subsets, evaluation.kid_subset_size
-    )
+    return FidelityProtocol(evaluation.seed, evaluation.batch_size, evaluation.kid_subsets, evaluation.kid_subset_size)
 
 
 def build_generator(config: Config, num_classes: int) -> Generator:
@@ -180,7 +178,7 @@ def build_generator(config: Config, num_classes: int) -> Generator:
     )
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
-        generator = Generator(shape, sampling, background, learn_background, config.training.chunk)
+        generator = Generator(shape, sampling, background, learn_background, config.training.rays_per_chunk)
     strategy = config.training.memory_strategy
     generator.strategy = "dense" if strategy == "auto" else strategy
     return generator
@@ -210,7 +208,7 @@ def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
 
 
 def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
-    """The super-resolution module of a configuration, with weights that depend on config.seed alone; None when it is off.
+    """The super-resolution module of a configuration, with weights that depend on config.seed alone; None without one.
 
     pretrained: read ccsr.weights, which a module that is about to be restored from a checkpoint does not need.
     """
@@ -230,7 +228,9 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
             trunk.requires_grad_(False)
         latents = ViewLatents(ccsr.num_views, 3, config.data.imsize, ccsr.view_mode)
         kernel = ccsr.kernel
-        return CCSR(trunk, latents, BoxProjection(ccsr.scale) if kernel is None else KernelProjection(ccsr.scale, kernel))
+        return CCSR(
+            trunk, latents, BoxProjection(ccsr.scale) if kernel is None else KernelProjection(ccsr.scale, kernel)
+        )
 
 
 @contextmanager

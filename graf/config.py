@@ -29,6 +29,12 @@ from pydantic import (
 PATCH_SIZES = (16, 32, 64, 128, 256)
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
+#: rays per chunk where neither chunk nor memory_budget say otherwise
+DEFAULT_CHUNK = 4096
+
+_BYTES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 2**10, "m": 2**20, "g": 2**30}
+_BYTES |= {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+
 #: GRAF keys that have no meaning here, and what to use instead.
 RETIRED_KEYS = {
     "data.orthographic": "only perspective cameras exist here: remove it",
@@ -240,10 +246,18 @@ class TrainingConfig(Section):
     nworkers: int = Field(0, ge=0, description="processes that load images; at most 4 and the number of CPUs are used")
     drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
-    chunk: int = Field(4096, ge=1, description="rays rendered at once, over all images of the batch")
+    chunk: Literal["auto"] | PositiveInt = Field(
+        "auto", description="rays rendered at once, over all images of the batch; auto: 4096, or what fits memory_budget"
+    )
     micro_batch_size: Literal["auto"] | int = Field("auto", description="images on the device at once; auto: as many as fit")
     memory_strategy: Literal["auto", "dense", "checkpoint", "deferred"] = Field(
         "auto", description="which activations of rendering are kept: all, those of one chunk, or none before D's gradient"
+    )
+    empty_cache: Literal["phase", "never"] | int = Field(
+        "phase", description="give cached memory back after sampling, scoring and saving; never; or every n-th iteration"
+    )
+    memory_budget: str | None = Field(
+        None, description="8GiB, or auto (what is free): choose what is auto of the three keys above; null: no limit"
     )
     use_amp: bool = Field(False, description="mixed precision where the device gains from it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="its half-precision type")
@@ -279,6 +293,18 @@ class TrainingConfig(Section):
     backup_every: int = Field(100_000, ge=0, description="iterations between checkpoints that are kept for ever; 0: none")
     keep_checkpoints: int = Field(3, ge=1, description="how many of the timed checkpoints are kept")
     save_best: Literal["fid", "kid"] = Field("fid", description="the score that decides model_best.pt")
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _budget_readable(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            parse_bytes(str(value))
+        return value
+
+    @property
+    def rays_per_chunk(self) -> int:
+        """`chunk`, or what auto means without a budget."""
+        return DEFAULT_CHUNK if self.chunk == "auto" else self.chunk
 
     @field_validator("lr_anneal_every", mode="before")
     @classmethod
@@ -396,6 +422,14 @@ def _ccsr_contradictions(ccsr: CcsrConfig) -> list[str]:
     if ccsr.freeze_trunk and ccsr.weights is None:
         problems.append("ccsr.freeze_trunk=true: an untrained trunk would stay untrained; set ccsr.weights too")
     return problems
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GiB", "800 MiB", "1.5G" (GiB) or "8GB" (10^9). Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if match is None or match.group(2).lower() not in _BYTES or float(match.group(1)) == 0:
+        raise ValueError("expected a number above 0 with a unit, as in 8GiB or 800MiB, or auto, or null")
+    return round(float(match.group(1)) * _BYTES[match.group(2).lower()])
 
 
 def batch_too_large(batch_size: int, num_images: int) -> str:

@@ -1,12 +1,14 @@
-"""Failures as a person meets them: one line for what the program foresees; anything else is a bug and keeps its traceback."""
+"""Failures as a person meets them: one line for what is foreseen; anything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 from graf.config import ConfigError
 from graf.data.errors import DataError
+from graf.evaluation.consistency import ConsistencyError
 from graf.evaluation.extractor import ExtractorError
 from graf.evaluation.fidelity import FidelityError
 from graf.evaluation.heldout import HeldoutError
+from graf.models.rrdb import WeightsError
 from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.device import DeviceError
 from graf.runtime.memory import is_out_of_memory
@@ -18,6 +20,8 @@ FORESEEN = (
     ExtractorError,
     FidelityError,
     HeldoutError,
+    ConsistencyError,
+    WeightsError,
     CheckpointError,
     DeviceError,
     DivergenceError,

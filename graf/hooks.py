@@ -1,4 +1,7 @@
-"""What happens between training steps: logging, sample grids, scores, checkpoints, stopping. A composition root: train.py injects these."""
+"""What happens between training steps: logging, sample grids, scores, checkpoints, stopping.
+
+A composition root: train.py injects these.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from graf.runs import BEST_CHECKPOINT, RunFolder
 from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
-from graf.runtime.memory import read_memory, release_cache
+from graf.runtime.memory import CacheRelease, read_memory
 from graf.training.trainer import Trainer
 
 #: iterations with a sample grid besides the multiples of training.sample_every
@@ -44,10 +47,12 @@ class LogHook:
     log: RunLog
     every: int
     batch_size: int
+    caches: CacheRelease
     since: tuple[int, float] = (0, 0.0)
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         progress = trainer.progress
+        self.caches.after_step(progress.iteration)
         if not is_due(progress.iteration, self.every) and progress.iteration != 1:
             return
         steps, seconds = progress.iteration - self.since[0], progress.seconds - self.since[1]
@@ -56,6 +61,8 @@ class LogHook:
         scalars["images_per_second"] = steps * self.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
+        scalars |= {f"memory_phase_{name}": peak for name, peak in trainer.meter.peaks.items()}
+        scalars["seconds_release_cache"] = self.caches.take_seconds()
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
         self.log.progress(progress.iteration, shown | {"MiB": next(iter(memory.values()))})
@@ -72,13 +79,14 @@ class SampleHook:
     log: RunLog
     every: int
     row_labels: list[str]
+    caches: CacheRelease
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration = trainer.progress.iteration
         early = self.every > 0 and iteration in EARLY_SAMPLES and iteration < self.every
         if early or is_due(iteration, self.every):
             self.write(iteration)
-            release_cache(trainer.device)
+            self.caches.after_phase()
 
     def write(self, iteration: int) -> None:
         """Render and save the grids of this iteration."""
@@ -104,13 +112,14 @@ class ScoreHook:
     folder: RunFolder
     log: RunLog
     checkpoints: CheckpointHook
+    caches: CacheRelease
     consistency: ConsistencyTask | None = None
     _last: int = -1
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         if is_due(trainer.progress.iteration, self.config.training.fid_every):
             self.write(trainer)
-            release_cache(trainer.device)
+            self.caches.after_phase()
 
     def write(self, trainer: Trainer) -> None:
         """Score now, unless this iteration has been scored already."""
@@ -133,20 +142,25 @@ class ScoreHook:
             logger.info("iteration %d: %s", iteration, text)
         if self.consistency is not None:
             report = self.consistency.measure()
-            numbers = {name: float(value) for name, value in report.as_dict().items() if name != "objects"}
+            values = report.as_dict().items()
+            numbers = {name: float(value) for name, value in values if name != "objects" and value is not None}
             self.log.scalars(iteration, {f"consistency_{name}": value for name, value in numbers.items()})
             logger.info("iteration %d: %s", iteration, report.text())
 
 
 @dataclass
 class CheckpointHook:
-    """model_XXXXXXXX.pt every save_every seconds, of which the last few are kept, and backup_XXXXXXXX.pt every backup_every iterations."""
+    """Saves model_XXXXXXXX.pt every save_every seconds and backup_XXXXXXXX.pt every backup_every iterations.
+
+    Of the former the last `keep` stay, the latter all.
+    """
 
     folder: RunFolder
     meta: dict[str, Any]
     save_every: float
     backup_every: int
     keep: int
+    caches: CacheRelease
     _last: float = field(default_factory=time.monotonic)
     _last_iteration: int = -1
 
@@ -169,7 +183,7 @@ class CheckpointHook:
         """Write one checkpoint file of the whole training state."""
         meta = self.meta | {"iteration": trainer.progress.iteration}
         save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
-        release_cache(trainer.device)
+        self.caches.after_phase()
 
 
 @dataclass

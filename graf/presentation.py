@@ -1,11 +1,14 @@
-"""What eval.py can do with a checkpoint: grids, videos, scores. A composition root: it opens the run and calls graf.evaluation."""
+"""What eval.py can do with a checkpoint: grids, videos, scores.
+
+A composition root: it opens the run and calls graf.evaluation.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ from graf.evaluation.render import Picture, save_png, write_video
 from graf.evaluation.sampler import Renders, Sampler
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import median_height, ring
-from graf.models.generator import Generator
 from graf.runs import RunFolder, newest_run
 from graf.runtime.amp import choose_precision
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
@@ -91,7 +93,9 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
         scene = assembly.Scene(**checkpoint["meta"]["scene"])
         iteration = int(checkpoint["meta"]["iteration"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: has no description of its scene ({error}); it is not a checkpoint of train.py") from error
+        raise CheckpointError(
+            f"{file}: has no description of its scene ({error}); it is not a checkpoint of train.py"
+        ) from error
     device = pick_device(options.device)
     configure_backends(device)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
@@ -114,18 +118,22 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
         ("--views", options.views, 1, 360),
         ("--frames", options.frames, 2, 100_000),
         ("--objects", options.objects, 1, 10_000),
+        ("--resolution", options.resolution or config.data.imsize, 8, 8192),
         ("--fps", options.fps, 1, 240),
         ("--num_images", config.evaluation.num_images if options.num_images is None else options.num_images, 2, 10**7),
         *(("--heights", height, 0, 1) for height in heights),
     ):
         if not low <= value <= high:
             raise ConfigError(f"{name}={value}: expected {low} to {high}")
+    sampler = assembly.build_sampler(config, scene, precision, device, generator, ccsr)
+    if options.resolution is not None:
+        sampler = replace(sampler, resolution=options.resolution)
     return Presentation(
         options=options,
         config=config,
         scene=scene,
         cameras=assembly.build_cameras(config, scene),
-        sampler=assembly.build_sampler(config, scene, precision, device, generator, ccsr),
+        sampler=sampler,
         folder=run.evaluation,
         checkpoint=str(file),
         iteration=iteration,
@@ -165,7 +173,9 @@ def write_grids(shown: Presentation) -> list[Path]:
             for height in shown.heights
         ]
         rows = [f"{number}  v {height:g}" for height in shown.heights for number in range(len(z))]
-        for name, picture in draw_showcase(Renders.join(parts), shown.options.views, caster.near, caster.far, rows, columns).items():
+        for name, picture in draw_showcase(
+            Renders.join(parts), shown.options.views, caster.near, caster.far, rows, columns
+        ).items():
             written.append(save_png(shown.path(f"grid_{shown.scene.class_names[class_idx]}_{name}.png"), picture))
     return written
 
@@ -222,10 +232,14 @@ def write_shape_appearance(shown: Presentation) -> list[Path]:
     codes = torch.cat([z[:, None, :split].expand(-1, count, -1), z[None, :, split:].expand(count, -1, -1)], dim=-1)
     for class_idx in tqdm(shown.classes, desc="shape x appearance", unit="class", leave=False):
         classes = torch.full((count * count,), class_idx)
-        views = shown.cameras.views_at(classes, torch.full((len(classes),), 0.125), torch.full((len(classes),), shown.heights[0]))
+        views = shown.cameras.views_at(
+            classes, torch.full((len(classes),), 0.125), torch.full((len(classes),), shown.heights[0])
+        )
         renders = shown.sampler.render(codes.reshape(count * count, -1), views)
         labels = [str(number) for number in range(count)]
-        picture = draw_showcase(renders, count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels])["rgb"]
+        picture = draw_showcase(
+            renders, count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels]
+        )["rgb"]
         written.append(save_png(shown.path(f"shape_appearance_{shown.scene.class_names[class_idx]}.png"), picture))
     return written
 
@@ -259,7 +273,7 @@ def write_fid_kid(shown: Presentation) -> list[Path]:
 
 
 def write_consistency(shown: Presentation) -> list[Path]:
-    """How well super-resolved views agree with their renders, with each other and, on synthetic data, with the truth."""
+    """How well super-resolved views agree with their renders, each other and, on synthetic data, the truth."""
     if shown.sampler.ccsr is None:
         raise ConfigError("--consistency: this run has no super-resolution; train one with ccsr.enabled=true")
     report = assembly.build_consistency(shown.config, shown.scene, shown.sampler, shown.classes).measure()
@@ -272,7 +286,9 @@ def write_heldout(shown: Presentation) -> list[Path]:
     if not shown.config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
     sets = (assembly.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
-    training, heldout = (_stack(assembly.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in sets)
+    training, heldout = (
+        _stack(assembly.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in sets
+    )
     photographs = HeldoutPhotographs(*heldout, mean_images_by_class(*training), shown.scene.class_names)
     codes = shown.sampler.codes(shown.options.seed, range(NUM_HELDOUT_CODES))
     with tqdm(desc="held-out views", unit="image", total=3 * len(codes) * len(heldout[0]), leave=False) as bar:

@@ -1,4 +1,7 @@
-"""Where a run keeps its files, and how the newest run and checkpoint are found. A composition root: it knows no network and no image."""
+"""Where a run keeps its files, and how the newest run and checkpoint are found.
+
+A composition root: it knows no network and no image.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ class RunFolder:
     def load_config(self) -> Config:
         """The configuration that the run was trained with."""
         if not self.config_file.is_file():
-            raise ConfigError(f"--run {self.path}: no run is there (no config.yaml); train one with train.py --config ...")
+            raise ConfigError(
+                f"--run {self.path}: no run is there (no config.yaml); train one with train.py --config ..."
+            )
         return load_config(self.config_file)
 
     def choose_checkpoint(self) -> Path:
@@ -63,15 +68,17 @@ def newest_run(results: Path) -> RunFolder:
         saved = (config_file.parent / "checkpoints").glob("*.pt")
         newest[config_file.parent] = max((file.stat().st_mtime for file in saved), default=0.0)
     if not newest:
-        raise ConfigError(f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run")
+        raise ConfigError(
+            f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run"
+        )
     return RunFolder(max(newest, key=lambda folder: newest[folder]))
 
 
 def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | None]:
     """The folder to train in and the checkpoint to continue from, if any.
 
-    resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh, beside an existing run in
-    outdir/expname-2, -3, ...; anything else is the path of a checkpoint.
+    resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh, beside an existing run
+    in outdir/expname-2, -3, ...; anything else is the path of a checkpoint.
     """
     folder = config.run_folder
     if resume == "none":

@@ -1,7 +1,6 @@
 """Every test starts from one global random state; whole-program tests share one smoke run and run programs here."""
 
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def run_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run
     """Runs a program's `main` in this process, in tmp_path, and puts the process back as it was."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logs, "_said", set())
-    logger, handlers, level = logs.logger, list(logs.logger.handlers), logs.logger.level
+    logger, handlers, level, environment = logs.logger, list(logs.logger.handlers), logs.logger.level, dict(os.environ)
 
     def run(program: str, *arguments: str) -> int:
         spec = importlib.util.spec_from_file_location(Path(program).stem + "_program", ROOT / program)
@@ -84,6 +83,8 @@ def run_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run
         return int(module.main([str(argument) for argument in arguments]))
 
     yield run
-    torch.set_flush_denormal(False)  # train.py and eval.py set it for their process
+    torch.set_flush_denormal(False)  # train.py and eval.py set it, and the allocator's variable, for their process
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     logger.handlers[:] = handlers
-    logger.setLevel(level if level else logging.NOTSET)
+    logger.setLevel(level)

@@ -11,14 +11,18 @@ from graf import hooks
 from graf.runs import RunFolder
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog
+from graf.runtime.memory import CacheRelease
 from graf.training.trainer import Progress
+
+CPU = torch.device("cpu")
 
 
 def trainer_at(iteration: int, seconds: float = 0.0) -> SimpleNamespace:
     """What the hooks use of a Trainer."""
     return SimpleNamespace(
         progress=Progress(iteration, seconds),
-        device=torch.device("cpu"),
+        device=CPU,
+        meter=SimpleNamespace(peaks={"d": 12.0}),
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,
         scalars_of=lambda statistics: {"loss_d": 1.0, "loss_g": 2.0},
@@ -40,14 +44,15 @@ def rows_of(folder: Path) -> dict[int, dict[str, float]]:
 )
 def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start, seconds, expected):
     with RunLog(tmp_path, total=30, start=start, progress=False) as log:
-        hook = hooks.LogHook(log, 10, 8, (start, seconds))
+        hook = hooks.LogHook(log, 10, 8, CacheRelease("never", CPU), (start, seconds))
         for iteration in range(start + 1, 24):
             hook(trainer_at(iteration, seconds + 2.0 * (iteration - start)), {})
     rows = rows_of(tmp_path)
     assert {iteration: row["images_per_second"] for iteration, row in rows.items()} == pytest.approx(expected)
     for row in rows.values():
         assert (row["loss_d"], row["loss_g"]) == (1.0, 2.0)
-        assert any(name.startswith("memory_") for name in row)
+        assert row["memory_phase_d"] == 12.0
+        assert {"memory_rss", "memory_peak_rss"} & row.keys()
 
 
 @pytest.mark.parametrize(
@@ -56,9 +61,8 @@ def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start,
 )
 def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
     expected = [1, 10, 50, 100, 250, 400, 800] if expected is None else expected
-    monkeypatch.setattr(hooks, "release_cache", lambda device: None)
     drawn: list[int] = []
-    hook = hooks.SampleHook(*[None] * 5, every, [])  # type: ignore[arg-type]
+    hook = hooks.SampleHook(*[None] * 5, every, [], CacheRelease("never", CPU))  # type: ignore[arg-type]
     monkeypatch.setattr(hook, "write", drawn.append)
     for iteration in range(1, 1001):
         hook(trainer_at(iteration), {})
@@ -69,7 +73,7 @@ def test_a_checkpoint_is_saved_when_its_time_has_come_and_once_an_iteration(tmp_
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
     run = RunFolder(tmp_path)
-    hook = hooks.CheckpointHook(run, {}, save_every=10, backup_every=4, keep=2)
+    hook = hooks.CheckpointHook(run, {}, 10, 4, 2, CacheRelease("never", CPU), _last=clock.now)
     for iteration in range(1, 10):
         clock.now += 4
         hook(trainer_at(iteration), {})

@@ -19,7 +19,7 @@ LAW = {
     "evaluation": {"geometry", "runtime", "data", "models"},
 }
 #: the parts of train.py and eval.py that lie in graf/ itself, and so may join the rooms; no room may import them
-COMPOSITION_ROOTS = {"assembly", "failures", "hooks", "presentation", "runs"}
+COMPOSITION_ROOTS = {"assembly", "failures", "hooks", "planner", "presentation", "runs"}
 #: besides composition roots and doctor modules, the only file that unpacks the Config
 CONFIG_READER = "training.trainer"
 DEVICE_MODULES = {"cuda", "mps", "amp", "distributed"}

@@ -53,9 +53,14 @@ def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase, shar
 
 
 def draw_showcase(
-    renders: Renders, columns: int, near: float, far: float, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
+    renders: Renders,
+    columns: int,
+    near: float,
+    far: float,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
 ) -> dict[str, Picture]:
-    """The grids by name, "rgb", "depth", "opacity" and, where there are sharp images, "sr" and "bicubic", with captions."""
+    """The captioned grids by name: "rgb", "depth", "opacity" and, where there are sharp images, "sr" and "bicubic"."""
     kinds = {
         "rgb": renders.rgb,
         "depth": depth_to_rgb(renders.depth, near, far, renders.opacity),

@@ -14,7 +14,7 @@ from graf.geometry.cameras import ring
 from graf.geometry.rays import Patches
 from graf.geometry.warping import SurfaceView
 
-#: (class index, views, side of the renders, side of the super-resolved images) -> what a true object looks like from there
+#: (class index, views, side of the renders, side of the super-resolved images) -> what a true object looks like
 TruthRenderer = Callable[[int, Views, int, int], TrueViews]
 
 

@@ -1,4 +1,4 @@
-"""Generated images from a generator, seeds and cameras: in eval mode, without a graph, in bounded memory, delivered on the CPU."""
+"""Images from a generator, seeds and cameras: in eval mode, without a graph, in bounded memory, on the CPU."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 class Renders:
     """Images on the CPU: rgb (B, 3, H, W), z-depth (B, 1, H, W) and opacity (B, 1, H, W) in [0, 1].
 
-    sharp: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection wants it;
-    whoever shows them clips them.
+    sharp: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection
+    wants it; whoever shows them clips them.
     """
 
     rgb: Tensor
@@ -82,7 +82,9 @@ class Sampler:
     def render(self, z: Tensor, views: Views, sharpen: bool = False) -> Renders:
         """Render each z (B, dim_z) from its view (B); one image at a time on the device, rays in chunks."""
         with eval_mode(self.generator):
-            return Renders.join([self._render_one(z[i : i + 1], views.images(i, i + 1), sharpen) for i in range(len(views))])
+            return Renders.join(
+                [self._render_one(z[i : i + 1], views.images(i, i + 1), sharpen) for i in range(len(views))]
+            )
 
     def render_random(self, pool: ViewPool, seed: int, indices: range, sharpen: bool = False) -> Renders:
         """Random objects from random views of the pool; image i depends on (seed, indices[i]) alone."""

@@ -1,4 +1,4 @@
-"""FID and KID of a generator: the one way in which training and eval.py score, so that equal weights give equal numbers."""
+"""FID and KID of a generator: training and eval.py score in this one way, so equal weights give equal numbers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ OUTPUTS = ("render", "sr", "bicubic")
 class ScoringTask:
     """Everything about a score but the output that is scored.
 
-    photographs: the real images at the resolution of the output; fingerprint: identifies them in the feature cache under
-    cache_root. Codes and views of the generated images come from protocol.seed.
+    photographs: the real images at the resolution of the output; fingerprint: identifies them in the feature cache
+    under cache_root. Codes and views of the generated images come from protocol.seed.
     """
 
     sampler: Sampler

@@ -6,10 +6,12 @@ All amounts are MiB (2^20 bytes).
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -43,6 +45,61 @@ def release_cache(device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+class CacheRelease:
+    """When caches are given back: after every phase ("phase"), never ("never"), or every n-th iteration (a number)."""
+
+    def __init__(self, policy: str | int, device: torch.device) -> None:
+        self.policy, self.device = policy, device
+        self.seconds = 0.0
+
+    def after_phase(self) -> None:
+        """Call after sampling, scoring or saving."""
+        if self.policy == "phase":
+            self.seconds += release_cache(self.device)
+
+    def after_step(self, iteration: int) -> None:
+        """Call after every training step."""
+        if isinstance(self.policy, int) and iteration % self.policy == 0:
+            self.seconds += release_cache(self.device)
+
+    def take_seconds(self) -> float:
+        """Seconds spent on it since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def prepare_allocator() -> None:
+    """Ask CUDA's allocator for expandable segments, which do not fragment, unless the user has set anything.
+
+    Must run before CUDA starts. The variable was renamed in torch 2.9.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+        os.environ[names[0] if version >= (2, 9) else names[1]] = "expandable_segments:True"
+
+
+@contextmanager
+def record_allocations(path: Path | None, device: torch.device) -> Iterator[None]:
+    """Write CUDA's allocation history of what happens inside to `path`, for the viewer at pytorch.org/memory_viz.
+
+    None records nothing; on other devices a message says that there is no such history.
+    """
+    if path is None or device.type != "cuda":
+        if path is not None:
+            info_once(f"--memory_snapshot: only CUDA keeps an allocation history, found {device.type}; nothing is recorded")
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=100_000)
+    try:
+        yield
+    finally:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        logger.info("allocation history: %s", path)
+
+
 def read_memory(device: torch.device) -> dict[str, float]:
     """Memory use in MiB.
 
@@ -61,6 +118,21 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "driver": torch.mps.driver_allocated_memory() / MIB,
         }
     return _read_process_memory()
+
+
+def read_free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still take: free on the GPU, available to programs on the CPU; None if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            lines = {key: value for key, _, value in (line.partition(":") for line in file)}
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (FileNotFoundError, KeyError):  # macOS, Windows
+        return None
 
 
 def _read_process_memory() -> dict[str, float]:

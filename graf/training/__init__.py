@@ -1,1 +1,1 @@
-"""How the networks learn: losses, optimisers, schedules, averaging and the loop. Scores, pictures and files do not live here."""
+"""How the networks learn: losses, optimisers, schedules, averaging, the loop. Scores, pictures and files do not."""

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of the discriminator's inputs (Zhao et al., NeurIPS 2020): the same law on real and fake patches.
+"""Differentiable augmentation of D's inputs (Zhao et al., NeurIPS 2020): the same law on real and fake patches.
 
 It keeps a discriminator from learning a small photo collection by heart. All random numbers are passed in.
 """
@@ -16,7 +16,7 @@ NUM_UNIFORMS = 7
 
 @dataclass(frozen=True)
 class Augmentation:
-    """colour: strength in [0, 1]; translation: largest shift, cutout: side of the blanked square, as shares of the side."""
+    """colour: strength in [0, 1]; translation: largest shift, cutout: side of the blank square, as shares of it."""
 
     colour: float = 0.0
     translation: float = 0.0
@@ -48,7 +48,7 @@ def augment_patches(patches: Tensor, law: Augmentation, uniforms: Tensor) -> Ten
 
 
 def jitter_colour(patches: Tensor, amounts: Tensor) -> Tensor:
-    """Shift brightness by amounts[:, 0] / 2, scale saturation by 1 + amounts[:, 1] and contrast by 1 + amounts[:, 2] / 2."""
+    """Add a_0 / 2 to brightness, scale saturation by 1 + a_1 and contrast by 1 + a_2 / 2; a = amounts (B, 3)."""
     brightness, saturation, contrast = (amounts[:, i, None, None, None] for i in range(3))
     patches = patches + brightness / 2
     grey = patches.mean(1, keepdim=True)

@@ -10,8 +10,9 @@ from torch import nn
 
 
 class ModelAverage:
-    """A frozen copy whose weights follow a module: w <- beta_t w + (1 - beta_t) w_module, beta_t = min(beta, (1 + t) / (10 + t)).
+    """A frozen copy whose weights follow a module: w <- beta_t w + (1 - beta_t) w_module.
 
+    beta_t = min(beta, (1 + t) / (10 + t)) at update t.
     The warm-up lets the average forget the random initialisation within tens of updates. Buffers are copied.
     """
 
@@ -26,8 +27,8 @@ class ModelAverage:
         beta = min(self.beta, (1 + self.updates) / (10 + self.updates))
         for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
             average.lerp_(current, 1 - beta)
-        for average, current in zip(self.module.buffers(), module.buffers(), strict=True):
-            average.copy_(current)
+        for kept, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            kept.copy_(buffer)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

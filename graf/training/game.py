@@ -1,7 +1,7 @@
-"""The losses of one micro-batch: what discriminator, generator and super-resolution are asked to minimise, term by term.
+"""The losses of one micro-batch: what discriminator, generator and super-resolution minimise, term by term.
 
-Every function returns named terms that are sums over the images of the micro-batch divided by the size of the whole batch, so
-that terms and gradients of micro-batches add up to those of the batch. Nothing here steps an optimiser.
+Every function returns named terms that are sums over the images of the micro-batch divided by the size of the whole
+batch, so that terms and gradients of micro-batches add up to those of the batch. Nothing here steps an optimiser.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Game:
     # ------------------------------------------------------------------------------------------------ rendering
 
     def render_patches(self, fakes: FakeInputs, views: Views | None = None) -> RenderedPatches:
-        """Generated patches; whether a graph is kept is the caller's choice. `views`: other views of the same objects."""
+        """Generated patches; whether a graph is kept is the caller's choice. `views`: other views of these objects."""
         views = fakes.views if views is None else views
         rays = self.caster.cast_patches(views.poses, fakes.patches, self.patch_size)
         with self.precision.autocast():
@@ -126,9 +126,7 @@ class Game:
             terms |= {f"{name}_sr": value for name, value in more.items()}
         return terms
 
-    def _decide(
-        self, real: Patched, reals: RealInputs, fake: Patched, fake_augment: Tensor, batch_size: int
-    ) -> Terms:
+    def _decide(self, real: Patched, reals: RealInputs, fake: Patched, fake_augment: Tensor, batch_size: int) -> Terms:
         law = self.rules.augmentation
         with self.precision.autocast():
             real_logits, label_logits = self.discriminator(augment_patches(real[0], law, reals.augment), real[1])
@@ -145,7 +143,7 @@ class Game:
         return terms
 
     def penalty_terms(self, reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler) -> Terms:
-        """The gradient penalty on D, R1 or WGAN-GP, at D's input after augmentation; R1 also on high-resolution crops."""
+        """The gradient penalty on D (R1 or WGAN-GP) at its augmented input; R1 also on high-resolution crops."""
         penalty = self._penalise(self.real_patches(reals), reals, render.detach(), scaler)
         if self.ccsr is not None and self.rules.reg_type == "real":
             penalty = penalty + self._penalise(self.real_crops(reals), reals, render.detach(), scaler)
@@ -177,7 +175,7 @@ class Game:
     # ------------------------------------------------------------------------------------------------ generator
 
     def generator_terms(self, fakes: FakeInputs, render: Tensor, batch_size: int) -> Terms:
-        """G's loss; D must be frozen. With supervision, also the distance of a finer render to the super-resolved one."""
+        """G's loss; D must be frozen. With supervision, also the distance of a finer render to the sharpened one."""
         patches = augment_patches(render, self.rules.augmentation, fakes.augment_g)
         with self.precision.autocast():
             logits, label_logits = self.discriminator(patches, fakes.condition)
@@ -189,7 +187,7 @@ class Game:
         return terms
 
     def _supervision(self, fakes: FakeInputs, render: Tensor) -> Tensor:
-        """The joint optimisation of Super-NeRF: SR crops, detached, are targets of the field rendered at their resolution."""
+        """Super-NeRF's joint optimisation: detached SR crops are targets of the field rendered at their resolution."""
         with torch.no_grad():
             image, _ = self.super_resolve(render, fakes.views, fakes.patches)
         target, condition = self._crop_super_resolved(image, fakes)
@@ -212,7 +210,9 @@ class Game:
         if rules.adversarial:
             crops, condition = self._crop_super_resolved(image, fakes)
             with self.precision.autocast():
-                logits, _ = self.discriminator(augment_patches(crops, self.rules.augmentation, fakes.augment_sr), condition)
+                logits, _ = self.discriminator(
+                    augment_patches(crops, self.rules.augmentation, fakes.augment_sr), condition
+                )
             terms["loss_sr"] = losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size
         if rules.agreement:
             terms["loss_sr_agreement"] = self._agreement(fakes, render, image).sum() / batch_size

@@ -1,7 +1,7 @@
 """Everything random about one training step, drawn before it: latents, views, patch places, ray noise, augmentation.
 
-Row i of every tensor depends on (seed, iteration, purpose, i) alone, so a step can be repeated, split over micro-batches
-and resumed with equal results.
+Row i of every tensor depends on (seed, iteration, purpose, i) alone, so a step can be repeated, split over
+micro-batches and resumed with equal results.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class FakeInputs:
 class RealInputs:
     """A batch of photographs (B, 3, H, W), their views, which patches of them to show, and random numbers.
 
-    crop (B, 2) in [0, 1): where high-resolution crops lie in the patches; mix (B,): the place between real and fake of WGAN-GP.
+    crop (B, 2) in [0, 1): where high-resolution crops lie in the patches; mix (B,): the place between real and fake of
+    WGAN-GP.
     """
 
     images: Tensor
@@ -81,7 +82,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class InputSampler:
-    """Draws the inputs of a step. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random."""
+    """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random."""
 
     pool: ViewPool
     dim_z: int
@@ -95,7 +96,11 @@ class InputSampler:
     def draw_fakes(self, draws: Draws, purpose: str, settings: StepSettings) -> FakeInputs:
         """Inputs of generated patches; `purpose` tells the D step's from the G step's."""
         num_rays = self.patch_size**2
-        z = draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1 if self.uniform_z else draws.normal(f"{purpose}/z", self.dim_z)
+        z = (
+            draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1
+            if self.uniform_z
+            else draws.normal(f"{purpose}/z", self.dim_z)
+        )
         views = self.pool.pick(draws.uniform(f"{purpose}/view", NUM_VIEW_UNIFORMS))
         places = draws.uniform(f"{purpose}/patch", 3)
         jitter = fine_jitter = density = None

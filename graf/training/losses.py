@@ -1,4 +1,4 @@
-"""Losses of the game as pure functions of logits, one value per image, so that any split of a batch adds up to the same sum."""
+"""Losses as pure functions of logits, one value per image, so that any split of a batch adds up to the same sum."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ class MCE_Loss(nn.Module):
         self.groups = tuple(groups)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        parts = torch.split(logits, self.groups, dim=1)
+        parts = torch.split(logits, list(self.groups), dim=1)
         losses = [functional.cross_entropy(part, targets[:, i], reduction="none") for i, part in enumerate(parts)]
         return torch.stack(losses).sum(0)

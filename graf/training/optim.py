@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules and gradient clipping. Schedules are pure functions of the iteration and keep no state."""
+"""Optimisers, gradient clipping and learning-rate schedules, which are pure functions of the iteration."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def build_optimizer(
 class LearningRateSchedule:
     """A factor on the learning rate as a function of the iteration.
 
-    kind: "constant"; "multistep", times `gamma` at each of `milestones`; "step", times `gamma` every milestones[0] iterations;
-    "exponential", the same curve without the steps; "cosine", constant until decay_start * horizon, then half a cosine down to
-    `gamma` at the horizon. In front of any, `warmup` iterations of linear rise.
+    kind: "constant"; "multistep", times `gamma` at each of `milestones`; "step", times `gamma` every milestones[0]
+    iterations; "exponential", the same curve without the steps; "cosine", constant until decay_start * horizon, then
+    half a cosine down to `gamma` at the horizon. In front of any, `warmup` iterations of linear rise.
     """
 
     kind: str = "constant"

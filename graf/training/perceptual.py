@@ -29,7 +29,7 @@ def load_perceptual_distance(device: torch.device) -> PerceptualDistance | None:
         return PerceptualDistance(lpips.LPIPS(net="alex", verbose=False).to(device))
     except (ImportError, OSError) as error:
         warn_once(
-            f"ccsr.perceptual: LPIPS is not available ({error}); training goes on without it. Run pip install lpips, or "
-            "set ccsr.perceptual=0"
+            f"ccsr.perceptual: LPIPS is not available ({error}); training goes on without it. Run pip install lpips, "
+            "or set ccsr.perceptual=0"
         )
         return None

@@ -1,4 +1,4 @@
-"""A player of the game: a network with its optimiser, its learning rate and its own loss scale, and how its gradients are applied."""
+"""A player of the game: a network, its optimiser, learning rate and loss scale, and how its gradients are applied."""
 
 from __future__ import annotations
 
@@ -82,6 +82,6 @@ class Player:
         if first.startswith("grad_norm") and parameter is not None:
             first = f"the gradient of {parameter}"
         return (
-            f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a lower "
-            "learning rate (training.lr_g, training.lr_d) or with training.use_amp=false"
+            f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a "
+            "lower learning rate (training.lr_g, training.lr_d, ccsr.lr) or with training.use_amp=false"
         )

@@ -1,8 +1,8 @@
 """The training loop: one step runs one way, from a batch of photographs to hooks that log, sample, score and save.
 
 batch -> real patches; z, view -> rays -> fake patches -> D loss (+ gradient penalty) -> D step -> G loss -> G step ->
-detached render -> CCSR loss -> CCSR step -> EMA -> hooks. Schedules are pure functions of the iteration; nothing derived is
-written back anywhere. What the players minimise stands in game.py, how gradients are applied in players.py.
+detached render -> CCSR loss -> CCSR step -> EMA -> hooks. Schedules are pure functions of the iteration; nothing
+derived is written back anywhere. What the players minimise stands in game.py, how gradients are applied in players.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of the batch: photographs, labels, and the samples' numbers in the batch, which their random numbers follow."""
+    """A part of the batch: photographs, labels, and the samples' numbers in the batch, on which their draws depend."""
 
     images: Tensor
     labels: Tensor
@@ -76,7 +77,7 @@ Hook = Callable[["Trainer", Terms], None]
 
 
 class Trainer:
-    """Trains a generator against a discriminator, and CCSR on the generator's renders; what it does not own is passed in."""
+    """Trains a generator against a discriminator, and CCSR on its renders; what it does not own is passed in."""
 
     def __init__(
         self,
@@ -175,17 +176,17 @@ class Trainer:
             player.begin(iteration)
         self.discriminator.advance_spectral_norm()
 
-        # With share_fakes one rendering serves both steps; where the batch is split, a part's graph cannot wait for the others.
+        # With share_fakes one rendering serves both steps; in a split batch a part's graph cannot wait for the others.
         shared = None
         if self.config.training.share_fakes and self.micro_batch_size >= len(images):
-            shared = self._in_phase("render", batch, lambda parts: self._render_shared(parts))
-        statistics = self._in_phase("d", batch, lambda parts: self._accumulate_discriminator(parts, shared))
+            shared = self._in_phase("render", batch, self._render_shared)
+        statistics = self._in_phase("d", batch, partial(self._accumulate_discriminator, shared=shared))
         statistics = self._apply(self.d, statistics)
-        more, renders = self._in_phase("g", batch, lambda parts: self._accumulate_generator(parts, shared))
+        more, renders = self._in_phase("g", batch, partial(self._accumulate_generator, shared=shared))
         statistics |= self._apply(self.g, more)
         del shared
         if self.sr is not None and self._ccsr_is_due(iteration):
-            more = self._in_phase("sr", batch, lambda parts: self._accumulate_super_resolution(parts, renders))
+            more = self._in_phase("sr", batch, partial(self._accumulate_super_resolution, renders=renders))
             statistics |= self._apply(self.sr, more)
         del renders
 
@@ -200,8 +201,8 @@ class Trainer:
     def _in_phase(self, name: str, batch: MicroBatch, accumulate: Callable[[list[MicroBatch]], Result]) -> Result:
         """Run one phase over the micro-batches of `batch`; when memory runs out, again with smaller ones.
 
-        A phase only adds up gradients of its own player, so it is repeated from zeroed gradients with the same random numbers;
-        updates that earlier phases of the step have made stay.
+        A phase only adds up gradients of its own player, so it is repeated from zeroed gradients with the same random
+        numbers; updates that earlier phases of the step have made stay.
         """
 
         def run() -> Result:
@@ -213,7 +214,7 @@ class Trainer:
             return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device)
 
     def _shrink(self, phase: str, batch_size: int) -> str | None:
-        """Halve what is on the device at once: first the micro-batch, then the rays of a chunk; None when nothing is left."""
+        """Halve what is on the device at once: the micro-batch, then the rays of a chunk; None when nothing is left."""
         size = min(self.micro_batch_size, batch_size)
         if size > 1:
             self.micro_batch_size = size // 2
@@ -257,7 +258,7 @@ class Trainer:
         with _frozen(self.discriminator):
             for part in parts:
                 fakes = self._draw_fakes(part, "g")
-                # The shared graph serves one backward pass over the whole batch; after a split each part is rendered again.
+                # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
                 reuse = shared is not None and len(parts) == 1
                 render = shared if reuse and shared is not None else self.game.render_patches(fakes)
                 losses = self.game.generator_terms(fakes, render.rgb, batch_size)
@@ -293,7 +294,7 @@ class Trainer:
         training = self.config.training
         return player.apply(terms, self.progress.iteration, training.grad_clip, training.grad_clip_at)
 
-    # ------------------------------------------------------------------------------------------------ inputs and schedules
+    # ----------------------------------------------------------------------------------------- inputs and schedules
 
     def settings_at(self, iteration: int) -> StepSettings:
         """Patch scales and density noise at an iteration."""
@@ -318,7 +319,9 @@ class Trainer:
         return iteration >= ccsr.start_iteration and iteration % ccsr.every == 0
 
     def _draw_reals(self, part: MicroBatch) -> RealInputs:
-        return self.inputs.draw_reals(self._draws(part), part.images, part.labels, self.settings_at(self.progress.iteration))
+        return self.inputs.draw_reals(
+            self._draws(part), part.images, part.labels, self.settings_at(self.progress.iteration)
+        )
 
     def _draw_fakes(self, part: MicroBatch, purpose: str) -> FakeInputs:
         return self.inputs.draw_fakes(self._draws(part), purpose, self.settings_at(self.progress.iteration))

@@ -104,10 +104,12 @@ def test_rendering_advances_no_global_generator_and_leaves_the_training_modes(sa
     modes = {part: part.training for part in sampler.generator.modules()}
     seen = []
     forward = sampler.generator.forward
-    sampler.generator.forward = lambda *a: (
-        seen.append((sampler.generator.training, torch.is_grad_enabled())),
-        forward(*a),
-    )[1]
+
+    def watch(*arguments, **options):
+        seen.append((sampler.generator.training, torch.is_grad_enabled()))
+        return forward(*arguments, **options)
+
+    sampler.generator.forward = watch
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     sampler.render(sampler.codes(0, range(2)), some_views(2))
     assert seen == [(False, False)] * 2

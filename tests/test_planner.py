@@ -1,0 +1,187 @@
+"""Predicted peaks against measured ones, and the choice of settings under a budget."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory as benchmark
+from graf import planner
+from graf.config import Config, ConfigError, load_config, parse_bytes
+from graf.planner import BudgetError, Settings, StepPlanner, choose_settings, configured_settings, predict_step
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def small(*overrides: str) -> Config:
+    return load_config(CONFIGS / "smoke.yaml", [*benchmark.SMALL, *overrides])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense, 8 chunks",
+        "checkpoint",
+        "deferred",
+        "WGAN-GP",
+        "parts of 3, checkpoint",
+        "importance samples, parts of 2",
+        "CCSR, parts of 2, deferred",
+        "CCSR with RRDB and supervision, shared fakes",
+        "bfloat16",
+        "Adam, spectral norm, class loss",
+    ],
+)
+def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(name):
+    config = small(*benchmark.CONFIGS[name])
+    settings = configured_settings(config)
+    predicted = StepPlanner(config).predict(settings, between=False)
+    measured = benchmark.measure_step(config, settings).plan
+    assert predicted.peak == pytest.approx(measured.peak, rel=0.05)
+    for phase in ("d", "g"):
+        assert predicted.phases[phase].peak == pytest.approx(measured.phases[phase].peak, rel=0.05)
+
+
+def test_the_parts_of_a_peak_are_the_sizes_of_networks_optimisers_and_average():
+    config = small("training.optimizer=adam")
+    step = StepPlanner(config)
+    phases = step.predict(configured_settings(config)).phases
+    generator = sum(p.numel() for p in step.trainer.generator.parameters())
+    discriminator = sum(p.numel() for p in step.trainer.discriminator.parameters())
+    buffers = sum(b.numel() for b in step.trainer.generator.buffers())
+    phase = phases["g"]
+    assert phase.weights == 4 * (generator + discriminator + buffers)
+    assert phase.average == 4 * (generator + buffers)
+    # two moments and, per tensor, a counter
+    assert 8 * (generator + discriminator) < phase.optimizer < 8 * (generator + discriminator) + 1000
+    assert phases["update"].gradients == 4 * (generator + discriminator)
+    assert phase.peak == phase.weights + phase.gradients + phase.optimizer + phase.average + phase.rest
+
+
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_chunks_that_are_only_accounted_for_change_nothing_at_the_published_size(monkeypatch, strategy):
+    config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
+    settings = Settings(2, strategy, 128)  # 16 chunks
+    few = StepPlanner(config).predict(settings, between=False).peak
+    monkeypatch.setattr(planner._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
+    every = StepPlanner(config).predict(settings, between=False).peak
+    assert few == pytest.approx(every, rel=0.01)
+
+
+def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
+    config = load_config(
+        CONFIGS / "carla.yaml", ["data.imsize=256", "ray_sampler.N_samples=65536", "training.fid_every=0"]
+    )
+    phases = StepPlanner(config).predict(Settings(8, "dense", 4096), between=False).phases
+    assert phases["g"].peak > 200 * 2**30
+
+
+def test_sampling_and_scoring_are_planned_without_inception_weights():
+    phases = predict_step(small("training.fid_every=5", "evaluation.feature_extractor=inception")).phases
+    assert {"sample", "score"} <= set(phases)
+    assert phases["score"].peak > 4 * 20e6  # Inception has more than 20 million weights
+
+
+def test_photographs_and_a_gpu_are_not_needed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / "coil100.yaml", ["training.device=cuda", "training.fid_every=0"])
+    assert predict_step(config).peak > 0
+
+
+@pytest.mark.parametrize("overrides", [(), ("ccsr.enabled=true",)])
+def test_a_budget_is_kept_and_used(overrides):
+    config = small("training.batch_size=8", *overrides)
+    step = StepPlanner(config)
+    smallest = step.predict(Settings(1, "checkpoint", 64)).peak
+    for factor in (1.05, 2.5, 8):
+        budget = round(factor * smallest)
+        plan = choose_settings(step, budget, "cpu")
+        used = benchmark.measure_step(config, plan.settings).peak
+        assert used <= budget
+        if plan.settings.micro_batch_size < 8:
+            assert used >= 0.7 * budget
+
+
+def test_without_need_the_budget_changes_nothing():
+    config = small("training.batch_size=4")
+    assert choose_settings(StepPlanner(config), 2**34, "cpu").settings == configured_settings(config)
+
+
+def test_only_keys_left_at_auto_are_chosen():
+    config = small("training.batch_size=4", "training.chunk=128", "training.memory_strategy=deferred")
+    step = StepPlanner(config)
+    budget = step.predict(Settings(2, "deferred", 128)).peak
+    chosen = choose_settings(step, budget, "cpu").settings
+    assert (chosen.strategy, chosen.chunk) == ("deferred", 128)
+    assert chosen.micro_batch_size >= 2
+
+
+def test_a_budget_that_nothing_fits_names_what_is_needed_and_the_keys():
+    with pytest.raises(BudgetError, match=r"memory_budget: 1 MiB .* need \d+ MiB.*nerf.netwidth"):
+        choose_settings(StepPlanner(small()), 2**20, "cpu")
+
+
+def test_a_gpu_budget_leaves_room_for_what_is_not_seen():
+    step = StepPlanner(small())
+    share, fixed = planner.MARGINS["cuda"]
+    plan = step.predict(Settings(2, "dense", 4096))
+    assert plan.needed("cuda") == pytest.approx((1 + share) * plan.peak + fixed * 2**20, abs=1)
+    assert plan.needed("cpu") == plan.peak
+
+
+def test_recomputation_splitting_and_small_chunks_cost_time():
+    config = small("training.batch_size=8")
+    cost = {s: planner.relative_cost(config, s) for s in planner.candidate_settings(config)}
+    assert list(cost.values()) == sorted(cost.values())
+    assert cost[Settings(8, "dense", 4096)] == min(cost.values())
+    assert cost[Settings(8, "dense", 4096)] < cost[Settings(4, "dense", 4096)] < cost[Settings(4, "dense", 64)]
+    assert cost[Settings(8, "dense", 4096)] < cost[Settings(8, "checkpoint", 4096)]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 * 2**30), ("800 MiB", 800 * 2**20), ("1.5G", 3 * 2**29), ("2GB", 2 * 10**9)]
+)
+def test_amounts_of_memory_are_read_with_their_units(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["8", "GiB", "-1GiB", "0GiB", "8 lots"])
+def test_an_unreadable_budget_names_the_key_and_the_form(text):
+    with pytest.raises(ConfigError, match=r"training.memory_budget.*(8GiB|string)"):
+        small(f"training.memory_budget={text}")
+
+
+def test_auto_asks_the_device_and_leaves_a_share(monkeypatch):
+    monkeypatch.setattr(planner, "read_free_memory", lambda device: 1000)
+    assert planner.resolve_budget("auto", torch.device("cpu")) == 1000 * planner.FREE_SHARE
+    monkeypatch.setattr(planner, "read_free_memory", lambda device: None)
+    with pytest.raises(BudgetError, match="name a budget"):
+        planner.resolve_budget("auto", torch.device("cpu"))
+
+
+def test_the_plan_is_printed_without_a_run(run_program, capsys, tmp_path):
+    keys = ["training.batch_size=2", "training.fid_every=0"]
+    assert run_program("train.py", "--config", CONFIGS / "smoke.yaml", "--plan", "--memory_budget", "1GiB", *keys) == 0
+    printed = capsys.readouterr().out
+    assert "discriminator" in printed
+    assert "micro_batch_size=1 memory_strategy=deferred" in printed
+    assert "fastest within 1,024 MiB: micro_batch_size=2 memory_strategy=dense" in printed
+    assert "Not seen: workspaces" in printed
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_with_a_budget_trains_with_the_chosen_settings(run_program, capsys, tmp_path):
+    keys = ["training.max_iterations=2", "training.fid_every=0", "training.sample_every=0"]
+    arguments = ("train.py", "--config", CONFIGS / "smoke.yaml", "--memory_budget", "7MiB", *keys)
+    assert run_program(*arguments) == 0
+    printed = "".join(capsys.readouterr())
+    assert "fits training.memory_budget=7MiB" in printed
+
+
+def test_the_benchmark_writes_its_section_and_curve(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    assert benchmark.main(["--quick", "--results", str(results)]) == 0
+    text = results.read_text()
+    assert "## Memory" in text
+    assert "plain loop" in text
+    assert (tmp_path / "memory.png").stat().st_size > 1000

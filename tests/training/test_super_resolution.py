@@ -1,0 +1,697 @@
+"""Training CCSR: which losses it learns from, whose weights move, what D and G learn from it, schedules and resume."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from graf import assembly
+from graf.data.views import ViewPool
+from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches
+from graf.geometry.volume_rendering import RayColours
+from graf.models.generator import rays_to_image
+from graf.models.rrdb import RRDBTrunk
+from graf.runtime.amp import Precision
+from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
+from graf.runtime.seeding import Draws
+from graf.training import trainer as trainer_module
+from graf.training.game import RenderedPatches
+from graf.training.inputs import FakeInputs, StepSettings
+from graf.training.perceptual import PerceptualDistance, load_perceptual_distance
+from graf.training.trainer import Trainer, consistency_weight
+
+#: 16 -> 32 pixels; a field opaque enough that neighbouring views see one surface
+TINY = (
+    *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "nerf.density_bias=30"),
+    *("nerf.raw_noise_std=0", "nerf.jitter=false", "training.lr_d=5e-4"),
+)
+SIDE, SCALE = 16, 2
+
+
+@pytest.fixture(scope="module")
+def photographs(smoke_config):
+    """Photographs at the resolution of super-resolution."""
+    return assembly.open_photographs(smoke_config(*TINY))
+
+
+@pytest.fixture
+def make_trainer(smoke_config, photographs) -> Callable[..., Trainer]:
+    """Build a trainer with CCSR, as train.py does; its latents are not zero."""
+
+    def make(*overrides: str, precision: Precision | None = None) -> Trainer:
+        config = smoke_config(*TINY, *overrides)
+        scene = assembly.describe_scene(config, photographs)
+        ccsr = assembly.build_ccsr(config)
+        assert ccsr is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            for view in ccsr.latents.views:
+                nn.init.normal_(view, std=0.1)
+        return Trainer(
+            config,
+            assembly.build_generator(config, len(scene.class_names)),
+            assembly.build_discriminator(config, scene),
+            assembly.build_caster(config, scene),
+            assembly.build_pool(config, photographs, assembly.build_cameras(config, scene)),
+            precision or Precision("cpu", None),
+            torch.device("cpu"),
+            ccsr,
+        )
+
+    return make
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def moved(module: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
+
+
+def gradients_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in module.named_parameters()}
+
+
+def views_around(*angles: int) -> set[int]:
+    """The one or two of 8 views that a label angle lies between."""
+    return {view % 8 for angle in angles for view in (angle % 360 // 45, -(-(angle % 360) // 45))}
+
+
+def generate_from(trainer: Trainer, *angles: int) -> None:
+    """Generated images take these label angles alone."""
+    labels = torch.tensor([[0, 0, angle] for angle in angles])
+    trainer.inputs = replace(trainer.inputs, pool=ViewPool(labels, trainer.inputs.pool.cameras))
+
+
+def fakes_of(trainer: Trainer, count: int = 3, purpose: str = "g") -> FakeInputs:
+    """The inputs that the trainer draws at its iteration."""
+    iteration = trainer.progress.iteration
+    return trainer.inputs.draw_fakes(
+        Draws(trainer.config.seed, iteration, range(count)), purpose, trainer.settings_at(iteration)
+    )
+
+
+def render(trainer: Trainer, fakes: FakeInputs) -> RenderedPatches:
+    with torch.no_grad():
+        return trainer.game.render_patches(fakes)
+
+
+# ---------------------------------------------------------------- whose weights move
+
+
+class Watch:
+    """Keeps every network's gradients as they are just before CCSR is updated, and the weights of G and D at that time.
+
+    The gradients of G and D are dropped right after G's update: what is there later comes from CCSR's.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.gradients: dict[str, dict[str, torch.Tensor | None]] = {}
+        self.weights: dict[str, dict[str, torch.Tensor]] = {}
+        networks = {"g": trainer.generator, "d": trainer.discriminator, "sr": trainer.ccsr}
+
+        def drop(*_):
+            for parameter in [*trainer.generator.parameters(), *trainer.discriminator.parameters()]:
+                parameter.grad = None
+
+        def keep(*_):
+            self.gradients = {name: gradients_of(network) for name, network in networks.items()}
+            self.weights = {name: weights_of(networks[name]) for name in ("g", "d")}
+
+        trainer.g.optimizer.register_step_post_hook(drop)
+        trainer.sr.optimizer.register_step_pre_hook(keep)
+
+    def used_latents(self) -> set[int]:
+        """The views whose latents have a gradient that is not zero."""
+        prefix = "latents.views."
+        return {
+            int(name.removeprefix(prefix))
+            for name, gradient in self.gradients["sr"].items()
+            if name.startswith(prefix) and gradient is not None and bool((gradient != 0).any())
+        }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("ccsr.agreement=0",),
+        ("ccsr.agreement=1",),
+        ("ccsr.agreement=0", "ccsr.adversarial=0"),
+        ("ccsr.agreement=0", "ccsr.alpha_init=0", "ccsr.alpha_min=0"),
+        ("ccsr.agreement=0", "ccsr.trunk=rrdb"),
+        ("ccsr.agreement=0", "ccsr.kernel=[0.125,0.375,0.375,0.125]", "training.share_fakes=true"),
+    ],
+    ids=" ".join,
+)
+def test_one_step_teaches_every_parameter_of_ccsr_and_exactly_the_used_latents(
+    make_trainer, batches, photographs, overrides
+):
+    trainer = make_trainer(*overrides)
+    generate_from(trainer, 20, 170, 181)
+    ((images, labels),) = batches(1, size=3, data=photographs)
+    watch, fakes = Watch(trainer), fakes_of(trainer)
+    trainer.step(images, labels)
+    angles = fakes.views.labels[:, 2]
+    if "ccsr.agreement=1" in overrides:
+        angles = torch.cat([angles, angles + (15 * fakes.turn).long()])
+    used = views_around(*angles.tolist())
+    assert 0 < len(used) < 8
+    assert watch.used_latents() == used
+    for name, gradient in watch.gradients["sr"].items():
+        if name.startswith("latents") and int(name.rpartition(".")[2]) not in used:
+            assert gradient is None, name
+        else:
+            assert gradient is not None, name
+            assert gradient.abs().max() > 0, name
+    assert all(gradient is None for name in ("g", "d") for gradient in watch.gradients[name].values())
+    assert moved(trainer.generator, watch.weights["g"]) == moved(trainer.discriminator, watch.weights["d"]) == []
+    assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
+
+
+def test_unused_latents_stand_still_under_adam_with_momentum(make_trainer, batches, photographs):
+    trainer = make_trainer("training.optimizer=adam", "training.betas=[0.9,0.99]", "ccsr.agreement=0")
+    assert trainer.ccsr is not None
+    assert trainer.sr is not None
+    first, second, third, fourth = batches(4, size=3, data=photographs)
+    views = trainer.ccsr.latents.views
+    for angle, batch in ((45, first), (95, second)):
+        generate_from(trainer, angle)
+        trainer.step(*batch)
+    assert all(bool(trainer.sr.optimizer.state[views[view]]["exp_avg"].any()) for view in (1, 2, 3))
+    before = weights_of(trainer.ccsr)
+    generate_from(trainer, 45)
+    for batch in (third, fourth):
+        trainer.step(*batch)
+    names = [name for name in moved(trainer.ccsr, before) if name.startswith("latents")]
+    assert names == ["latents.views.1"]
+    assert [trainer.sr.optimizer.state[views[view]]["step"].item() for view in (1, 2, 3)] == [3, 1, 1]
+
+
+def test_a_frozen_trunk_stands_still_while_the_latents_learn(make_trainer, batches, photographs, tmp_path):
+    torch.save(RRDBTrunk(2, 4, 2, 1).state_dict(), tmp_path / "esrgan.pth")
+    trainer = make_trainer("ccsr.trunk=rrdb", f"ccsr.weights={tmp_path / 'esrgan.pth'}", "ccsr.freeze_trunk=true")
+    assert trainer.ccsr is not None
+    before = weights_of(trainer.ccsr)
+    loaded = torch.load(tmp_path / "esrgan.pth", weights_only=True)
+    assert torch.equal(trainer.ccsr.state_dict()["trunk.trunk.conv_first.weight"], loaded["conv_first.weight"])
+    for batch in batches(2, size=3, data=photographs):
+        trainer.step(*batch)
+    changed = moved(trainer.ccsr, before)
+    assert changed
+    assert all(name.startswith("latents") for name in changed)
+    assert all(parameter.grad is None for parameter in trainer.ccsr.trunk.parameters())
+    assert not any(parameter.requires_grad for parameter in trainer.ccsr.trunk.parameters())
+    assert trainer.sr is not None
+    assert {id(parameter) for parameter in trainer.sr.parameters} == {id(view) for view in trainer.ccsr.latents.views}
+
+
+def test_the_steps_of_g_and_d_leave_ccsr_alone(make_trainer, batches, photographs):
+    trainer = make_trainer("ccsr.supervise_generator=1")
+    assert trainer.ccsr is not None
+    before = weights_of(trainer.ccsr)
+    seen = []
+
+    def look(*_):
+        seen.append(
+            (moved(trainer.ccsr, before), [name for name, g in gradients_of(trainer.ccsr).items() if g is not None])
+        )
+
+    trainer.d.optimizer.register_step_post_hook(look)
+    trainer.g.optimizer.register_step_post_hook(look)
+    for batch in batches(1, data=photographs):
+        trainer.step(*batch)
+    assert seen == [([], []), ([], [])]
+    assert moved(trainer.ccsr, before)
+
+
+# ---------------------------------------------------------------- supervision of the generator
+
+
+def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_resolved_one(make_trainer):
+    trainer = make_trainer("ccsr.supervise_generator=1", "nerf.density_bias=2")
+    assert trainer.ccsr is not None
+    fakes = fakes_of(trainer)
+    low = render(trainer, fakes).rgb
+    with torch.no_grad():
+        fine = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
+    corner = torch.floor(fakes.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
+    grid = patch_grid(fakes.patches, SCALE * SIDE)
+    crops = torch.stack([fine[i, :, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
+    grids = torch.stack([grid[i, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
+    rays = trainer.game.caster.cast(fakes.views.poses, grids)
+    finer = rays_to_image(trainer.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise).rgb, SIDE)
+    found = trainer.game.generator_terms(fakes, low, 3)["loss_g_supervision"]
+    assert_close(found, (finer - crops).square().mean(), rtol=1e-4, atol=1e-7)
+    assert found > 1e-3
+    of_g = torch.autograd.grad(found, list(trainer.generator.parameters()), retain_graph=True)
+    assert all(bool((gradient != 0).any()) for gradient in of_g)
+    of_ccsr = torch.autograd.grad(found, list(trainer.ccsr.parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in of_ccsr)
+
+
+def test_only_with_supervision_does_the_generator_learn_from_super_resolution(make_trainer, batches, photographs):
+    ((images, labels),) = batches(1, data=photographs)
+
+    def g_gradients(weight: float, spoil: float) -> tuple[dict[str, torch.Tensor | None], set[str]]:
+        trainer = make_trainer(f"ccsr.supervise_generator={weight}", "ccsr.start_iteration=0")
+        assert trainer.ccsr is not None
+        for view in trainer.ccsr.latents.views:
+            nn.init.normal_(view, std=spoil)
+        # D must not carry the difference over to G
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.d.optimizer, "step", lambda: None)
+            kept: dict[str, torch.Tensor | None] = {}
+            trainer.g.optimizer.register_step_pre_hook(lambda *_: kept.update(gradients_of(trainer.generator)))
+            statistics = trainer.step(images, labels)
+        return kept, set(statistics)
+
+    alone, names = g_gradients(0, 0.1)
+    spoiled, _ = g_gradients(0, 1.0)
+    assert "loss_g_supervision" not in names
+    assert all(torch.equal(alone[name], spoiled[name]) for name in alone)
+    supervised, names = g_gradients(3, 0.1)
+    otherwise, _ = g_gradients(3, 1.0)
+    assert "loss_g_supervision" in names
+    assert not all(torch.equal(alone[name], supervised[name]) for name in alone)
+    assert not all(torch.equal(otherwise[name], supervised[name]) for name in alone)
+
+
+# ---------------------------------------------------------------- consistency
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_consistency_is_taken_before_the_projection_after_which_it_would_be_zero(make_trainer, dtype):
+    trainer = make_trainer(precision=Precision("cpu", dtype))
+    fakes = fakes_of(trainer)
+    low = render(trainer, fakes)
+    with torch.no_grad():
+        image, free = trainer.game.super_resolve(low.rgb, fakes.views, fakes.patches)
+        found = trainer.game.super_resolution_terms(fakes, low, 3)["loss_sr_consistency"]
+    assert image.dtype == free.dtype == found.dtype == torch.float32
+    expected = (functional.avg_pool2d(free, SCALE) - low.rgb).square().mean()
+    assert_close(found, expected)
+    assert found > 1e-4
+    limit = 1e-6 * max(1.0, float(free.abs().max()))
+    assert (functional.avg_pool2d(image, SCALE) - low.rgb).abs().max() <= limit
+
+
+def test_the_consistency_weight_decays_to_its_floor():
+    for iteration, expected in ((0, 10.0), (1000, 10 / math.e), (2000, 10 / math.e**2), (3000, 1.0), (10**6, 1.0)):
+        assert consistency_weight(iteration, 10.0, 1.0, 1e-3) == pytest.approx(expected)
+    assert consistency_weight(5000, 3.0, 0.0, 0.0) == 3.0
+    assert consistency_weight(0, 1.0, 2.0, 0.1) == 2.0
+
+
+def test_the_step_weighs_consistency_with_the_schedule_at_its_iteration(make_trainer, batches, photographs):
+    ((images, labels),) = batches(1, data=photographs)
+
+    def norm(iteration: int, initial: float, smallest: float, decay: float) -> float:
+        keys = (f"ccsr.alpha_init={initial}", f"ccsr.alpha_min={smallest}", f"ccsr.alpha_decay={decay}")
+        trainer = make_trainer("ccsr.adversarial=0", "ccsr.agreement=0", *keys)
+        trainer.progress.iteration = iteration
+        return float(trainer.step(images, labels)["grad_norm_sr"])
+
+    one = norm(100, 1, 0, 0)
+    assert one > 0
+    assert norm(100, 10, 0.1, 0.02) == pytest.approx(10 * math.exp(-2) * one, rel=1e-4)
+    assert norm(100, 10, 0.5, 1) == pytest.approx(0.5 * one, rel=1e-4)
+
+
+@pytest.mark.parametrize("key", ["ccsr.adversarial", "ccsr.agreement"])
+def test_the_weights_of_the_other_terms_scale_their_gradients(make_trainer, batches, photographs, key):
+    ((images, labels),) = batches(1, data=photographs)
+
+    def norm(weight: float) -> float:
+        others = [f"{other}=0" for other in ("ccsr.adversarial", "ccsr.agreement", "ccsr.alpha_init", "ccsr.alpha_min")]
+        trainer = make_trainer(*others, f"{key}={weight}")
+        generate_from(trainer, 20, 200)
+        return float(trainer.step(images, labels)["grad_norm_sr"])
+
+    assert norm(1) > 0
+    assert norm(3) == pytest.approx(3 * norm(1), rel=1e-4)
+
+
+# ---------------------------------------------------------------- crops
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_super_resolved_crops_are_slices_that_lie_where_they_say(make_trainer, factor):
+    """An image of its own places in the image plane is cropped to the places of the crop's condition."""
+    trainer = make_trainer(f"ccsr.scale={factor}")
+    fakes = fakes_of(trainer, 5)
+    crop = fakes.crop.clone()
+    crop[0], crop[1] = 0, 1 - 2**-24
+    fakes = replace(fakes, crop=crop, patches=place_patches(torch.rand(5, 3), 0.3, 0.9))
+    x, y = patch_grid(fakes.patches, factor * SIDE).unbind(-1)
+    image = torch.stack([x, y, torch.rand_like(x)], 1)
+    found, condition = trainer.game._crop_super_resolved(image, fakes)
+    corner = torch.floor(crop * ((factor - 1) * SIDE + 1)).long()
+    assert corner[:2].tolist() == [[0, 0], [(factor - 1) * SIDE] * 2]
+    for i, (left, top) in enumerate(corner.tolist()):
+        assert torch.equal(found[i], image[i, :, top : top + SIDE, left : left + SIDE])
+    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-6, rtol=0)
+    assert_close(condition.patches.scale, fakes.patches.scale / factor)
+    assert torch.equal(condition.u, fakes.views.u)
+    assert torch.equal(condition.class_idx, fakes.views.class_idx)
+
+
+def test_real_crops_show_the_photographs_where_they_say(make_trainer):
+    trainer = make_trainer()
+    rows = torch.arange(SCALE * SIDE) * 2.0 / (SCALE * SIDE) - 1 + 1 / (SCALE * SIDE)
+    photograph = torch.stack([rows.expand(32, -1), rows[:, None].expand(-1, 32), torch.zeros(32, 32)])
+    reals = trainer.inputs.draw_reals(
+        Draws(0, 0, range(4)), photograph.repeat(4, 1, 1, 1), torch.tensor([[0, 0, 10]] * 4), StepSettings(0.4, 0.9, 0)
+    )
+    reals = replace(reals, patches=Patches(reals.patches.scale, reals.patches.centre.clamp(-0.05, 0.05)))
+    found, condition = trainer.game.real_crops(reals)
+    assert found.shape == (4, 3, SIDE, SIDE)
+    assert_close(condition.patches.scale, reals.patches.scale / SCALE)
+    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-5, rtol=0)
+    assert bool(
+        ((condition.patches.centre - reals.patches.centre).abs() <= 0.5 * reals.patches.scale[:, None] + 1e-6).all()
+    )
+
+
+def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_trainer, batches, photographs):
+    trainer = make_trainer()
+    ((images, labels),) = batches(1, size=4, data=photographs)
+    assert images.shape == (4, 3, 32, 32)
+    reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), images, labels, StepSettings(0.5, 1.0, 0))
+    found, condition = trainer.game.real_patches(reals)
+    assert_close(found, crop_images(functional.avg_pool2d(images, SCALE), reals.patches, SIDE), atol=1e-6, rtol=0)
+    assert condition.patches is reals.patches
+    whole, _ = trainer.game.real_patches(replace(reals, patches=Patches.whole(4)))
+    assert_close(whole, functional.avg_pool2d(images, SCALE), atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------- what D learns
+
+
+def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batches, photographs, monkeypatch):
+    trainer = make_trainer("discriminator.class_loss=1")
+    assert trainer.ccsr is not None
+    ((images, labels),) = batches(1, size=3, data=photographs)
+    reals = trainer.inputs.draw_reals(Draws(0, 0, range(3)), images, labels, trainer.settings_at(0))
+    fakes = fakes_of(trainer, purpose="d")
+    low = render(trainer, fakes).rgb
+    calls, forward = [], trainer.discriminator.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trainer.discriminator,
+            "forward",
+            lambda patches, said: calls.append((patches, said)) or forward(patches, said),
+        )
+        terms = trainer.game.discriminator_terms(reals, fakes, low, 3)
+    assert [tuple(patches.shape) for patches, _ in calls] == [(3, 3, SIDE, SIDE)] * 4
+    _, (fake, said_low), (_, said_real), (fine_fake, said_fine) = calls
+    with torch.no_grad():
+        image = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
+    corner = torch.floor(fakes.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
+    assert torch.equal(fine_fake, torch.stack([image[i, :, y : y + 16, x : x + 16] for i, (x, y) in enumerate(corner)]))
+    assert torch.equal(fake, low)
+    assert_close(said_fine.patches.scale, said_low.patches.scale / SCALE)
+    assert_close(said_real.patches.scale, reals.patches.scale / SCALE)
+
+    with torch.no_grad():
+        on_real, on_fake, on_fine_real, on_fine_fake = (forward(*call) for call in calls)
+    low_loss = functional.softplus(-on_real[0]).mean() + functional.softplus(on_fake[0]).mean()
+    fine_loss = functional.softplus(-on_fine_real[0]).mean() + functional.softplus(on_fine_fake[0]).mean()
+    assert_close(terms["loss_d"].detach(), low_loss + fine_loss)
+    assert_close(terms["d_real"], torch.sigmoid(on_real[0]).mean())
+    assert_close(terms["d_real_sr"], torch.sigmoid(on_fine_real[0]).mean())
+    assert_close(terms["d_fake_sr"], torch.sigmoid(on_fine_fake[0]).mean())
+    class_loss = sum(trainer.game._class_loss(on[1], reals.views).mean() for on in (on_real, on_fine_real))
+    assert_close(terms["loss_d_class"].detach(), class_loss)
+    terms["loss_d"].backward()
+    assert all(parameter.grad is None for parameter in trainer.ccsr.parameters())
+    assert all(parameter.grad is None for parameter in trainer.generator.parameters())
+
+    def r1(patches, said):
+        point = patches.detach().clone().requires_grad_(True)
+        return torch.autograd.grad(forward(point, said)[0].sum(), point)[0].square().sum() / 3
+
+    penalty = trainer.game.penalty_terms(reals, low, 3, trainer.d.scaler)["penalty"]
+    assert_close(penalty.detach(), r1(*calls[0]) + r1(*calls[2]), rtol=1e-4, atol=1e-7)
+
+
+def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
+    trainer = make_trainer()
+    fakes = fakes_of(trainer)
+    low = render(trainer, fakes)
+    with torch.no_grad():
+        image, _ = trainer.game.super_resolve(low.rgb, fakes.views, fakes.patches)
+        logits, _ = trainer.discriminator(*trainer.game._crop_super_resolved(image, fakes))
+    assert_close(
+        trainer.game.super_resolution_terms(fakes, low, 3)["loss_sr"].detach(), functional.softplus(-logits).mean()
+    )
+
+
+def test_a_bfloat16_step_stays_near_the_float32_one(make_trainer, batches, photographs):
+    exact, half = make_trainer(), make_trainer(precision=Precision("cpu", torch.bfloat16))
+    ((images, labels),) = batches(1, data=photographs)
+    expected, found = exact.step(images, labels), half.step(images, labels)
+    for name in ("loss_d", "loss_sr", "loss_sr_consistency"):
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=0.05), name
+        assert found[name].dtype == torch.float32
+
+
+# ---------------------------------------------------------------- agreement of neighbouring views
+
+
+class Ball(nn.Module):
+    """An opaque ball around the origin, painted by place; beside it is nothing, in the paint at the origin."""
+
+    def __init__(self, paint: Callable[[torch.Tensor], torch.Tensor], radius: float = 0.75) -> None:
+        super().__init__()
+        self.paint, self.radius = paint, radius
+
+    def forward(self, z, class_idx, rays, *noise, **options):
+        middle = -(rays.origins * rays.directions).sum(-1, keepdim=True)
+        inside = self.radius**2 - rays.origins.square().sum(-1, keepdim=True) + middle.square()
+        opacity = (inside > 0).float()
+        distance = torch.where(inside > 0, middle - inside.clamp(min=0).sqrt(), rays.far)
+        points = (rays.origins + distance * rays.directions) * opacity
+        return RayColours(self.paint(points), distance * rays.axis_cosine, opacity)
+
+
+def marble(points: torch.Tensor) -> torch.Tensor:
+    return 0.7 * torch.sin(4 * points + 1)
+
+
+def grey(points: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(points, 0.3)
+
+
+@pytest.fixture
+def make_scene(make_trainer):
+    """A game whose generator is a ball, seen whole from label angle 0, neighbours at 45 degrees; and its inputs."""
+
+    def make(paint, radius: float = 0.75, turn: float = 1.0):
+        trainer = make_trainer("ccsr.agreement=1", "ccsr.agreement_degrees=45", "data.imsize=16")
+        generate_from(trainer, 0)
+        fakes = replace(fakes_of(trainer, 2), patches=Patches.whole(2), turn=torch.full((2,), turn))
+        return replace(trainer.game, generator=Ball(paint, radius)), fakes
+
+    return make
+
+
+def agreement(game, fakes: FakeInputs) -> torch.Tensor:
+    return game.super_resolution_terms(fakes, game.render_patches(fakes), 2)["loss_sr_agreement"]
+
+
+def make_bicubic(ccsr) -> None:
+    """CCSR that adds nothing to bicubic upsampling."""
+    for parameter in [*ccsr.trunk.last.parameters(), *ccsr.latents.parameters()]:
+        nn.init.zeros_(parameter)
+
+
+def test_views_of_one_colour_agree_until_their_latents_differ(make_scene):
+    game, fakes = make_scene(grey)
+    make_bicubic(game.ccsr)
+    assert agreement(game, fakes) < 1e-6
+    nn.init.normal_(game.ccsr.latents.views[1])
+    assert agreement(game, fakes) > 0.05
+    nn.init.zeros_(game.ccsr.latents.views[1])
+    nn.init.normal_(game.ccsr.latents.views[4])  # not in sight
+    assert agreement(game, fakes) < 1e-6
+
+
+def test_a_view_agrees_with_itself_whatever_ccsr_makes_of_it(make_scene):
+    game, fakes = make_scene(marble, turn=0.0)
+    assert agreement(game, fakes) < 1e-3
+    assert agreement(game, replace(fakes, turn=torch.ones(2))) > 0.02
+
+
+@pytest.mark.parametrize("turn", [1.0, -1.0])
+def test_disagreement_teaches_the_latents_of_both_views(make_scene, turn):
+    game, fakes = make_scene(marble, turn=turn)
+    agreement(game, fakes).backward()
+    gradients = {number: view.grad for number, view in enumerate(game.ccsr.latents.views) if view.grad is not None}
+    assert set(gradients) == {0, 1 if turn > 0 else 7}
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_what_only_one_view_sees_is_not_compared(make_scene):
+    game, fakes = make_scene(marble)
+    low = game.render_patches(fakes)
+    image = game.super_resolve(low.rgb, fakes.views, fakes.patches)[0].detach().requires_grad_(True)
+    game._agreement(fakes, low, image).sum().backward()
+    compared = (image.grad != 0).any(1)
+    assert compared.any(dim=(1, 2)).all()
+    seen = functional.interpolate(low.opacity, scale_factor=SCALE, mode="nearest")[:, 0] > 0
+    assert not bool((compared & ~seen).any())
+    # The neighbour stands 45 degrees further: of the ball's visible half it cannot see the far side.
+    left, right = compared[..., : SIDE // 2].sum(), compared[..., -SIDE // 2 :].sum()
+    assert right > 2 * left
+
+
+def test_views_without_a_surface_neither_agree_nor_disagree(make_scene):
+    game, fakes = make_scene(marble, radius=0.0)
+    loss = agreement(game, fakes)
+    assert loss == 0
+    loss.backward()
+    assert all(view.grad is None or not view.grad.any() for view in game.ccsr.latents.views)
+
+
+# ---------------------------------------------------------------- the perceptual term
+
+
+def test_the_perceptual_term_compares_with_the_upsampled_render(make_trainer, batches, photographs, monkeypatch):
+    class Squares(nn.Module):
+        def forward(self, a, b):
+            return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+    distance = PerceptualDistance(Squares())
+    images, low = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 16, 16)
+    bicubic = functional.interpolate(low, scale_factor=2, mode="bicubic", align_corners=False)
+    assert_close(distance(images, low), (images - bicubic).square().mean((1, 2, 3)))
+
+    monkeypatch.setattr(trainer_module, "load_perceptual_distance", lambda device: distance)
+    ((images, labels),) = batches(1, data=photographs)
+    norms = []
+    for weight in (0, 0.5, 1.5):
+        keys = ("ccsr.adversarial=0", "ccsr.agreement=0", "ccsr.alpha_init=0", "ccsr.alpha_min=0")
+        statistics = make_trainer(*keys, f"ccsr.perceptual={weight}").step(images, labels)
+        assert ("loss_sr_perceptual" in statistics) == (weight > 0)
+        norms.append(float(statistics["grad_norm_sr"]))
+    assert norms[0] == 0
+    assert norms[2] == pytest.approx(3 * norms[1], rel=1e-4)
+    assert norms[1] > 0
+
+
+def test_without_lpips_training_goes_on_and_says_so(monkeypatch):
+    said = []
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr("graf.training.perceptual.warn_once", said.append)
+    assert load_perceptual_distance(torch.device("cpu")) is None
+    (message,) = said
+    assert "ccsr.perceptual" in message
+    assert "pip install lpips" in message
+
+
+# ---------------------------------------------------------------- schedules, average, resume, scalers
+
+
+def test_ccsr_starts_late_and_moves_at_every_nth_iteration(make_trainer, batches, photographs):
+    trainer = make_trainer("ccsr.start_iteration=2", "ccsr.every=3")
+    assert trainer.ccsr is not None
+    when = []
+    for iteration, batch in enumerate(batches(7, data=photographs)):
+        before = weights_of(trainer.ccsr)
+        statistics = trainer.step(*batch)
+        assert ("loss_sr" in statistics) == ("grad_norm_sr" in statistics) == bool(moved(trainer.ccsr, before))
+        if moved(trainer.ccsr, before):
+            when.append(iteration)
+    assert when == [3, 6]
+
+
+def test_the_average_follows_ccsr_once_a_step(make_trainer, batches, photographs):
+    trainer = make_trainer("training.model_average_beta=0.5")
+    assert trainer.ccsr is not None
+    assert trainer.sr_average is not None
+    expected = weights_of(trainer.ccsr)
+    for number, batch in enumerate(batches(3, data=photographs)):
+        trainer.step(*batch)
+        beta = min(0.5, (1 + number) / (10 + number))
+        current = weights_of(trainer.ccsr)
+        expected = {name: beta * value + (1 - beta) * current[name] for name, value in expected.items()}
+    averaged = trainer.averaged_networks[1]
+    assert averaged is trainer.sr_average.module
+    for name, value in averaged.state_dict().items():
+        assert_close(value, expected[name])
+    assert moved(averaged, weights_of(trainer.ccsr))
+
+
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(make_trainer, batches, photographs, tmp_path):
+    options = ("training.optimizer=adam", "training.betas=[0.5,0.99]", "ccsr.start_iteration=1", "ccsr.every=2")
+    unbroken, first, resumed = (make_trainer(*options) for _ in range(3))
+    assert set(unbroken.state) >= {"ccsr", "optimizer_sr", "scaler_sr", "average_ccsr"}
+    for batch in batches(4, data=photographs):
+        unbroken.step(*batch)
+    for batch in batches(2, data=photographs):
+        first.step(*batch)
+    save_checkpoint(tmp_path / "model.pt", first.state, {})
+    for parameter in resumed.ccsr.parameters():
+        nn.init.normal_(parameter)
+    restore(read_checkpoint(tmp_path / "model.pt"), resumed.state, "model.pt")
+    for batch in batches(2, start=2, data=photographs):
+        resumed.step(*batch)
+
+    def compare(a: object, b: object, where: str) -> None:
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), where
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                compare(a[key], b[key], f"{where}.{key}")
+        elif where not in ("progress.seconds",):
+            assert a == b, where
+
+    for name, stateful in unbroken.state.items():
+        compare(stateful.state_dict(), resumed.state[name].state_dict(), name)
+
+
+def with_scalers(trainer: Trainer) -> Trainer:
+    """The trainer with an enabled scaler for each player, as float16 has on CUDA; its own arithmetic stays float32."""
+    for player in trainer.players:
+        player.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return trainer
+
+
+@pytest.mark.parametrize("victim", ["d", "g", "sr"])
+def test_an_inf_skips_and_rescales_its_own_player_of_three(make_trainer, batches, photographs, victim):
+    trainer = with_scalers(make_trainer())
+    first, second = batches(2, data=photographs)
+    trainer.step(*first)
+    before = {player.suffix: weights_of(player.network) for player in trainer.players}
+    (hurt,) = (player for player in trainer.players if player.suffix == victim)
+    handle = next(hurt.network.parameters()).register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    trainer.step(*second)
+    handle.remove()
+    for player in trainer.players:
+        assert bool(moved(player.network, before[player.suffix])) == (player is not hurt), player.name
+        assert player.scaler.get_scale() == (512.0 if player is hurt else 1024.0), player.name
+        assert player.skipped == (1 if player is hurt else 0), player.name
+
+
+def test_scaling_changes_neither_losses_nor_gradients_of_ccsr(make_trainer, batches, photographs):
+    plain, scaled = make_trainer(), with_scalers(make_trainer())
+    ((images, labels),) = batches(1, data=photographs)
+    expected, found = plain.step(images, labels), scaled.step(images, labels)
+    for name in ("loss_sr", "loss_sr_consistency", "loss_sr_agreement", "grad_norm_sr"):
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-3, abs=1e-6), name
+
+
+def test_the_log_has_ccsrs_learning_rate_and_loss_scale(make_trainer, batches, photographs):
+    trainer = make_trainer("ccsr.lr=0.003", "training.lr_schedule=multistep", "training.lr_anneal_every=[1]")
+    rows = [trainer.scalars_of(trainer.step(*batch)) for batch in batches(2, data=photographs)]
+    assert [row["lr_sr"] for row in rows] == pytest.approx([0.003, 0.0015])
+    assert rows[1]["scale_sr"] == 1
+    assert {"loss_sr", "loss_sr_consistency", "loss_sr_agreement", "grad_norm_sr", "d_fake_sr"} <= set(rows[0])
