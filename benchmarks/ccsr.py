@@ -1,7 +1,9 @@
-"""What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs without and with them and writes the ablation table.
+"""What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs without and with them and writes the ablation
+table.
 
-Every variant is trained with the same three seeds, 32 -> 64 pixels, on the embedded toys, and measured at high resolution: KID
-against true 64-pixel images, agreement with the render, and what super-resolution adds to the disagreement of neighbouring views.
+Every variant is trained with the same three seeds, 32 -> 64 pixels, on the embedded toys, and measured at high
+resolution: KID against true 64-pixel images, agreement with the render, and what super-resolution adds to the
+disagreement of neighbouring views.
 """
 
 from __future__ import annotations
@@ -79,7 +81,15 @@ class Bicubic(CCSR):
 def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
     """Train one variant with one seed; a finished run is left as it is."""
     expname = "".join(letter if letter.isalnum() else "_" for letter in f"{name}_{seed}")
-    arguments = ["--config", "configs/default.yaml", "--use_amp", "--outdir", str(folder), *COMMON, f"expname={expname}"]
+    arguments = [
+        "--config",
+        "configs/default.yaml",
+        "--use_amp",
+        "--outdir",
+        str(folder),
+        *COMMON,
+        f"expname={expname}",
+    ]
     arguments += [f"seed={seed}", f"training.max_iterations={iterations}", f"ccsr.start_iteration={iterations // 3}"]
     if train_program.main([*arguments, *VARIANTS[name]]):
         sys.exit(f"{expname}: training failed")

@@ -10,7 +10,9 @@ import torch
 from graf.runtime.device import describe_device, pick_device
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-TITLE = "# Results\n\nMeasured figures. Every section names the command that writes it and the machine that it ran on.\n"
+TITLE = (
+    "# Results\n\nMeasured figures. Every section names the command that writes it and the machine that it ran on.\n"
+)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

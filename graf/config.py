@@ -1,8 +1,9 @@
 """One frozen, typed, validated configuration out of YAML files with `inherit_from` and command-line overrides.
 
-Key names follow GRAF's configuration files where they exist. Every key is described where it is defined. Whatever is wrong with a
-configuration is found here, before anything is built, and reported with the key, the value, what is allowed and the nearest
-valid key. Only composition roots and the trainer unpack a Config; everything else takes plain arguments.
+Key names follow GRAF's configuration files where they exist. Every key is described where it is defined. Whatever is
+wrong with a configuration is found here, before anything is built, and reported with the key, the value, what is
+allowed and the nearest valid key. Only composition roots and the trainer unpack a Config; everything else takes plain
+arguments.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class DataConfig(Section):
     )
     datadir: str = Field("data", description="folder of the images, relative to the working directory")
     imsize: int = Field(64, ge=16, le=2048, description="side of the square images, pixels")
-    white_bkgd: bool = Field(True, description="background behind transparent pixels, and of renders: white, else black")
+    white_bkgd: bool = Field(
+        True, description="background behind transparent pixels, and of renders: white, else black"
+    )
     near: float = Field(2.5, gt=0, description="where rays begin to be sampled, world units from the camera")
     far: float = Field(4.5, gt=0, description="where rays end, world units from the camera")
     radius: float | tuple[float, float] = Field(
@@ -100,14 +103,24 @@ class DataConfig(Section):
     fov: float = Field(30.0, gt=0, lt=180, description="horizontal field of view, degrees")
     umin: float = Field(0.0, ge=0, le=1, description="smallest azimuth / 360 where poses are sampled (image_folder)")
     umax: float = Field(1.0, ge=0, le=1, description="largest azimuth / 360 where poses are sampled (image_folder)")
-    vmin: float = Field(0.0, ge=0, le=1, description="smallest height v where poses are sampled; polar angle arccos(1-2v)")
+    vmin: float = Field(
+        0.0, ge=0, le=1, description="smallest height v where poses are sampled; polar angle arccos(1-2v)"
+    )
     vmax: float = Field(0.45, ge=0, le=1, description="largest height v where poses are sampled (image_folder)")
-    v_list: tuple[float, ...] | None = Field(None, min_length=1, description="height v of each height_idx; null: the set's own")
+    v_list: tuple[float, ...] | None = Field(
+        None, min_length=1, description="height v of each height_idx; null: the set's own"
+    )
     num_views: int = Field(8, ge=1, le=360, description="azimuths of a sample grid, and azimuth bins of the class loss")
-    angle_direction: Literal["ccw", "cw"] = Field("ccw", description="sense in which label angles grow, seen from above")
-    file_pattern: str | None = Field(None, description="regular expression with groups class, angle and optionally height")
+    angle_direction: Literal["ccw", "cw"] = Field(
+        "ccw", description="sense in which label angles grow, seen from above"
+    )
+    file_pattern: str | None = Field(
+        None, description="regular expression with groups class, angle and optionally height"
+    )
     classes: tuple[str, ...] | None = Field(None, description="names of the classes to keep; null keeps all")
-    heldout_every: int = Field(0, ge=0, description="hold every n-th distinct angle (or image) out of training; 0: none")
+    heldout_every: int = Field(
+        0, ge=0, description="hold every n-th distinct angle (or image) out of training; 0: none"
+    )
     strict: bool = Field(False, description="an unusable file is an error instead of a report")
     cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
     synthetic: SyntheticConfig = SyntheticConfig()
@@ -148,7 +161,9 @@ class NerfConfig(Section):
     netdepth: int = Field(8, ge=1, description="layers of the density trunk")
     netwidth: int = Field(256, ge=8, description="units per layer")
     multires: int = Field(10, ge=0, le=16, description="octaves of the positional encoding of points")
-    base_frequency: float = Field(1.0, gt=0, description="its first angular frequency: pi in the papers, 1 in GRAF's code")
+    base_frequency: float = Field(
+        1.0, gt=0, description="its first angular frequency: pi in the papers, 1 in GRAF's code"
+    )
     multires_views: int = Field(4, ge=0, le=16, description="octaves of the positional encoding of directions")
     use_viewdirs: bool = Field(True, description="colour may depend on the viewing direction")
     jitter: bool = Field(True, description="stratified samples at random places of their bins during training")
@@ -218,22 +233,32 @@ class CcsrConfig(Section):
     start_iteration: int = Field(0, ge=0, description="first iteration that trains it")
     every: int = Field(1, ge=1, description="train it every n-th iteration")
     num_views: int = Field(8, ge=1, le=360, description="learnable latent images on a ring; 1: shared by all views")
-    view_mode: Literal["blend", "nearest"] = Field("blend", description="how an angle between two views picks its latent")
+    view_mode: Literal["blend", "nearest"] = Field(
+        "blend", description="how an angle between two views picks its latent"
+    )
     trunk: Literal["conv", "rrdb"] = Field("conv", description="small convolutional network, or ESRGAN's RRDB network")
     features: int = Field(32, ge=4, description="channels of the trunk (ESRGAN: 64)")
     blocks: int = Field(4, ge=1, description="residual blocks of the trunk (ESRGAN: 23)")
     weights: str | None = Field(None, description="ESRGAN weights for the rrdb trunk, e.g. RRDB_ESRGAN_x4.pth")
     freeze_trunk: bool = Field(False, description="train the view latents only")
-    kernel: tuple[float, ...] | None = Field(None, description="1D weights of the blur before decimation; null: box mean")
+    kernel: tuple[float, ...] | None = Field(
+        None, description="1D weights of the blur before decimation; null: box mean"
+    )
     lr: float = Field(5e-4, gt=0, description="learning rate")
     alpha_init: float = Field(10.0, ge=0, description="weight of the consistency term at iteration 0")
     alpha_min: float = Field(1.0, ge=0, description="its floor")
-    alpha_decay: float = Field(1e-3, ge=0, description="its decay per iteration: max(alpha_min, alpha_init exp(-decay it))")
+    alpha_decay: float = Field(
+        1e-3, ge=0, description="its decay per iteration: max(alpha_min, alpha_init exp(-decay it))"
+    )
     adversarial: float = Field(1.0, ge=0, description="weight of the adversarial term; 0: none")
     agreement: float = Field(1.0, ge=0, description="weight of the agreement of neighbouring views; 0: none")
     agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
-    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS to the upsampled render, where lpips is installed")
-    supervise_generator: float = Field(0.0, ge=0, description="weight of the generator's supervision by SR crops; 0: none")
+    perceptual: float = Field(
+        0.0, ge=0, description="weight of LPIPS to the upsampled render, where lpips is installed"
+    )
+    supervise_generator: float = Field(
+        0.0, ge=0, description="weight of the generator's supervision by SR crops; 0: none"
+    )
 
 
 class TrainingConfig(Section):
@@ -247,14 +272,19 @@ class TrainingConfig(Section):
     drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(
-        "auto", description="rays rendered at once, over all images of the batch; auto: 4096, or what fits memory_budget"
+        "auto",
+        description="rays rendered at once, over all images of the batch; auto: 4096, or what fits memory_budget",
     )
-    micro_batch_size: Literal["auto"] | int = Field("auto", description="images on the device at once; auto: as many as fit")
+    micro_batch_size: Literal["auto"] | int = Field(
+        "auto", description="images on the device at once; auto: as many as fit"
+    )
     memory_strategy: Literal["auto", "dense", "checkpoint", "deferred"] = Field(
-        "auto", description="which activations of rendering are kept: all, those of one chunk, or none before D's gradient"
+        "auto",
+        description="which activations of rendering are kept: all, those of one chunk, or none before D's gradient",
     )
     empty_cache: Literal["phase", "never"] | int = Field(
-        "phase", description="give cached memory back after sampling, scoring and saving; never; or every n-th iteration"
+        "phase",
+        description="give cached memory back after sampling, scoring and saving; never; or every n-th iteration",
     )
     memory_budget: str | None = Field(
         None, description="8GiB, or auto (what is free): choose what is auto of the three keys above; null: no limit"
@@ -262,7 +292,9 @@ class TrainingConfig(Section):
     use_amp: bool = Field(False, description="mixed precision where the device gains from it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="its half-precision type")
     gan_type: Literal["standard", "hinge", "wgan"] = Field("standard", description="loss of the game")
-    reg_type: Literal["none", "real", "wgangp"] = Field("real", description="real: R1 penalty; wgangp: gradient penalty")
+    reg_type: Literal["none", "real", "wgangp"] = Field(
+        "real", description="real: R1 penalty; wgangp: gradient penalty"
+    )
     reg_param: float = Field(10.0, ge=0, description="its weight: reg_param E ||gradient||^2, per image")
     reg_every: int = Field(1, ge=1, description="apply it every n-th step with n times the weight (lazy)")
     share_fakes: bool = Field(False, description="D and G step use the same fake patches: a render less per step")
@@ -290,7 +322,9 @@ class TrainingConfig(Section):
     sample_objects: int = Field(4, ge=1, description="rows of a sample grid")
     fid_every: int = Field(5000, ge=0, description="iterations between FID/KID scores; 0: none")
     save_every: float = Field(900.0, gt=0, description="seconds between checkpoints")
-    backup_every: int = Field(100_000, ge=0, description="iterations between checkpoints that are kept for ever; 0: none")
+    backup_every: int = Field(
+        100_000, ge=0, description="iterations between checkpoints that are kept for ever; 0: none"
+    )
     keep_checkpoints: int = Field(3, ge=1, description="how many of the timed checkpoints are kept")
     save_best: Literal["fid", "kid"] = Field("fid", description="the score that decides model_best.pt")
 
@@ -322,7 +356,9 @@ class EvaluationConfig(Section):
     )
     inception_weights: str | None = Field(None, description="file of the Inception weights; null: torch hub's cache")
     download: bool = Field(True, description="try to download missing Inception weights before training starts")
-    N_samples: int | None = Field(None, ge=2, description="samples per ray of samples, scores and eval.py; null: as in nerf")
+    N_samples: int | None = Field(
+        None, ge=2, description="samples per ray of samples, scores and eval.py; null: as in nerf"
+    )
     num_images: int = Field(1000, ge=2, description="generated images per score")
     kid_subset_size: int = Field(1000, ge=2, description="images per KID subset, at most those on either side")
     kid_subsets: int = Field(100, ge=1, description="KID subsets")
@@ -384,8 +420,8 @@ def _contradictions(config: Config) -> list[str]:
         )
     if config.z_dist.dim_appearance >= config.z_dist.dim:
         problems.append(
-            f"z_dist.dim_appearance={config.z_dist.dim_appearance}: must be smaller than z_dist.dim={config.z_dist.dim}, "
-            "of which it is a part; the rest is the shape code"
+            f"z_dist.dim_appearance={config.z_dist.dim_appearance}: must be smaller than "
+            f"z_dist.dim={config.z_dist.dim}, of which it is a part; the rest is the shape code"
         )
     side = rays.patch_size
     if side * side != rays.N_samples or side not in PATCH_SIZES:
@@ -397,7 +433,8 @@ def _contradictions(config: Config) -> list[str]:
         )
     elif side > data.imsize:
         problems.append(
-            f"ray_sampler.N_samples={rays.N_samples}: a patch of side {side} does not fit into data.imsize={data.imsize}"
+            f"ray_sampler.N_samples={rays.N_samples}: a patch of side {side} does not fit into "
+            f"data.imsize={data.imsize}"
         )
     if rays.min_scale > rays.max_scale:
         problems.append(f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}")
@@ -405,7 +442,9 @@ def _contradictions(config: Config) -> list[str]:
     if training.reg_type == "wgangp" and training.gan_type != "wgan":
         problems.append("training.reg_type=wgangp: needs training.gan_type=wgan; try reg_type=real")
     if config.discriminator.hflip and data.type != "image_folder":
-        problems.append("discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder")
+        problems.append(
+            "discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder"
+        )
     if data.type == "synthetic" and training.drop_last and training.batch_size > data.synthetic.count:
         problems.append(batch_too_large(training.batch_size, data.synthetic.count))
     return problems
@@ -435,8 +474,8 @@ def parse_bytes(text: str) -> int:
 def batch_too_large(batch_size: int, num_images: int) -> str:
     """The message for a batch that the data set can never fill."""
     return (
-        f"training.batch_size={batch_size}: the data set has {num_images} images, so with training.drop_last=true no batch "
-        f"is ever complete; try training.batch_size={num_images} or training.drop_last=false"
+        f"training.batch_size={batch_size}: the data set has {num_images} images, so with training.drop_last=true no "
+        f"batch is ever complete; try training.batch_size={num_images} or training.drop_last=false"
     )
 
 

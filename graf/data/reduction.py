@@ -11,7 +11,9 @@ from torch.utils.data import Dataset
 
 
 class ReducedPhotographs(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of (image, label) whose images are reduced by `down` ((B, 3, s h, s w) -> (B, 3, h, w)), as CCSR reduces them."""
+    """A data set of (image, label) whose images are reduced by `down` ((B, 3, s h, s w) -> (B, 3, h, w)), as CCSR
+    reduces them.
+    """
 
     def __init__(self, photographs: Any, down: Callable[[Tensor], Tensor], name: str) -> None:
         self.photographs, self.down, self.name = photographs, down, name

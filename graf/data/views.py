@@ -1,4 +1,6 @@
-"""Which object seen from where: the cameras of labelled images, and the distribution from which generated images take theirs."""
+"""Which object seen from where: the cameras of labelled images, and the distribution from which generated images take
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import torch
 from torch import Tensor
 
 from graf.geometry.cameras import angle_label, label_angles, pose_from_angles
-
 
 #: random numbers that `ViewPool.pick` takes per view
 NUM_UNIFORMS = 4
@@ -62,7 +63,9 @@ class Views:
 
 @dataclass(frozen=True)
 class Cameras:
-    """How labels become cameras: distance from the origin, the heights v of the labels, and the sense of their angles."""
+    """How labels become cameras: distance from the origin, the heights v of the labels, and the sense of their
+    angles.
+    """
 
     radius: float
     v_list: tuple[float, ...]
@@ -79,7 +82,9 @@ class Cameras:
         return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels, self.angle_sign)
 
     def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
-        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)), labelled with the nearest height."""
+        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)), labelled with the nearest
+        height.
+        """
         heights = torch.tensor(self.v_list, device=v.device)
         height_idx = (v[:, None] - heights).abs().argmin(1)
         angle = angle_label(u if self.angle_direction == "ccw" else torch.remainder(-u, 1.0))
@@ -103,8 +108,8 @@ class PoseRanges:
 class ViewPool:
     """The distribution of (class, camera) of a collection, from which generated images take their views.
 
-    Labelled collections give their own views, all equally likely, so that a discriminator sees no angle on one side only.
-    Collections without poses give the classes of their images and poses from `ranges`.
+    Labelled collections give their own views, all equally likely, so that a discriminator sees no angle on one side
+    only. Collections without poses give the classes of their images and poses from `ranges`.
     """
 
     def __init__(
@@ -140,5 +145,7 @@ class ViewPool:
         """The pose distribution in words, for the provenance of a score."""
         if self.ranges is not None:
             ranges = self.ranges
-            return f"u in [{ranges.umin}, {ranges.umax}], v in [{ranges.vmin}, {ranges.vmax}], radius in [{ranges.radius_min}, {ranges.radius_max}], uniform"
+            limits = ("umin", "umax", "vmin", "vmax", "radius_min", "radius_max")
+            u0, u1, v0, v1, r0, r1 = (getattr(ranges, name) for name in limits)
+            return f"u in [{u0}, {u1}], v in [{v0}, {v1}], radius in [{r0}, {r1}], uniform"
         return f"the {len(self)} views of the data set, equally likely"

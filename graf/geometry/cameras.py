@@ -2,10 +2,11 @@
 
 Conventions of the whole project:
 
-* A pose is a 4x4 camera-to-world matrix, right-handed: x right, y up, and the camera looks down -z (OpenGL, Blender, NeRF).
-* The world is z-up with the object at the origin.
+* A pose is a 4x4 camera-to-world matrix, right-handed: x right, y up, and the camera looks down -z (OpenGL, Blender,
+NeRF). * The world is z-up with the object at the origin.
 * u in [0, 1) is the azimuth: 360 u degrees, counter-clockwise from +x seen from above.
-* v in [0, 1] is the height: polar angle arccos(1 - 2 v), so v = 0 looks straight down, v = 0.5 from the side, and v uniform is
+* v in [0, 1] is the height: polar angle arccos(1 - 2 v), so v = 0 looks straight down, v = 0.5 from the side, and v
+uniform is
   uniform on the sphere (GRAF, Schwarz et al. 2020, section 3.1).
 * A label is (class_idx, height_idx, angle_idx), angle_idx in whole degrees.
 """
@@ -56,7 +57,8 @@ def directions_from_angles(u: Tensor, v: Tensor) -> Tensor:
 def pose_from_angles(u: Tensor, v: Tensor, radius: float | Tensor) -> Tensor:
     """Camera-to-world poses (..., 4, 4) on a sphere of `radius` around the origin, looking at the origin, z up.
 
-    u, v: (...), see the notation above; radius: one for all, or (...). At the poles, where "up" is undefined, the azimuth still fixes the roll.
+    u, v: (...), see the notation above; radius: one for all, or (...). At the poles, where "up" is undefined, the
+    azimuth still fixes the roll.
     """
     backward = directions_from_angles(u, v)  # the camera looks down -z, so its z axis points away from the object
     azimuth = 2 * math.pi * u

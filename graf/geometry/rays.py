@@ -1,11 +1,11 @@
 """Rays through pixels, and patches on one continuous grid for rays and real images alike.
 
-The image plane has continuous coordinates in [-1, 1] x [-1, 1], x right and y down, edge to edge: the centre of pixel (i, j)
-of an H x W image lies at ((2 j + 1) / W - 1, (2 i + 1) / H - 1) (`align_corners=False` in torch's words). A patch of K x K
-pixels with scale s and centre c covers the square c +- s with K x K square cells and samples the middle of each. So s = 1 is
-the whole image, K = W with s = 1 is every pixel, s = K / W at a whole-pixel offset is a crop, and a patch of n K pixels with
-the same s and c covers the same square n times as finely. This is GRAF's patch sampler (Schwarz et al. 2020, section 3.2)
-on pixel areas instead of corner points.
+The image plane has continuous coordinates in [-1, 1] x [-1, 1], x right and y down, edge to edge: the centre of pixel
+(i, j) of an H x W image lies at ((2 j + 1) / W - 1, (2 i + 1) / H - 1) (`align_corners=False` in torch's words). A
+patch of K x K pixels with scale s and centre c covers the square c +- s with K x K square cells and samples the middle
+of each. So s = 1 is the whole image, K = W with s = 1 is every pixel, s = K / W at a whole-pixel offset is a crop, and
+a patch of n K pixels with the same s and c covers the same square n times as finely. This is GRAF's patch sampler
+(Schwarz et al. 2020, section 3.2) on pixel areas instead of corner points.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from graf.geometry.cameras import Intrinsics
 class Rays:
     """A bundle of rays per image.
 
-    origins, directions: (B, N, 3), directions of unit length. near, far: (B, N, 1), distances along the ray between which
-    it is sampled; near == far means that the ray meets nothing. axis_cosine: (B, N, 1), cosine between the ray and the
-    optical axis: z-depth = axis_cosine * distance.
+    origins, directions: (B, N, 3), directions of unit length. near, far: (B, N, 1), distances along the ray between
+    which it is sampled; near == far means that the ray meets nothing. axis_cosine: (B, N, 1), cosine between the ray
+    and the optical axis: z-depth = axis_cosine * distance.
     """
 
     origins: Tensor
@@ -67,10 +67,11 @@ class Patches:
 
 
 def annealed_min_scale(iteration: int, min_scale: float, max_scale: float, anneal: float) -> float:
-    """The smallest patch scale at `iteration`: GRAF's s_min = max(min_scale, min(0.9 max_scale, max_scale e)), e = exp(-3 anneal (it // 1000)).
+    """The smallest patch scale at `iteration`: GRAF's s_min = max(min_scale, min(0.9 max_scale, max_scale e)), e =
+    exp(-3 anneal (it // 1000)).
 
-    anneal <= 0 means no annealing: min_scale from the start. GRAF anneals in steps of 1000 iterations; here the same curve is
-    continuous, e = exp(-3 anneal it / 1000), so that short runs anneal too.
+    anneal <= 0 means no annealing: min_scale from the start. GRAF anneals in steps of 1000 iterations; here the same
+    curve is continuous, e = exp(-3 anneal it / 1000), so that short runs anneal too.
     """
     if anneal <= 0:
         return min_scale
@@ -113,7 +114,9 @@ def pixel_grid(batch: int, height: int, width: int, device: torch.device | str =
 
 
 def crop_images(images: Tensor, patches: Patches, size: int) -> Tensor:
-    """The patches of real images: (B, C, H, W) -> (B, C, size, size), bilinear; the outermost half pixel repeats the edge."""
+    """The patches of real images: (B, C, H, W) -> (B, C, size, size), bilinear; the outermost half pixel repeats the
+    edge.
+    """
     grid = patch_grid(patches, size).to(images.dtype)
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
@@ -123,8 +126,9 @@ def cast_rays(
 ) -> Rays:
     """Rays through image-plane coordinates.
 
-    poses: (B, 4, 4); grid: (B, ..., 2), flattened to N coordinates per image. With `bounding_radius`, near and far shrink to
-    the sphere of that radius around the origin, so that no sample is spent outside it; a ray that misses it gets near == far.
+    poses: (B, 4, 4); grid: (B, ..., 2), flattened to N coordinates per image. With `bounding_radius`, near and far
+    shrink to the sphere of that radius around the origin, so that no sample is spent outside it; a ray that misses it
+    gets near == far.
     """
     grid = grid.reshape(grid.shape[0], -1, 2).to(poses.dtype)
     x = grid[..., 0] * (intrinsics.width / (2 * intrinsics.focal))
@@ -144,7 +148,9 @@ def cast_rays(
 
 @dataclass(frozen=True)
 class RayCaster:
-    """One camera model for a whole collection: intrinsics, the sampled range near..far and an optional bounding sphere."""
+    """One camera model for a whole collection: intrinsics, the sampled range near..far and an optional bounding
+    sphere.
+    """
 
     intrinsics: Intrinsics
     near: float
@@ -160,5 +166,7 @@ class RayCaster:
         return self.cast(poses, patch_grid(patches, size))
 
     def cast_images(self, poses: Tensor, resolution: int) -> Rays:
-        """Rays of whole square images of `resolution` pixels, which may differ from that of the intrinsics, row by row."""
+        """Rays of whole square images of `resolution` pixels, which may differ from that of the intrinsics, row by
+        row.
+        """
         return self.cast(poses, pixel_grid(len(poses), resolution, resolution, poses.device))

@@ -1,11 +1,12 @@
 """CCSR, consistency-controlled super-resolution: a render in, the same view s times as fine out.
 
-One learnable latent image per view steers how details are filled in (Super-NeRF, Han et al. 2023, arXiv 2304.13518), and a
-projection makes the result agree exactly with the render that it came from (consistency-enforcing module, CEM; Bahat & Michaeli,
-CVPR 2020): down(output) = render. Nothing may clamp, squash or resize the output after the projection, or the equality is lost.
+One learnable latent image per view steers how details are filled in (Super-NeRF, Han et al. 2023, arXiv 2304.13518),
+and a projection makes the result agree exactly with the render that it came from (consistency-enforcing module, CEM;
+Bahat & Michaeli, CVPR 2020): down(output) = render. Nothing may clamp, squash or resize the output after the
+projection, or the equality is lost.
 
-The module is fully convolutional and works on whole images and on patches of them alike; the latent is cropped on the patch's
-own continuous grid (graf.geometry.rays), so a latent pixel belongs to a place in its view.
+The module is fully convolutional and works on whole images and on patches of them alike; the latent is cropped on the
+patch's own continuous grid (graf.geometry.rays), so a latent pixel belongs to a place in its view.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ SCALES = (2, 4)
 class ViewLatents(nn.Module):
     """Learnable latent images, one per view on a ring around the object: `num_views` times (channels, size, size).
 
-    The angle of a label blends the two neighbouring views ("blend") or takes the nearest ("nearest"). Every view is a Parameter
-    of its own, and only those that a batch uses enter its graph: the others get no gradient, not even a zero one, so that
-    no optimiser's momentum moves them. One view is a latent shared by all angles.
+    The angle of a label blends the two neighbouring views ("blend") or takes the nearest ("nearest"). Every view is a
+    Parameter of its own, and only those that a batch uses enter its graph: the others get no gradient, not even a zero
+    one, so that no optimiser's momentum moves them. One view is a latent shared by all angles.
     """
 
     def __init__(self, num_views: int, channels: int, size: int, mode: str = "blend") -> None:
@@ -65,7 +66,9 @@ class ViewLatents(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """Residual convolutions and a PixelShuffle (Shi et al., CVPR 2016), on top of bicubic upsampling: (B,3,h,w) -> (B,3,sh,sw)."""
+    """Residual convolutions and a PixelShuffle (Shi et al., CVPR 2016), on top of bicubic upsampling: (B,3,h,w) ->
+    (B,3,sh,sw).
+    """
 
     def __init__(self, scale: int, features: int = 32, blocks: int = 4) -> None:
         super().__init__()
@@ -115,7 +118,9 @@ def upsample(images: Tensor, scale: int) -> Tensor:
 
 
 class BoxProjection(nn.Module):
-    """CEM for H = s x s mean, whose H^T (H H^T)^-1 is nearest upsampling: x + up(y - down(x)) is the nearest image with down = y."""
+    """CEM for H = s x s mean, whose H^T (H H^T)^-1 is nearest upsampling: x + up(y - down(x)) is the nearest image
+    with down = y.
+    """
 
     def __init__(self, scale: int) -> None:
         super().__init__()
@@ -200,8 +205,8 @@ class CCSR(nn.Module):
     def forward(self, render: Tensor, angles: Tensor, patches: Patches) -> SuperResolved:
         """Super-resolve patches (or whole images: Patches.whole) of renders.
 
-        render: (B, 3, h, h); angles: (B,), the labels' angles in degrees; patches: where the renders lie in their views.
-        The trunk runs under the caller's autocast; latent addition and projection run in float32.
+        render: (B, 3, h, h); angles: (B,), the labels' angles in degrees; patches: where the renders lie in their
+        views. The trunk runs under the caller's autocast; latent addition and projection run in float32.
         """
         device_type = render.device.type
         with float32_region(device_type):

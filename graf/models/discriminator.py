@@ -1,9 +1,10 @@
 """The patch discriminator: is this patch of this scale and place a photograph of that class from that side?
 
 A convolutional network halves the patch down to 4 x 4 and on to one feature vector h. The decision is
-psi(h) + <e(condition), h> / sqrt(dim h): conditioning by projection (Miyato & Koyama, ICLR 2018). The condition is the class and,
-where poses are known, azimuth and height as Fourier features, and always the patch's scale and centre (GRAF, Schwarz et al.
-2020, uses scale and place only through the sampling). An auxiliary head can classify the label (see MCE_Loss).
+psi(h) + <e(condition), h> / sqrt(dim h): conditioning by projection (Miyato & Koyama, ICLR 2018). The condition is the
+class and, where poses are known, azimuth and height as Fourier features, and always the patch's scale and centre
+(GRAF, Schwarz et al. 2020, uses scale and place only through the sampling). An auxiliary head can classify the label
+(see MCE_Loss).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class DiscriminatorShape:
 class SpectralNorm(nn.Module):
     """Divides a weight by its largest singular value, estimated by power iteration (Miyato et al., ICLR 2018).
 
-    The iteration advances only in :meth:`advance`, which the training loop calls once per update, never in a forward pass:
-    R1, the generator's step, recomputation and micro-batches all see one and the same weight.
+    The iteration advances only in :meth:`advance`, which the training loop calls once per update, never in a forward
+    pass: R1, the generator's step, recomputation and micro-batches all see one and the same weight.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -116,7 +117,9 @@ class PatchDiscriminator(nn.Module):
             return logits, None if self.label_head is None else self.label_head(features)
 
     def advance_spectral_norm(self) -> None:
-        """One power iteration of every spectral norm: call it once per update of the discriminator, before its first pass."""
+        """One power iteration of every spectral norm: call it once per update of the discriminator, before its first
+        pass.
+        """
         for module in self.modules():
             if isinstance(module, parametrize.ParametrizationList):
                 for parametrization in module:
@@ -142,7 +145,9 @@ class PatchDiscriminator(nn.Module):
 
 @dataclass(frozen=True)
 class PatchCondition:
-    """What a patch is said to show: class_idx (B,) int64, azimuth u and height v (B,), and where it lies in its image."""
+    """What a patch is said to show: class_idx (B,) int64, azimuth u and height v (B,), and where it lies in its
+    image.
+    """
 
     class_idx: Tensor
     u: Tensor

@@ -1,13 +1,14 @@
-"""The conditional radiance field: GRAF's MLP (Schwarz et al. 2020, section 3.1), arranged so that nothing constant is recomputed.
+"""The conditional radiance field: GRAF's MLP (Schwarz et al. 2020, section 3.1), arranged so that nothing constant is
+recomputed.
 
-The plain network concatenates [encoded point; shape code] for its trunk and [feature; encoded view direction; appearance code]
-for its colour branch, and so multiplies the codes at every point. A linear layer splits over a concatenation,
-W [x; z] + b = W_x x + (W_z z + b): here the code's share is computed once per image and the view direction's once per ray,
-which gives the same function and the same gradients (tested) for about half the work. `feature_linear`, which no non-linearity
-separates from the view layer, is folded into it for the same reason.
+The plain network concatenates [encoded point; shape code] for its trunk and [feature; encoded view direction;
+appearance code] for its colour branch, and so multiplies the codes at every point. A linear layer splits over a
+concatenation, W [x; z] + b = W_x x + (W_z z + b): here the code's share is computed once per image and the view
+direction's once per ray, which gives the same function and the same gradients (tested) for about half the work.
+`feature_linear`, which no non-linearity separates from the view layer, is folded into it for the same reason.
 
-The field is conditioned on the class through an embedding and on nothing else of the label: height and angle act through the
-camera alone, otherwise the field could paint each view separately and would not be 3D.
+The field is conditioned on the class through an embedding and on nothing else of the label: height and angle act
+through the camera alone, otherwise the field could paint each view separately and would not be 3D.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class FieldShape:
     """Sizes and output laws of :class:`ConditionalField`.
 
     depth x width: the density trunk; `skip`: the layer that sees the input again (GRAF: 5 of 8, counted from 0).
-    multires, multires_views: octaves of the positional encoding of points and directions, whose first angular frequency is
-    base_frequency; use_viewdirs: whether colour
+    multires, multires_views: octaves of the positional encoding of points and directions, whose first angular
+    frequency is base_frequency; use_viewdirs: whether colour
     may depend on the direction. dim_shape, dim_appearance: latent codes; num_classes, dim_class: the class embedding.
-    density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius - |p|)),
-    which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
+    density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius -
+    |p|)), which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
     bounding_radius: no density outside this distance from the origin (None: everywhere).
     """
 
@@ -59,7 +60,8 @@ class FieldShape:
 
 
 def positional_encoding(x: Tensor, octaves: int, base_frequency: float = math.pi) -> Tensor:
-    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency: (..., D) -> (..., D (1 + 2 octaves)) (NeRF, eq. 4).
+    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency: (..., D) -> (..., D (1 + 2 octaves)) (NeRF,
+    eq. 4).
 
     Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only
     every fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an
@@ -89,7 +91,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-    """W x + share, where `share` (B, 1, out) came out of the same layer's other columns; in the dtype of the product."""
+    """W x + share, where `share` (B, 1, out) came out of the same layer's other columns; in the dtype of the
+    product.
+    """
     product = functional.linear(x, weight)
     return product + share.to(product.dtype)
 
@@ -150,7 +154,9 @@ class ConditionalField(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Each split layer starts as the one concatenated layer would: uniform within 1 / sqrt(its whole fan-in) (torch's Linear)."""
+        """Each split layer starts as the one concatenated layer would: uniform within 1 / sqrt(its whole fan-in)
+        (torch's Linear).
+        """
         shape = self.shape
         points, codes = encoding_size(shape.multires), shape.dim_shape + shape.dim_class
         view_fan_in = shape.width + shape.dim_appearance + shape.dim_class
@@ -189,7 +195,9 @@ class ConditionalField(nn.Module):
         points: (B, N, S, 3); directions: (B, N, 3), unit length; noise: (B, N, S), added to the raw density.
         """
         batch, num_rays, num_samples, _ = points.shape
-        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).reshape(batch, num_rays * num_samples, -1)
+        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).reshape(
+            batch, num_rays * num_samples, -1
+        )
         hidden = torch.relu_(_linear_plus(encoded, self.trunk_in.weight, codes.trunk_in))
         for layer in self.trunk:
             if codes.trunk_skip is not None and layer is self._skip_layer:
@@ -202,9 +210,7 @@ class ConditionalField(nn.Module):
         colour = functional.linear(hidden, codes.view_weight).view(batch, num_rays, num_samples, -1)
         per_ray = codes.view
         if self.shape.use_viewdirs:
-            encoded_directions = positional_encoding(
-                directions, self.shape.multires_views, self.shape.base_frequency
-            )
+            encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
             per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
         colour = torch.relu_(colour + per_ray[:, :, None].to(colour.dtype))
         return torch.tanh(_at_least_float32(self.rgb(colour))), self._activate_density(raw, points, noise)

@@ -17,8 +17,9 @@ class Generator(nn.Module):
     """A conditional radiance field seen through a volume renderer.
 
     background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
-    chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept for the
-    backward pass, "dense" | "checkpoint" | "deferred" (graf.runtime.recompute). Both may be changed at any time.
+    chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept
+    for the backward pass, "dense" | "checkpoint" | "deferred" (graf.runtime.recompute). Both may be changed at any
+    time.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Generator(nn.Module):
     ) -> RayColours:
         """Render `rays` (B x N) of the objects z (B, dim_z) of class class_idx (B,), int64.
 
-        Without `noise` samples sit in the middle of their bins and nothing is added to the density; `sampling` takes another
-        number of samples than in training. Returns float32
+        Without `noise` samples sit in the middle of their bins and nothing is added to the density; `sampling` takes
+        another number of samples than in training. Returns float32
         rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and opacity (B, N, 1).
         """
         codes = self.field.prepare(z, class_idx)
@@ -75,9 +76,7 @@ class Generator(nn.Module):
         outputs = evaluate_chunks(render_chunk, -(-len(rays) // step), codes.tensors, parameters, self.strategy)
         return RayColours(*outputs)
 
-    def _render(
-        self, codes: FieldCodes, rays: Rays, noise: RayNoise, sampling: RaySampling
-    ) -> tuple[Tensor, ...]:
+    def _render(self, codes: FieldCodes, rays: Rays, noise: RayNoise, sampling: RaySampling) -> tuple[Tensor, ...]:
         """Colour, depth and opacity of one chunk of rays."""
 
         def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:

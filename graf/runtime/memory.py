@@ -87,7 +87,9 @@ def record_allocations(path: Path | None, device: torch.device) -> Iterator[None
     """
     if path is None or device.type != "cuda":
         if path is not None:
-            info_once(f"--memory_snapshot: only CUDA keeps an allocation history, found {device.type}; nothing is recorded")
+            info_once(
+                f"--memory_snapshot: only CUDA keeps an allocation history, found {device.type}; nothing is recorded"
+            )
         yield
         return
     torch.cuda.memory._record_memory_history(max_entries=100_000)
@@ -177,8 +179,8 @@ class OutOfMemory(RuntimeError):
 def retry_smaller(run: Callable[[], Result], shrink: Callable[[], str | None], device: torch.device) -> Result:
     """`run()`, and whenever it runs out of memory, again after `shrink()` has made something smaller.
 
-    shrink: returns what it changed, which is logged, or None when nothing is left to shrink; then OutOfMemory is raised. `run`
-    must be repeatable: it starts from what it finds and keeps nothing of a failed try.
+    shrink: returns what it changed, which is logged, or None when nothing is left to shrink; then OutOfMemory is
+    raised. `run` must be repeatable: it starts from what it finds and keeps nothing of a failed try.
     """
     while True:
         try:

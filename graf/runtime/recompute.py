@@ -1,9 +1,11 @@
-"""Trading time for memory: evaluating something chunk by chunk without keeping every chunk's activations for the backward pass.
+"""Trading time for memory: evaluating something chunk by chunk without keeping every chunk's activations for the
+backward pass.
 
 * "dense" keeps them all: fastest, and memory grows with the number of chunks.
 * "checkpoint" keeps each chunk's inputs and computes its activations again when its gradient is due
   (Chen et al. 2016, arXiv 1604.06174).
-* "deferred" runs all chunks without a graph, and runs each again with one when the gradient of the whole output is known
+* "deferred" runs all chunks without a graph, and runs each again with one when the gradient of the whole output is
+known
   (deferred back-propagation, ARF, Zhang et al., ECCV 2022): not even the chunks' graphs coexist with what follows.
 
 All three give the same gradients, provided that the function draws no random numbers of its own.
@@ -35,8 +37,8 @@ def evaluate_chunks(
 ) -> tuple[Tensor, ...]:
     """The outputs of all chunks, concatenated along dimension 1.
 
-    shared: tensors that every chunk uses, through which gradients flow; parameters: the leaves that `function` uses besides
-    them, which only "deferred" needs to know. Without gradients every strategy is a plain loop.
+    shared: tensors that every chunk uses, through which gradients flow; parameters: the leaves that `function` uses
+    besides them, which only "deferred" needs to know. Without gradients every strategy is a plain loop.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"memory strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")

@@ -150,15 +150,14 @@ def test_the_view_direction_changes_colour_only_where_asked_and_never_density(us
     assert torch.allclose(rgb, other_rgb) is not use_viewdirs
 
 
-def test_codes_of_some_images_give_their_rows():
-    shape = replace(SMALL, depth=4)
+@pytest.mark.parametrize("depth", [2, 4])
+def test_codes_made_of_their_own_tensors_are_the_same_codes(depth):
+    shape = replace(SMALL, depth=depth)
     field = ConditionalField(shape)
-    points, directions, z, class_idx = draw_inputs(shape, torch.float32, batch=3)
+    points, directions, z, class_idx = draw_inputs(shape, torch.float32)
     codes = field.prepare(z, class_idx)
-    whole = field(points, directions, codes)
-    part = field(points[1:3], directions[1:3], codes.images(1, 3))
-    assert_close(part[0], whole[0][1:3])
-    assert_close(part[1], whole[1][1:3])
+    again = codes.with_tensors(tuple(tensor.clone() for tensor in codes.tensors))
+    assert_close(field(points, directions, again), field(points, directions, codes))
 
 
 # -------------------------------------------------------------------------------------------------- positional encoding

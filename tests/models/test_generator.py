@@ -47,15 +47,49 @@ def test_chunks_change_neither_outputs_nor_gradients(chunk):
     assert_close(part_gradients, whole_gradients, atol=1e-10, rtol=1e-10)
 
 
-def test_a_chunk_counts_rays_over_all_images_of_the_batch(monkeypatch):
-    generator = Generator(SHAPE, SAMPLING, chunk=8)
-    sizes, render = [], generator.render_chunk
-    monkeypatch.setattr(
-        generator, "render_chunk", lambda codes, rays, noise: sizes.append(len(rays)) or render(codes, rays, noise)
-    )
+def test_a_chunk_counts_rays_over_all_images_of_the_batch():
+    generator = Generator(SHAPE, RaySampling(6), chunk=8)
+    sizes = []
+    generator.field.register_forward_pre_hook(lambda field, arguments: sizes.append(arguments[0].shape[1]))
     z, class_idx, rays, _ = draw_inputs(torch.float32)
     generator(z, class_idx, rays)
     assert sizes == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
+@pytest.mark.parametrize("importance", [0, 4])
+def test_recomputed_chunks_give_the_dense_gradients(strategy, importance):
+    generator = Generator(SHAPE, RaySampling(6, importance), learn_background=True, chunk=6).double()
+    z, class_idx, rays, noise = draw_inputs(batch=2)
+    noise = RayNoise(
+        torch.rand(2, len(rays), 6, dtype=torch.float64),
+        torch.rand(2, len(rays), importance, dtype=torch.float64) if importance else None,
+        torch.randn(2, len(rays), 6 + importance, dtype=torch.float64),
+    )
+    z.requires_grad_(True)
+    gradients = {}
+    for name in ("dense", strategy):
+        generator.strategy = name
+        found = generator(z, class_idx, rays, noise)
+        loss = found.rgb.sin().sum() + found.depth.square().sum() + (found.opacity * found.rgb[..., :1]).sum()
+        wanted = [z, *(parameter for parameter in generator.parameters())]
+        gradients[name] = torch.autograd.grad(loss, wanted)
+    assert_close(gradients[strategy], gradients["dense"], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
+def test_recomputation_repeats_the_autocast_of_the_forward_pass(strategy):
+    generator = Generator(SHAPE, SAMPLING, chunk=6)
+    z, class_idx, rays, noise = draw_inputs(torch.float32)
+    gradients = {}
+    for name in ("dense", strategy):
+        generator.strategy = name
+        with torch.autocast("cpu", torch.bfloat16):
+            found = generator(z, class_idx, rays, noise)
+        gradients[name] = torch.autograd.grad(found.rgb.square().sum(), list(generator.field.parameters()))
+    # bfloat16 sums differ with the order of addition; float32 instead of it would differ by percents
+    for mine, dense in zip(gradients[strategy], gradients["dense"], strict=True):
+        assert_close(mine, dense, atol=2e-2 * float(dense.abs().max()) + 1e-6, rtol=0)
 
 
 def test_images_of_a_batch_do_not_touch_each_other():
