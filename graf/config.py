@@ -577,10 +577,10 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str)
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """The fields of a model; those that are sections with their own model."""
-    fields = {}
+    fields: dict[str, type[BaseModel] | None] = {}
     for name, info in model.model_fields.items():
-        is_section = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        fields[name] = info.annotation if is_section else None
+        kind: Any = info.annotation
+        fields[name] = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
     return fields
 
 

@@ -52,6 +52,9 @@ class SpectralNorm(nn.Module):
     pass: R1, the generator's step, recomputation and micro-batches all see one and the same weight.
     """
 
+    left: Tensor
+    right: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         matrix = weight.detach().flatten(1)

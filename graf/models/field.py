@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +203,7 @@ class ConditionalField(nn.Module):
         for layer in self.trunk:
             if codes.trunk_skip is not None and layer is self._skip_layer:
                 again = _linear_plus(encoded, self.trunk_skip.weight, codes.trunk_skip)
-                hidden = torch.relu_(functional.linear(hidden, layer.weight) + again)
+                hidden = torch.relu_(functional.linear(hidden, self._skip_layer.weight) + again)
             else:
                 hidden = torch.relu_(layer(hidden))
         raw = _at_least_float32(self.density(hidden)).view(batch, num_rays, num_samples)
@@ -216,9 +217,9 @@ class ConditionalField(nn.Module):
         return torch.tanh(_at_least_float32(self.rgb(colour))), self._activate_density(raw, points, noise)
 
     @property
-    def _skip_layer(self) -> nn.Module:
+    def _skip_layer(self) -> nn.Linear:
         assert self.shape.skip is not None
-        return self.trunk[self.shape.skip - 1]
+        return cast(nn.Linear, self.trunk[self.shape.skip - 1])
 
     def _activate_density(self, raw: Tensor, points: Tensor, noise: Tensor | None) -> Tensor:
         shape = self.shape

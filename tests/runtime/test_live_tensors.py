@@ -104,10 +104,10 @@ def test_what_existed_before_counts_on_request_and_once():
         assert meter.current == (3 * 110 + 2) * FLOAT
 
 
-def test_the_threads_of_a_backward_pass_started_elsewhere_are_seen(meter):
+def test_what_a_thread_of_its_own_leaves_behind_can_be_counted_afterwards(meter):
     x = torch.zeros(1000).requires_grad_()
     loss = x.exp().sum()
-    thread = threading.Thread(target=loss.backward)  # this thread has no meter of its own: the graph carries none either
+    thread = threading.Thread(target=loss.backward)  # a meter belongs to the thread that entered it
     thread.start()
     thread.join()
     assert x.grad is not None
@@ -137,8 +137,9 @@ def test_checkpointing_lowers_the_peak_by_what_it_recomputes(meter):
 def run_network(strategy: str, device: str = "cpu") -> None:
     """A forward and backward pass in chunks, with a gradient penalty on top (a second derivative)."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)).to(device)
-    judge = nn.Sequential(nn.Linear(4, 32), nn.Softplus(), nn.Linear(32, 1)).to(device)
+    wide = (nn.Linear(16, 64, device=device), nn.Linear(64, 64, device=device), nn.Linear(64, 4, device=device))
+    network = nn.Sequential(wide[0], nn.Tanh(), wide[1], nn.Tanh(), wide[2])
+    judge = nn.Sequential(nn.Linear(4, 32, device=device), nn.Softplus(), nn.Linear(32, 1, device=device))
     inputs = torch.randn(4, 64, 16, device=device)
     shared = torch.randn(4, 1, 16, device=device, requires_grad=True)
 
@@ -178,11 +179,11 @@ def test_only_the_wanted_kind_of_device_counts():
 def test_the_peak_is_that_of_cudas_own_count(strategy):
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    run_network(strategy, "cuda")  # workspaces are allocated at first use and stay
+    run_network(strategy, "cuda")  # library workspaces are allocated at first use and stay
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with LiveTensorMeter(device_type="cuda") as meter:
-        run_network(strategy, "cuda")
+        run_network(strategy, "cuda")  # CUDA's backward pass runs in a thread of the autograd engine
     measured = torch.cuda.max_memory_allocated() - before
     assert meter.peak <= measured <= 1.1 * meter.peak + 2**16  # CUDA rounds every tensor up to 512 bytes

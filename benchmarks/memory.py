@@ -1,0 +1,502 @@
+"""What memory costs and what saves it: `python -m benchmarks.memory` writes its section of RESULTS.md and a curve.
+
+One table: the peak of live tensors and the time of a training step, for the plain loop as GRAF published it and for
+each measure alone and together, at three patch sizes; predictions of the planner stand beside what was measured and
+alone, marked with *, where a step would not fit or would last minutes. Then predictions against measurements over many
+configurations, and budgets against what real steps used of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from benchmarks.results import RESULTS, format_table, hardware, write_section
+from graf import assembly
+from graf.config import CONFIG_FOLDER, Config, load_config
+from graf.data.views import ViewPool
+from graf.planner import (
+    MIB,
+    PhaseRecorder,
+    Plan,
+    Settings,
+    StepPlanner,
+    candidate_settings,
+    choose_settings,
+    configured_settings,
+    imagine_scene,
+)
+from graf.runtime.amp import Precision, choose_precision
+from graf.runtime.live_tensors import LiveTensorMeter
+from graf.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+CURVE = RESULTS.parent / "memory.png"
+#: steps that would hold more than this many MiB, or render more than this many rays, are only predicted
+LARGEST_MIB, LARGEST_RAYS = 9_000, 8_192
+#: GRAF as published, with R1 per image; CCSR and scores off
+PUBLISHED = ("training.fid_every=0", "training.chunk=auto", "data.imsize=256")
+SMALL = ("nerf.netwidth=64", "nerf.netdepth=4", "nerf.N_samples=16", "training.fid_every=0")
+#: predicted against measured: name -> keys on top of smoke.yaml and SMALL
+CONFIGS = {
+    "dense": (),
+    "dense, 8 chunks": ("training.chunk=64",),
+    "checkpoint": ("training.memory_strategy=checkpoint", "training.chunk=64"),
+    "deferred": ("training.memory_strategy=deferred", "training.chunk=64"),
+    "no R1": ("training.reg_type=none", "training.batch_size=8"),
+    "WGAN-GP": ("training.gan_type=wgan", "training.reg_type=wgangp"),
+    "6 images in parts of 1": ("training.micro_batch_size=1", "training.batch_size=6"),
+    "parts of 3, checkpoint": (
+        "training.memory_strategy=checkpoint",
+        "training.chunk=50",
+        "training.micro_batch_size=3",
+        "training.batch_size=8",
+    ),
+    "importance samples, parts of 2": (
+        "training.micro_batch_size=2",
+        "training.batch_size=6",
+        "nerf.N_importance=8",
+        "training.memory_strategy=checkpoint",
+        "training.chunk=100",
+    ),
+    "CCSR": ("ccsr.enabled=true",),
+    "CCSR, parts of 2, deferred": (
+        "ccsr.enabled=true",
+        "training.micro_batch_size=2",
+        "training.batch_size=6",
+        "training.memory_strategy=deferred",
+        "training.chunk=64",
+    ),
+    "CCSR with RRDB and supervision, shared fakes": (
+        "ccsr.enabled=true",
+        "ccsr.trunk=rrdb",
+        "ccsr.blocks=2",
+        "ccsr.features=16",
+        "ccsr.supervise_generator=1",
+        "training.share_fakes=true",
+        "training.batch_size=4",
+        "training.memory_strategy=checkpoint",
+        "training.chunk=128",
+    ),
+    "bfloat16": ("training.use_amp=true", "training.memory_strategy=checkpoint", "training.chunk=128"),
+    "Adam, spectral norm, class loss": (
+        "discriminator.spectral_norm=true",
+        "training.optimizer=adam",
+        "discriminator.class_loss=1",
+        "training.share_fakes=true",
+    ),
+}
+#: configurations whose budgets are tried, as keys on top of smoke.yaml and SMALL
+BUDGETED = {
+    "batch 8": ("training.batch_size=8",),
+    "batch 6, CCSR": ("training.batch_size=6", "ccsr.enabled=true"),
+    "batch 8, shared fakes, wide D": (
+        "training.batch_size=8",
+        "training.share_fakes=true",
+        "discriminator.ndf=32",
+        "training.optimizer=adam",
+    ),
+}
+NUM_BUDGETS = 6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The phases of a real step, its seconds, and the seconds of the same step without the meter."""
+
+    plan: Plan
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return self.plan.peak
+
+
+# ---------------------------------------------------------------------------------------------------- the program
+
+
+def measure_step(config: Config, settings: Settings, timed: bool = False) -> Measured:
+    """The peaks of a second real step with these settings; `timed`: the time of a third one, without the meter."""
+    scene, training = imagine_scene(config), config.training
+    gc.collect()
+    with LiveTensorMeter() as meter:
+        precision = Precision("cpu", torch.bfloat16 if training.use_amp else None)
+        labels = torch.tensor([(number, 0, 0) for number in range(len(scene.class_names))])
+        trainer = Trainer(
+            config,
+            assembly.build_generator(config, len(scene.class_names)),
+            assembly.build_discriminator(config, scene),
+            assembly.build_caster(config, scene),
+            ViewPool(labels, assembly.build_cameras(config, scene)),
+            precision,
+            CPU,
+            assembly.build_ccsr(config),
+        )
+        trainer.micro_batch_size = settings.micro_batch_size
+        trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
+        side, own_meter = config.photo_size, trainer.meter
+
+        def step() -> None:
+            trainer.progress.iteration = 0  # R1, CCSR and density noise all happen in iteration 0
+            images = torch.rand(training.batch_size, 3, side, side)
+            trainer.step(images, labels[torch.arange(training.batch_size) % len(labels)])
+
+        step()
+        recorder = PhaseRecorder(meter, trainer)
+        trainer.meter = recorder  # type: ignore[assignment]
+        meter.reset_peak()
+        step()
+        recorder.record("update", max(recorder.outside, meter.peak))
+        trainer.meter = own_meter
+    seconds = _time(step) if timed else math.nan
+    return Measured(Plan(settings, recorder.phases), seconds)
+
+
+def _time(step: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+# ---------------------------------------------------------------------------------------------------- the plain loop
+
+
+class PlainField(nn.Module):
+    """GRAF's network as published: latents and view directions are concatenated at every point."""
+
+    def __init__(self, depth: int = 8, width: int = 256, points: int = 63, views: int = 27, code: int = 128) -> None:
+        super().__init__()
+        self.points, self.views, self.skip = points, views, depth // 2
+        sizes = [points + code] + [width + points + code if i == self.skip else width for i in range(depth - 1)]
+        self.layers = nn.ModuleList(nn.Linear(size, width) for size in sizes)
+        self.alpha, self.feature = nn.Linear(width, 1), nn.Linear(width, width)
+        self.view, self.rgb = nn.Linear(width + views + code, width // 2), nn.Linear(width // 2, 3)
+
+    def forward(self, points: Tensor, views: Tensor, shape: Tensor, appearance: Tensor) -> Tensor:
+        """(P, 63), (P, 27), (P, 128), (P, 128) -> rgb and density (P, 4)."""
+        inputs = hidden = torch.cat([points, shape], -1)
+        for index, layer in enumerate(self.layers):
+            hidden = functional.relu(layer(hidden))
+            if index == self.skip:
+                hidden = torch.cat([inputs, hidden], -1)
+        density = self.alpha(hidden)
+        hidden = functional.relu(self.view(torch.cat([self.feature(hidden), views, appearance], -1)))
+        return torch.cat([self.rgb(hidden), density], -1)
+
+
+class PlainLoop:
+    """One step of GRAF's published training loop, written as published.
+
+    Dense, float32, concatenated codes, a render of their own for D's fakes, R1 every step, gradients kept and zeroed,
+    nothing released before the step ends. D is this project's. `measures`: "set_to_none" and "released" change one
+    each.
+    """
+
+    def __init__(self, config: Config, measures: Sequence[str] = ()) -> None:
+        scene = imagine_scene(config)
+        nerf, self.measures = config.nerf, frozenset(measures)
+        self.config, self.batch, self.size = config, config.training.batch_size, config.ray_sampler.patch_size
+        self.octaves, self.samples = (nerf.multires, nerf.multires_views), nerf.N_samples
+        points, views = (3 * (1 + 2 * octaves) for octaves in self.octaves)
+        self.code = config.z_dist.dim // 2
+        self.field = PlainField(nerf.netdepth, nerf.netwidth, points, views, self.code)
+        self.average = PlainField(nerf.netdepth, nerf.netwidth, points, views, self.code).requires_grad_(False)
+        self.discriminator = assembly.build_discriminator(config, scene)
+        self.optimizer_g = torch.optim.RMSprop(self.field.parameters(), lr=5e-4)
+        self.optimizer_d = torch.optim.RMSprop(self.discriminator.parameters(), lr=1e-4)
+        self.kept: list[Tensor] = []  # what local variables of the published loop keep alive until the step ends
+
+    def step(self) -> None:
+        """One update of D, G and the average."""
+        to_none = "set_to_none" in self.measures
+        self.optimizer_d.zero_grad(set_to_none=to_none)
+        real = torch.rand(self.batch, 3, self.size, self.size).requires_grad_()
+        real_logits = self._discriminate(real)
+        functional.softplus(-real_logits).mean().backward(retain_graph=True)
+        (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+        penalty = gradient.square().flatten(1).sum(1).mean()
+        (10 / self.size**2 * penalty).backward()
+        with torch.no_grad():
+            fake = self.render()
+        fake_logits = self._discriminate(fake.requires_grad_())
+        functional.softplus(fake_logits).mean().backward()
+        self.optimizer_d.step()
+        if "released" not in self.measures:
+            self.kept += [real_logits, gradient, penalty, fake_logits]
+        del real_logits, gradient, penalty, fake, fake_logits, real
+
+        self.discriminator.requires_grad_(False)
+        self.optimizer_g.zero_grad(set_to_none=to_none)
+        fake = self.render()
+        logits = self._discriminate(fake)
+        functional.softplus(-logits).mean().backward()
+        self.optimizer_g.step()
+        self.discriminator.requires_grad_(True)
+        with torch.no_grad():
+            for mean, weight in zip(self.average.parameters(), self.field.parameters(), strict=True):
+                mean.copy_(0.999 * mean + 0.001 * weight)
+        self.kept = []
+
+    def render(self) -> Tensor:
+        """Patches (B, 3, K, K) of random codes: every activation of every point is kept."""
+        rays = self.size**2
+        z = torch.randn(self.batch, 2 * self.code)
+        directions = functional.normalize(torch.randn(self.batch, rays, 3), dim=-1)
+        t = 2.5 + 2 * (torch.arange(self.samples) + torch.rand(self.batch, rays, self.samples)) / self.samples
+        points = directions[:, :, None] * t[..., None]
+        flat = (self.batch * rays * self.samples, -1)
+        shape, appearance = (
+            part[:, None, None].expand(-1, rays, self.samples, -1).reshape(flat) for part in z.chunk(2, dim=1)
+        )
+        views = directions[:, :, None].expand_as(points)
+        encoded = [
+            self._encode(part.reshape(flat), octaves)
+            for part, octaves in zip((points, views), self.octaves, strict=True)
+        ]
+        raw = self.field(*encoded, shape, appearance).view(self.batch, rays, self.samples, 4)
+        density = functional.relu(raw[..., 3] + torch.randn_like(raw[..., 3]))
+        length = torch.cat([t[..., 1:] - t[..., :-1], torch.full_like(t[..., :1], 1e10)], -1)
+        alpha = 1 - torch.exp(-density * length)
+        passed = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha + 1e-10], -1), -1)[..., :-1]
+        weights = alpha * passed
+        rgb = (weights[..., None] * torch.sigmoid(raw[..., :3])).sum(-2) + (1 - weights.sum(-1, keepdim=True))
+        return (2 * rgb - 1).transpose(1, 2).reshape(self.batch, 3, self.size, self.size)
+
+    @staticmethod
+    def _encode(x: Tensor, octaves: int) -> Tensor:
+        parts = [x]
+        for octave in range(octaves):
+            parts += [torch.sin(2**octave * x), torch.cos(2**octave * x)]
+        return torch.cat(parts, -1)
+
+    def _discriminate(self, patches: Tensor) -> Tensor:
+        from graf.geometry.rays import Patches
+        from graf.models.discriminator import PatchCondition
+
+        count = len(patches)
+        nothing = torch.zeros(count)
+        condition = PatchCondition(nothing.long(), nothing, nothing, Patches.whole(count))
+        logits, _ = self.discriminator(patches, condition)
+        return logits
+
+
+def measure_plain(config: Config, measures: Sequence[str] = (), fake: bool = False) -> tuple[int, float]:
+    """Peak bytes of the second step of the plain loop, and the seconds of a third one without the meter (not if
+    fake)."""
+    gc.collect()
+    if fake:
+        with FakeTensorMode(), LiveTensorMeter() as meter:
+            return _plain_peak(PlainLoop(config, measures), meter), math.nan
+    with LiveTensorMeter() as meter:
+        loop = PlainLoop(config, measures)
+        peak = _plain_peak(loop, meter)
+    return peak, _time(loop.step)
+
+
+def _plain_peak(loop: PlainLoop, meter: LiveTensorMeter) -> int:
+    loop.step()
+    meter.reset_peak()
+    loop.step()
+    return meter.peak
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def published(patch: int, *overrides: str) -> Config:
+    """GRAF's published setting with patches of another size."""
+    path = CONFIG_FOLDER / "carla.yaml"
+    return load_config(path, [*PUBLISHED, f"ray_sampler.N_samples={patch * patch}", *overrides])
+
+
+def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> list[list[str]]:
+    """Rows of the table of measures: peak measured, predicted, share of the plain loop's, step time."""
+    rows = []
+    for patch in patches:
+        config = published(patch, *overrides)
+        batch = config.training.batch_size
+        amp = published(patch, "training.use_amp=true", *overrides)
+        has_amp = choose_precision(True, "bfloat16", CPU).dtype is not None
+        plain: tuple[int, float] | None = None
+        for measures in ((), ("set_to_none",), ("released",), ("set_to_none", "released")):
+            name = "plain loop" + "".join(f" + {measure}" for measure in measures)
+            predicted, _ = measure_plain(config, measures, fake=True)
+            measured = measure_plain(config, measures) if _runs(config, predicted) else None
+            plain = (predicted, math.nan if measured is None else measured[1]) if plain is None else plain
+            rows.append(_measure_row(patch, name, predicted, measured, plain))
+        assert plain is not None
+        cases = {
+            "this program: codes and views not concatenated": (config, Settings(batch, "dense", 4096)),
+            "+ bfloat16": (amp, Settings(batch, "dense", 4096)),
+            "+ checkpoint, chunks of 1,024": (config, Settings(batch, "checkpoint", 1024)),
+            "+ deferred, chunks of 1,024": (config, Settings(batch, "deferred", 1024)),
+            "+ parts of 1 image": (config, Settings(1, "dense", 4096)),
+            "all: bfloat16, checkpoint, chunks of 512, parts of 1": (amp, Settings(1, "checkpoint", 512)),
+        }
+        for name, (case, settings) in cases.items():
+            predicted = StepPlanner(case).predict(settings, between=False).peak
+            runs = _runs(case, predicted) and (has_amp or not case.training.use_amp)
+            step = measure_step(case, settings, timed=True) if runs else None
+            rows.append(
+                _measure_row(patch, name, predicted, None if step is None else (step.peak, step.seconds), plain)
+            )
+    return rows
+
+
+def _runs(config: Config, peak: int) -> bool:
+    rays = config.training.batch_size * config.ray_sampler.N_samples
+    return peak <= LARGEST_MIB * MIB and rays <= LARGEST_RAYS
+
+
+def _measure_row(
+    patch: int, name: str, predicted: int, measured: tuple[int, float] | None, plain: tuple[int, float]
+) -> list[str]:
+    peak, seconds = (math.nan, math.nan) if measured is None else measured
+    return [
+        f"{patch} x {patch}",
+        name,
+        "-" if measured is None else f"{peak / MIB:,.0f}",
+        f"{predicted / MIB:,.0f}" + ("*" if measured is None else ""),
+        f"{predicted / plain[0]:.1%}",
+        "-" if math.isnan(seconds) else f"{seconds:.2f}",
+        "-" if math.isnan(seconds / plain[1]) else f"{seconds / plain[1]:.2f}",
+    ]
+
+
+def compare_predictions(names: Sequence[str]) -> list[list[str]]:
+    """Rows of predicted and measured peaks."""
+    rows = []
+    for name in names:
+        config = load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, *CONFIGS[name]])
+        settings = configured_settings(config)
+        predicted = StepPlanner(config).predict(settings, between=False).peak
+        measured = measure_step(config, settings).peak
+        rows.append([name, f"{predicted / MIB:.2f}", f"{measured / MIB:.2f}", f"{predicted / measured - 1:+.2%}"])
+    return rows
+
+
+@dataclass(frozen=True)
+class BudgetTrial:
+    """One budget, what was chosen for it and what a real step used of it, bytes."""
+
+    name: str
+    budget: int
+    chosen: Settings
+    used: int
+    larger_exists: bool
+
+
+def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = ()) -> list[BudgetTrial]:
+    """`count` budgets between the smallest and the largest need of a configuration, each tried in a real step."""
+    config = load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, *BUDGETED[name], *overrides])
+    planner, batch = StepPlanner(config), config.training.batch_size
+    smallest = min(settings.chunk for settings in candidate_settings(config))
+    low = planner.predict(Settings(1, "checkpoint", smallest)).peak
+    high = planner.predict(Settings(batch, "dense", 4096)).peak
+    trials = []
+    for index in range(count):
+        budget = round(1.02 * low * (high / low) ** (index / max(count - 1, 1)))
+        chosen = choose_settings(planner, budget, "cpu").settings
+        larger = chosen.micro_batch_size < batch
+        trials.append(BudgetTrial(name, budget, chosen, measure_step(config, chosen).peak, larger))
+    return trials
+
+
+def curve(patches: Sequence[int], overrides: Sequence[str] = ()) -> dict[str, list[tuple[int, float]]]:
+    """Predicted peak, MiB, against rays per step, per strategy (chunks of 1,024) and for the plain loop."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for patch in patches:
+        config = published(patch, *overrides)
+        rays, planner = config.training.batch_size * patch * patch, StepPlanner(config)
+        peaks = {"plain loop": measure_plain(config, fake=True)[0]}
+        for strategy in ("dense", "checkpoint", "deferred"):
+            settings = Settings(config.training.batch_size, strategy, 1024)
+            peaks[strategy] = planner.predict(settings, between=False).phases["g"].peak
+        for name, peak in peaks.items():
+            lines.setdefault(name, []).append((rays, peak / MIB))
+    return lines
+
+
+def draw_curve(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """A plot with logarithmic axes."""
+    width, height, left, bottom = 720, 440, 80, 50
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    points = [point for line in lines.values() for point in line]
+    spans = [
+        (math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))))
+        for values in zip(*points, strict=True)
+    ]
+
+    def place(rays: float, peak: float) -> tuple[float, float]:
+        x, y = (
+            (math.log10(value) - low) / max(high - low, 1)
+            for value, (low, high) in zip((rays, peak), spans, strict=True)
+        )
+        return left + x * (width - left - 150), height - bottom - y * (height - bottom - 30)
+
+    for axis, (low, high) in enumerate(spans):
+        for power in range(low, high + 1):
+            start = place(10**power, 10 ** spans[1][0]) if axis == 0 else place(10 ** spans[0][0], 10**power)
+            end = place(10**power, 10 ** spans[1][1]) if axis == 0 else place(10 ** spans[0][1], 10**power)
+            draw.line([start, end], fill="#dddddd")
+            offset = (-15, 6) if axis == 0 else (-60, -6)
+            draw.text((start[0] + offset[0], start[1] + offset[1]), f"{10**power:,}", fill="black")
+    colours = ("#444444", "#c0392b", "#2471a3", "#1e8449", "#8e44ad")
+    for index, (name, line) in enumerate(lines.items()):
+        places, colour = [place(*point) for point in line], colours[index % len(colours)]
+        draw.line(places, fill=colour, width=2)
+        for x, y in places:
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+        draw.text((width - 135, 40 + 18 * index), name, fill=colour)
+    draw.text((left, 8), "peak of live tensors in the generator's step, MiB", fill="black")
+    draw.text((width // 2 - 60, height - 20), "rays per step", fill="black")
+    image.save(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write the section and the curve."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small networks and few configurations: a minute")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file whose section is replaced")
+    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    shrunk: tuple[str, ...] = ()
+    patches: tuple[int, ...] = (32, 64, 256)
+    names, budgets, count = list(CONFIGS), list(BUDGETED), NUM_BUDGETS
+    if options.quick:
+        shrunk = ("nerf.netwidth=32", "nerf.netdepth=4", "nerf.N_samples=8", "training.batch_size=2")
+        patches, names, budgets, count = (16,), ["dense"], ["batch 8"], 1
+    text: list[Any] = [f"{hardware()}. Peaks are of live tensors, MiB; * is predicted, not measured.", ""]
+    header = ["patch", "what", "measured", "predicted", "of plain", "s per step", "x plain"]
+    text += [format_table(header, measure_measures(patches, shrunk)), ""]
+    path = options.results.with_name(CURVE.name)
+    draw_curve(curve((16, 32) if options.quick else (16, 32, 64, 128, 256), shrunk), path)
+    text += [f"![peak against rays]({path.name})", "", "Predicted against measured, small networks:", ""]
+    text += [format_table(["configuration", "predicted", "measured", "difference"], compare_predictions(names)), ""]
+    narrow = ("training.memory_strategy=checkpoint", "training.chunk=128") if options.quick else ()
+    trials = [trial for name in budgets for trial in try_budgets(name, count, narrow)]
+    rows = [
+        [t.name, f"{t.budget / MIB:.2f}", str(t.chosen), f"{t.used / MIB:.2f}", f"{t.used / t.budget:.0%}"]
+        for t in trials
+    ]
+    text += ["Budgets in real steps:", "", format_table(["configuration", "budget", "chosen", "used", "share"], rows)]
+    command = "python -m benchmarks.memory" + (" --quick" if options.quick else "")
+    write_section("Memory", command, "\n".join(text), options.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Counts the bytes of all live tensors, real or fake, so that a peak can be measured or predicted.
+
+A storage counts once, however many views share it, from the operation that made it until nothing refers to it. What is
+not a tensor is not seen: a library's workspaces, a device's context, the gaps that an allocator leaves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class LiveTensorMeter(TorchDispatchMode):
+    """Follows every storage that operations create inside, in backward passes and their threads too.
+
+    >>> with LiveTensorMeter() as meter:
+    ...     loss = network(images).sum()
+    ...     loss.backward()
+    >>> meter.peak  # bytes
+
+    device_type: count the tensors of one kind of device only ("cuda"); None counts all. Under FakeTensorMode enter it
+    after that mode. While it is active autograd adds gradients out of place, as for every dispatch mode, so a run that
+    is not measured may need slightly less. Needs torch 2.1, whose storages keep their Python object.
+    """
+
+    def __init__(self, device_type: str | None = None) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.current = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        self.peak = self.current
+
+    def track(self, *owners: nn.Module | torch.optim.Optimizer | Tensor) -> None:
+        """Count what existed before: tensors, modules with their gradients, optimisers with their states."""
+        for owner in owners:
+            for tensor in tensors_of(owner):
+                self._see(tensor)
+
+    def expect(self, more: int) -> None:
+        """Take note of a peak of `more` bytes above what is alive now, which somebody else has measured."""
+        self.peak = max(self.peak, self.current + more)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if isinstance(outputs, Tensor):
+            self._see(outputs)
+        elif isinstance(outputs, (tuple, list)):
+            for output in outputs:
+                if isinstance(output, Tensor):
+                    self._see(output)
+                elif isinstance(output, (tuple, list)):
+                    for tensor in output:
+                        self._see(tensor)
+        elif outputs is None and args and isinstance(args[0], (tuple, list)):  # _foreach_add_(tensors, ...)
+            for tensor in args[0]:
+                self._see(tensor)
+        return outputs
+
+    def _see(self, tensor: Tensor) -> None:
+        if self.device_type is not None and tensor.device.type != self.device_type:
+            return
+        if tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._sizes.get(key)
+        if known is None:
+            weakref.finalize(storage, self._forget, key).atexit = False  # type: ignore[misc]
+        self._sizes[key] = size
+        self.current += size - (known or 0)
+        self.peak = max(self.peak, self.current)
+
+    def _forget(self, key: int) -> None:
+        self.current -= self._sizes.pop(key, 0)
+
+
+def tensors_of(owner: nn.Module | torch.optim.Optimizer | Tensor) -> Iterator[Tensor]:
+    """A tensor and its gradient; a module's parameters, their gradients and buffers; an optimiser's states."""
+    if isinstance(owner, nn.Module):
+        for tensor in (*owner.parameters(), *owner.buffers()):
+            yield from tensors_of(tensor)
+    elif isinstance(owner, torch.optim.Optimizer):
+        for state in owner.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+    else:
+        yield owner
+        if owner.is_leaf and owner.grad is not None:
+            yield owner.grad
+
+
+def count_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each storage once."""
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
