@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code is 0, or 1 after one line that says what is wrong and what to do."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        from graf.presentation import ACTIONS, open_presentation
+        from graf.program.presentation import ACTIONS, open_presentation
 
         presentation = open_presentation(options)
         chosen = [name for name in ACTIONS if getattr(options, name)] or ["grid", "rotation"]
         written = [path for name in chosen for path in ACTIONS[name](presentation)]
     except Exception as error:
-        from graf.failures import explain_failure
+        from graf.program.failures import explain_failure
 
         print(f"error: {explain_failure(error)}", file=sys.stderr)
         return 1

@@ -54,17 +54,17 @@ def train(options: argparse.Namespace, started: float) -> None:
 
     config = load_config(options.config, collect_overrides(options))
     if options.plan:
-        from graf.planner import print_plan
+        from graf.program.planner import print_plan
 
         print_plan(config)
         return
 
-    from graf import assembly, hooks
     from graf.data.loader import make_loader
     from graf.evaluation.extractor import choose_extractor
     from graf.evaluation.scoring import ScoringTask
     from graf.geometry.cameras import median_height
-    from graf.runs import choose_run_folder, describe_changes
+    from graf.program import assembly, hooks
+    from graf.program.runs import choose_run_folder, describe_changes
     from graf.runtime.amp import choose_precision
     from graf.runtime.checkpoint import read_checkpoint, restore
     from graf.runtime.device import configure_backends, describe_device, pick_device
@@ -117,7 +117,7 @@ def train(options: argparse.Namespace, started: float) -> None:
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
         logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
     if training.memory_budget is not None:
-        from graf.planner import apply_budget
+        from graf.program.planner import apply_budget
 
         apply_budget(config, trainer, scene, offline_features=extractor is not None and extractor.suffix != "")
     start = trainer.progress.iteration
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     except Exception as error:
-        from graf.failures import explain_failure
+        from graf.program.failures import explain_failure
 
         logging.getLogger("graf").debug("failed", exc_info=error)
         print(f"error: {explain_failure(error)}", file=sys.stderr)

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import eval as eval_program
 import train as train_program
 from benchmarks.results import format_table, hardware, write_section
-from graf import assembly
 from graf.data.datasets import DataSettings, open_dataset
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.rays import Patches
 from graf.models.ccsr import CCSR, BoxProjection, SuperResolved, ViewLatents, upsample
-from graf.presentation import Presentation, open_presentation
+from graf.program import assembly
+from graf.program.presentation import Presentation, open_presentation
 
 SCALE = 2
 COMMON = (

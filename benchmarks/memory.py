@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from benchmarks.results import RESULTS, format_table, hardware, write_section
-from graf import assembly
 from graf.config import CONFIG_FOLDER, Config, load_config
 from graf.data.views import ViewPool
-from graf.planner import (
+from graf.program import assembly
+from graf.program.planner import (
     MIB,
     PhaseRecorder,
     Plan,

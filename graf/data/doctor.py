@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from graf.assembly import build_cameras, build_pool, describe_scene, open_photographs
 from graf.config import Config, ConfigError, DataConfig, load_config
 from graf.data.datasets import DataError, PhotoDataset
 from graf.data.views import NUM_UNIFORMS
 from graf.geometry.cameras import Intrinsics, project_points
+from graf.program.assembly import build_cameras, build_pool, describe_scene, open_photographs
 
 RED, GREEN, BLUE, GREY, ORANGE = (225, 40, 40), (30, 160, 60), (40, 90, 230), (130, 130, 130), (240, 140, 20)
 AXIS_COLOURS = (RED, GREEN, BLUE)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graf import assembly
 from graf.config import Config, load_config
 from graf.data.datasets import PhotoDataset
 from graf.data.loader import make_loader
+from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.training.trainer import Trainer
 

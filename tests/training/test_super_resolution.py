@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from graf import assembly
 from graf.data.views import ViewPool
 from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches
 from graf.geometry.volume_rendering import RayColours
 from graf.models.generator import rays_to_image
 from graf.models.rrdb import RRDBTrunk
+from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.runtime.seeding import Draws

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from graf import assembly
 from graf.config import Config
 from graf.geometry.rays import crop_images
 from graf.models.discriminator import PatchCondition
 from graf.models.generator import rays_to_image
+from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.training import losses

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from benchmarks import memory as benchmark
-from graf import planner
 from graf.config import Config, ConfigError, load_config, parse_bytes
-from graf.planner import BudgetError, Settings, StepPlanner, choose_settings, configured_settings, predict_step
+from graf.program import planner
+from graf.program.planner import BudgetError, Settings, StepPlanner, choose_settings, configured_settings, predict_step
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
 
 def small(*overrides: str) -> Config:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from graf import assembly
-from graf.assembly import Scene
 from graf.config import Config, build_config
+from graf.program import assembly
+from graf.program.assembly import Scene
 
 SCENE = Scene(("car", "mug"), (0.2, 0.4), 30.0, True)
 SMALL = {

@@ -1,4 +1,4 @@
-"""Predicts the memory of a configuration and chooses the fastest settings that fit a budget. A composition root.
+"""Predicts the memory of a configuration and chooses the fastest settings that fit a budget.
 
 The real networks, optimisers and trainer run one real step on fake tensors, which have shapes and no data
 (torch's FakeTensorMode), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
@@ -24,8 +24,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import inception_v3
 
-from graf import assembly
-from graf.assembly import Scene
 from graf.config import Config, ConfigError, parse_bytes
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
@@ -36,6 +34,8 @@ from graf.geometry.rays import Rays
 from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling
 from graf.models.field import FieldCodes
 from graf.models.generator import Generator
+from graf.program import assembly
+from graf.program.assembly import Scene
 from graf.runtime.amp import Precision
 from graf.runtime.device import pick_device
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of

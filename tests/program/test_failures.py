@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from graf import assembly
-from graf.failures import explain_failure
 from graf.models.generator import Generator
+from graf.program import assembly
+from graf.program.failures import explain_failure
 from graf.runtime.checkpoint import read_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
 BARE = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[]")
 

@@ -1,4 +1,4 @@
-"""Config -> objects, for train.py and eval.py alike. A composition root, imported by nothing below it."""
+"""Config -> objects, for train.py and eval.py alike."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What eval.py can do with a checkpoint: grids, videos, scores.
 
-A composition root: it opens the run and calls graf.evaluation.
+It opens the run and calls graf.evaluation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from graf import assembly
 from graf.config import Config, ConfigError
 from graf.data.views import Cameras
 from graf.evaluation.extractor import choose_extractor
@@ -27,7 +26,8 @@ from graf.evaluation.render import Picture, save_png, write_video
 from graf.evaluation.sampler import Renders, Sampler
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import median_height, ring
-from graf.runs import RunFolder, newest_run
+from graf.program import assembly
+from graf.program.runs import RunFolder, newest_run
 from graf.runtime.amp import choose_precision
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device

@@ -1,6 +1,6 @@
 """What happens between training steps: logging, sample grids, scores, checkpoints, stopping.
 
-A composition root: train.py injects these.
+train.py injects these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graf.evaluation.render import save_png
 from graf.evaluation.rings import ConsistencyTask
 from graf.evaluation.sampler import Sampler
 from graf.evaluation.scoring import ScoringTask
-from graf.runs import BEST_CHECKPOINT, RunFolder
+from graf.program.runs import BEST_CHECKPOINT, RunFolder
 from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger

@@ -1,6 +1,6 @@
 """Where a run keeps its files, and how the newest run and checkpoint are found.
 
-A composition root: it knows no network and no image.
+It knows no network and no image.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graf.config import Config, ConfigError
-from graf.runs import RunFolder, choose_run_folder, describe_changes, newest_run
+from graf.program.runs import RunFolder, choose_run_folder, describe_changes, newest_run
 from graf.runtime.checkpoint import CheckpointError
 
 

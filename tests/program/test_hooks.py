@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from graf import hooks
-from graf.runs import RunFolder
+from graf.program import hooks
+from graf.program.runs import RunFolder
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog
 from graf.runtime.memory import CacheRelease
