@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         presentation = open_presentation(options)
         chosen = [name for name in ACTIONS if getattr(options, name)] or ["grid", "rotation"]
         written = [path for name in chosen for path in ACTIONS[name](presentation)]
+    except KeyboardInterrupt:
+        print("error: interrupted; what was written before stays", file=sys.stderr)
+        return 130
     except Exception as error:
         from graf.program.failures import explain_failure
 

@@ -64,7 +64,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     from graf.evaluation.scoring import ScoringTask
     from graf.geometry.cameras import median_height
     from graf.program import assembly, hooks
-    from graf.program.runs import choose_run_folder, describe_changes
+    from graf.program.runs import choose_run_folder, describe_changes, write_atomically
     from graf.runtime.amp import choose_precision
     from graf.runtime.checkpoint import read_checkpoint, restore
     from graf.runtime.device import configure_backends, describe_device, pick_device
@@ -128,8 +128,7 @@ def train(options: argparse.Namespace, started: float) -> None:
             start,
         )
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config_file.write_text(config.to_yaml())
+    write_atomically(folder.config_file, config.to_yaml())
     loader = make_loader(
         photographs,
         training.batch_size,

@@ -221,6 +221,7 @@ class DiscriminatorConfig(Section):
     spectral_norm: bool = Field(False, description="spectral normalisation of every weight")
     hflip: bool = Field(False, description="mirror real images at random; contradicts labelled poses")
     azimuth_harmonics: int = Field(6, ge=1, le=32, description="Fourier features of the azimuth")
+    condition_maps: int = Field(0, ge=0, description="input channels made from the label, besides projection; 0: none")
     class_loss: float = Field(0.0, ge=0, description="weight of the auxiliary label classification; 0: no head")
     augment: AugmentConfig = AugmentConfig()
 
@@ -438,7 +439,15 @@ def _contradictions(config: Config) -> list[str]:
         )
     if rays.min_scale > rays.max_scale:
         problems.append(f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}")
+    if config.discriminator.class_loss and config.discriminator.condition_maps:
+        problems.append(
+            "discriminator.condition_maps: would tell the class head the class; with class_loss > 0 set it to 0"
+        )
     problems += _ccsr_contradictions(config.ccsr)
+    if config.ccsr.enabled and training.reg_type == "wgangp":
+        problems.append(
+            "training.reg_type=wgangp: does not cover super-resolved crops; with ccsr.enabled use reg_type=real"
+        )
     if training.reg_type == "wgangp" and training.gan_type != "wgan":
         problems.append("training.reg_type=wgangp: needs training.gan_type=wgan; try reg_type=real")
     if config.discriminator.hflip and data.type != "image_folder":

@@ -168,13 +168,22 @@ class KernelProjection(nn.Module):
 
     def down(self, images: Tensor) -> Tensor:
         """H: (B, C, s h, s w) -> (B, C, h, w)."""
-        vertical, horizontal = (self.matrices(size)[0].to(images) for size in images.shape[-2:])
-        return vertical @ images @ horizontal.t()
+        return self._apply(0, images)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """The image nearest to `images` whose `down` equals `target`."""
-        vertical, horizontal = (self.matrices(size)[1].to(images) for size in images.shape[-2:])
-        return images + vertical @ (target - self.down(images)) @ horizontal.t()
+        return images + self._apply(1, target - self.down(images), self.scale)
+
+    def _apply(self, which: int, images: Tensor, factor: int = 1) -> Tensor:
+        """D or P on both axes of images, whose sides are `factor` times smaller than the fine ones.
+
+        In float64 where the device has it: CUDA may round float32 products to ten bits (TF32).
+        """
+        exact = torch.float64 if images.device.type != "mps" else images.dtype
+        vertical, horizontal = (
+            self.matrices(size * factor)[which].to(images.device, exact) for size in images.shape[-2:]
+        )
+        return (vertical @ images.to(exact) @ horizontal.t()).to(images.dtype)
 
 
 @dataclass(frozen=True)

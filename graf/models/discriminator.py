@@ -3,8 +3,8 @@
 A convolutional network halves the patch down to 4 x 4 and on to one feature vector h. The decision is
 psi(h) + <e(condition), h> / sqrt(dim h): conditioning by projection (Miyato & Koyama, ICLR 2018). The condition is the
 class and, where poses are known, azimuth and height as Fourier features, and always the patch's scale and centre
-(GRAF, Schwarz et al. 2020, uses scale and place only through the sampling). An auxiliary head can classify the label
-(see MCE_Loss).
+(GRAF, Schwarz et al. 2020, uses scale and place only through the sampling). It may enter as constant input channels
+too. An auxiliary head can classify the label (see MCE_Loss).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class DiscriminatorShape:
     size: patch side, a power of two from 16 to 256; ndf: channels after the first layer, doubled up to max_channels.
     norm: "none" | "instance"; spectral: spectral normalisation of every weight matrix.
     condition_pose: condition on azimuth and height (poses known); azimuth_harmonics: Fourier features of the azimuth.
-    label_groups: sizes of the groups of the auxiliary class head, () for none.
+    condition_maps: constant input channels made from the condition, so that every layer can look for what it expects;
+    they would tell an auxiliary class head the answer. label_groups: sizes of the groups of that head, () for none.
     """
 
     size: int = 32
@@ -42,6 +43,7 @@ class DiscriminatorShape:
     num_classes: int = 1
     condition_pose: bool = True
     azimuth_harmonics: int = 6
+    condition_maps: int = 0
     label_groups: Sequence[int] = ()
 
 
@@ -84,11 +86,15 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if shape.size not in PATCH_SIZES:
             raise ValueError(f"patch size {shape.size}: the discriminator takes one of {PATCH_SIZES}")
+        if shape.condition_maps and shape.label_groups:
+            raise ValueError("condition_maps would tell the label head the label: use one or the other")
         self.shape = shape
         stages = int(math.log2(shape.size)) - 2
         channels = [min(shape.ndf * 2**stage, shape.max_channels) for stage in range(stages)]
         layers: list[nn.Module] = []
-        for stage, (inside, outside) in enumerate(zip([3, *channels[:-1]], channels, strict=True)):
+        for stage, (inside, outside) in enumerate(
+            zip([3 + shape.condition_maps, *channels[:-1]], channels, strict=True)
+        ):
             layers.append(nn.Conv2d(inside, outside, 4, stride=2, padding=1))
             if shape.norm == "instance" and stage > 0:
                 layers.append(nn.InstanceNorm2d(outside))
@@ -98,9 +104,9 @@ class PatchDiscriminator(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.decision = nn.Linear(features, 1)
         self.class_embedding = nn.Embedding(shape.num_classes, 32)
-        self.condition = nn.Sequential(
-            nn.Linear(32 + self._num_place_features(), 128), nn.LeakyReLU(0.2), nn.Linear(128, features)
-        )
+        described = 32 + self._num_place_features()
+        self.condition = nn.Sequential(nn.Linear(described, 128), nn.LeakyReLU(0.2), nn.Linear(128, features))
+        self.maps = nn.Linear(described, shape.condition_maps) if shape.condition_maps else None
         self.label_head = nn.Linear(features, sum(shape.label_groups)) if shape.label_groups else None
         if shape.spectral:
             for module in self.modules():
@@ -112,10 +118,15 @@ class PatchDiscriminator(nn.Module):
 
         patches: (B, 3, size, size) in [-1, 1].
         """
+        with float32_region(patches.device.type):
+            described = self._describe(condition)
+            if self.maps is not None:
+                maps = self.maps(described)[:, :, None, None].expand(-1, -1, *patches.shape[2:])
+                patches = torch.cat([patches, maps.to(patches.dtype)], dim=1)
         features = self.trunk(patches)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         with float32_region(patches.device.type):
-            embedding = self.condition(self._describe(condition))
+            embedding = self.condition(described)
             logits = self.decision(features)[:, 0] + (embedding * features).sum(-1) / math.sqrt(features.shape[1])
             return logits, None if self.label_head is None else self.label_head(features)
 

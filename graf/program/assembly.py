@@ -201,6 +201,7 @@ def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
         num_classes=len(scene.class_names),
         condition_pose=scene.poses_known,
         azimuth_harmonics=discriminator.azimuth_harmonics,
+        condition_maps=discriminator.condition_maps,
         label_groups=groups,
     )
     with _seeded_weights(config.seed, "discriminator"):

@@ -65,7 +65,7 @@ class LogHook:
         scalars["seconds_release_cache"] = self.caches.take_seconds()
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
-        self.log.progress(progress.iteration, shown | {"MiB": next(iter(memory.values()))})
+        self.log.progress(progress.iteration, shown | {"MiB": next(iter(memory.values()), float("nan"))})
 
 
 @dataclass

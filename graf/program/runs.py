@@ -5,6 +5,7 @@ It knows no network and no image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,26 @@ def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | No
             number += 1
         return RunFolder(folder), None
     if resume == "auto":
-        return RunFolder(folder), newest_checkpoint(folder / "checkpoints")
+        return RunFolder(folder), _last_written(folder / "checkpoints")
     if not Path(resume).is_file():
         raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
     return RunFolder(folder), Path(resume)
+
+
+def _last_written(folder: Path) -> Path | None:
+    """The checkpoint that was written last, whether timed, backup or best: each holds the whole state."""
+    return max(folder.glob("*.pt"), key=lambda file: (file.stat().st_mtime_ns, file.name), default=None)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole: a full disk or a kill leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.saving")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -111,11 +111,13 @@ class Game:
 
     # ------------------------------------------------------------------------------------------------ discriminator
 
-    def discriminator_terms(self, reals: RealInputs, fakes: FakeInputs, render: Tensor, batch_size: int) -> Terms:
-        """D's loss on real and generated patches, at low resolution and, with CCSR, on high-resolution crops."""
+    def discriminator_terms(
+        self, reals: RealInputs, fakes: FakeInputs, render: Tensor, batch_size: int, sharpen: bool = False
+    ) -> Terms:
+        """D's loss on real and generated patches; with `sharpen` also on high-resolution crops."""
         real, fake = self.real_patches(reals), (render.detach(), fakes.condition)
         terms = self._decide(real, reals, fake, fakes.augment_d, batch_size)
-        if self.ccsr is not None:
+        if sharpen:
             with torch.no_grad():
                 image, _ = self.super_resolve(render.detach(), fakes.views, fakes.patches)
             crops = self._crop_super_resolved(image, fakes)
@@ -142,10 +144,12 @@ class Game:
             terms["loss_d_class"] = self._class_loss(label_logits, reals.views).sum() / batch_size
         return terms
 
-    def penalty_terms(self, reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler) -> Terms:
+    def penalty_terms(
+        self, reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler, sharpen: bool = False
+    ) -> Terms:
         """The gradient penalty on D (R1 or WGAN-GP) at its augmented input; R1 also on high-resolution crops."""
         penalty = self._penalise(self.real_patches(reals), reals, render.detach(), scaler)
-        if self.ccsr is not None and self.rules.reg_type == "real":
+        if sharpen:
             penalty = penalty + self._penalise(self.real_crops(reals), reals, render.detach(), scaler)
         return {"penalty": penalty.sum() / batch_size}
 
@@ -174,7 +178,7 @@ class Game:
 
     # ------------------------------------------------------------------------------------------------ generator
 
-    def generator_terms(self, fakes: FakeInputs, render: Tensor, batch_size: int) -> Terms:
+    def generator_terms(self, fakes: FakeInputs, render: Tensor, batch_size: int, sharpen: bool = False) -> Terms:
         """G's loss; D must be frozen. With supervision, also the distance of a finer render to the sharpened one."""
         patches = augment_patches(render, self.rules.augmentation, fakes.augment_g)
         with self.precision.autocast():
@@ -182,7 +186,7 @@ class Game:
         terms = {"loss_g": losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size}
         if label_logits is not None:
             terms["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
-        if self.ccsr is not None and self.rules.super_resolution.supervision:
+        if sharpen and self.rules.super_resolution.supervision:
             terms["loss_g_supervision"] = self._supervision(fakes, render.detach()).sum() / batch_size
         return terms
 
@@ -196,8 +200,15 @@ class Game:
 
     # ------------------------------------------------------------------------------------------------ super-resolution
 
-    def super_resolution_terms(self, fakes: FakeInputs, render: RenderedPatches, batch_size: int) -> Terms:
-        """CCSR's terms on detached renders; D must be frozen.
+    def render_neighbours(self, fakes: FakeInputs) -> RenderedPatches:
+        """The same objects and patches from the neighbouring views of the agreement term, without a graph."""
+        with torch.no_grad():
+            return self.render_patches(fakes, self._neighbours(fakes))
+
+    def super_resolution_terms(
+        self, fakes: FakeInputs, render: RenderedPatches, batch_size: int, neighbours: RenderedPatches | None = None
+    ) -> Terms:
+        """CCSR's terms on detached renders and, for the agreement, those of `neighbours`; D must be frozen.
 
         The consistency term is taken on the free output: after the projection it is zero and teaches nothing.
         """
@@ -214,20 +225,23 @@ class Game:
                     augment_patches(crops, self.rules.augmentation, fakes.augment_sr), condition
                 )
             terms["loss_sr"] = losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size
-        if rules.agreement:
-            terms["loss_sr_agreement"] = self._agreement(fakes, render, image).sum() / batch_size
+        if rules.agreement and neighbours is not None:
+            terms["loss_sr_agreement"] = self._agreement(fakes, render, image, neighbours).sum() / batch_size
         if self.perceptual is not None:
             terms["loss_sr_perceptual"] = self.perceptual(image, render.rgb).sum() / batch_size
         return terms
 
-    def _agreement(self, fakes: FakeInputs, render: RenderedPatches, image: Tensor) -> Tensor:
+    def _neighbours(self, fakes: FakeInputs) -> Views:
+        return fakes.views.turn(self.rules.super_resolution.agreement_degrees * fakes.turn)
+
+    def _agreement(
+        self, fakes: FakeInputs, render: RenderedPatches, image: Tensor, neighbours: RenderedPatches
+    ) -> Tensor:
         """Mean |A - warp(B)| per image, where both of two neighbouring views see the same surface."""
-        neighbours = fakes.views.turn(self.rules.super_resolution.agreement_degrees * fakes.turn)
-        with torch.no_grad():
-            other = self.render_patches(fakes, neighbours)
-        other_image, _ = self.super_resolve(other.rgb, neighbours, fakes.patches)
+        views = self._neighbours(fakes)
+        other_image, _ = self.super_resolve(neighbours.rgb, views, fakes.patches)
         here = self._surface(image, render, fakes.views, fakes.patches)
-        there = self._surface(other_image, other, neighbours, fakes.patches)
+        there = self._surface(other_image, neighbours, views, fakes.patches)
         warped, mask = warp_between(here, there, self.caster.intrinsics)
         difference = ((image - warped).abs() * mask).sum((1, 2, 3))
         return difference / (3 * mask.sum((1, 2, 3))).clamp(min=1)

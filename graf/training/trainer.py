@@ -124,6 +124,7 @@ class Trainer:
         size = training.micro_batch_size
         self.micro_batch_size = training.batch_size if size == "auto" else size
         self.meter = PhaseMeter(device)
+        self._shared: RenderedPatches | None = None
         self.progress = Progress()
         self.stop_reason: str | None = None
 
@@ -177,22 +178,20 @@ class Trainer:
         self.discriminator.advance_spectral_norm()
 
         # With share_fakes one rendering serves both steps; in a split batch a part's graph cannot wait for the others.
-        shared = None
         if self.config.training.share_fakes and self.micro_batch_size >= len(images):
-            shared = self._in_phase("render", batch, self._render_shared)
-        statistics = self._in_phase("d", batch, partial(self._accumulate_discriminator, shared=shared))
+            self._shared = self._in_phase("render", batch, self._render_shared)
+        statistics = self._in_phase("d", batch, self._accumulate_discriminator)
         statistics = self._apply(self.d, statistics)
-        more, renders = self._in_phase("g", batch, partial(self._accumulate_generator, shared=shared))
+        more, renders = self._in_phase("g", batch, self._accumulate_generator)
         statistics |= self._apply(self.g, more)
-        del shared
-        if self.sr is not None and self._ccsr_is_due(iteration):
+        self._shared = None
+        if self.sr is not None and self.ccsr is not None and self.sr_average is not None and self._ccsr_is_due:
             more = self._in_phase("sr", batch, partial(self._accumulate_super_resolution, renders=renders))
             statistics |= self._apply(self.sr, more)
+            self.sr_average.update(self.ccsr)
         del renders
 
         self.average.update(self.generator)
-        if self.sr_average is not None and self.ccsr is not None:
-            self.sr_average.update(self.ccsr)
         self.progress.iteration = iteration + 1
         return statistics
 
@@ -215,6 +214,7 @@ class Trainer:
 
     def _shrink(self, phase: str, batch_size: int) -> str | None:
         """Halve what is on the device at once: the micro-batch, then the rays of a chunk; None when nothing is left."""
+        self._shared = None  # its graph is what takes the room; the phases render again without it
         size = min(self.micro_batch_size, batch_size)
         if size > 1:
             self.micro_batch_size = size // 2
@@ -230,7 +230,7 @@ class Trainer:
     def _render_shared(self, parts: list[MicroBatch]) -> RenderedPatches | None:
         return self.game.render_patches(self._draw_fakes(parts[0], "g")) if len(parts) == 1 else None
 
-    def _accumulate_discriminator(self, parts: list[MicroBatch], shared: RenderedPatches | None) -> Terms:
+    def _accumulate_discriminator(self, parts: list[MicroBatch]) -> Terms:
         training, batch_size = self.config.training, sum(map(len, parts))
         penalty_is_due = training.reg_type != "none" and self.progress.iteration % training.reg_every == 0
         terms: Terms = {}
@@ -238,41 +238,47 @@ class Trainer:
             reals = self._draw_reals(part)
             fakes = self._draw_fakes(part, "g" if training.share_fakes else "d")
             with torch.no_grad():
+                shared = self._shared
                 render = (self.game.render_patches(fakes) if shared is None else shared.part(part.indices)).rgb
-            losses = self.game.discriminator_terms(reals, fakes, render, batch_size)
+            losses = self.game.discriminator_terms(reals, fakes, render, batch_size, self._ccsr_is_due)
             loss = losses["loss_d"]
             if "loss_d_class" in losses:
                 loss = loss + self.config.discriminator.class_loss * losses["loss_d_class"]
             self.d.backward(loss)
             if penalty_is_due:
-                losses |= self.game.penalty_terms(reals, render, batch_size, self.d.scaler)
+                losses |= self.game.penalty_terms(reals, render, batch_size, self.d.scaler, self._ccsr_is_due)
                 self.d.backward(training.reg_param * training.reg_every * losses["penalty"])
             _accumulate(terms, losses)
         return terms
 
-    def _accumulate_generator(
-        self, parts: list[MicroBatch], shared: RenderedPatches | None
-    ) -> tuple[Terms, RenderedPatches]:
-        """The terms, and the batch's renders without their graph."""
-        batch_size, terms, renders = sum(map(len, parts)), Terms(), []
+    def _accumulate_generator(self, parts: list[MicroBatch]) -> tuple[Terms, dict[str, RenderedPatches]]:
+        """The terms, and what super-resolution works on: the batch's renders, without their graph.
+
+        "here" are the patches as D sees them; "there", where CCSR is due and wants it, the neighbouring views of the
+        same generator, that is, before its update.
+        """
+        batch_size, terms = sum(map(len, parts)), Terms()
+        renders: dict[str, list[RenderedPatches]] = {"here": []}
         with _frozen(self.discriminator):
             for part in parts:
                 fakes = self._draw_fakes(part, "g")
                 # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
-                reuse = shared is not None and len(parts) == 1
-                render = shared if reuse and shared is not None else self.game.render_patches(fakes)
-                losses = self.game.generator_terms(fakes, render.rgb, batch_size)
+                reuse = self._shared is not None and len(parts) == 1
+                render = self._shared if reuse and self._shared is not None else self.game.render_patches(fakes)
+                losses = self.game.generator_terms(fakes, render.rgb, batch_size, self._ccsr_is_due)
                 loss = losses["loss_g"]
                 if "loss_g_class" in losses:
                     loss = loss + self.config.discriminator.class_loss * losses["loss_g_class"]
                 if "loss_g_supervision" in losses:
                     loss = loss + self.config.ccsr.supervise_generator * losses["loss_g_supervision"]
                 self.g.backward(loss)
-                renders.append(render.detach())
+                renders["here"].append(render.detach())
+                if self._ccsr_is_due and self.config.ccsr.agreement:
+                    renders.setdefault("there", []).append(self.game.render_neighbours(fakes))
                 _accumulate(terms, losses)
-        return terms, RenderedPatches.join(renders)
+        return terms, {name: RenderedPatches.join(patches) for name, patches in renders.items()}
 
-    def _accumulate_super_resolution(self, parts: list[MicroBatch], renders: RenderedPatches) -> Terms:
+    def _accumulate_super_resolution(self, parts: list[MicroBatch], renders: dict[str, RenderedPatches]) -> Terms:
         iteration, ccsr, batch_size = self.progress.iteration, self.config.ccsr, sum(map(len, parts))
         assert self.sr is not None
         weights = {
@@ -284,8 +290,9 @@ class Trainer:
         terms: Terms = {}
         with _frozen(self.discriminator):
             for part in parts:
-                fakes, render = self._draw_fakes(part, "g"), renders.part(part.indices)
-                losses = self.game.super_resolution_terms(fakes, render, batch_size)
+                fakes = self._draw_fakes(part, "g")
+                seen = {name: patches.part(part.indices) for name, patches in renders.items()}
+                losses = self.game.super_resolution_terms(fakes, seen["here"], batch_size, seen.get("there"))
                 self.sr.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
                 _accumulate(terms, losses)
         return terms
@@ -314,9 +321,11 @@ class Trainer:
             scalars |= player.scalars(iteration)
         return scalars | {"patch_min_scale": settings.min_scale, "density_noise": settings.density_noise}
 
-    def _ccsr_is_due(self, iteration: int) -> bool:
-        ccsr = self.config.ccsr
-        return iteration >= ccsr.start_iteration and iteration % ccsr.every == 0
+    @property
+    def _ccsr_is_due(self) -> bool:
+        """Whether super-resolution takes part in this step: D judges its crops, G may learn from it, it is updated."""
+        ccsr, iteration = self.config.ccsr, self.progress.iteration
+        return self.ccsr is not None and iteration >= ccsr.start_iteration and iteration % ccsr.every == 0
 
     def _draw_reals(self, part: MicroBatch) -> RealInputs:
         return self.inputs.draw_reals(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graf.config import Config, ConfigError
-from graf.program.runs import RunFolder, choose_run_folder, describe_changes, newest_run
+from graf.program.runs import RunFolder, choose_run_folder, describe_changes, newest_run, write_atomically
 from graf.runtime.checkpoint import CheckpointError
 
 
@@ -27,10 +27,25 @@ def config(tmp_path) -> Config:
     return Config.model_validate({"expname": "toys", "training": {"outdir": str(tmp_path)}})
 
 
-def test_auto_continues_from_the_highest_iteration_and_else_begins(config, tmp_path):
+@pytest.mark.parametrize("newest", ["model_00001000.pt", "backup_00000200.pt", "model_best.pt"])
+def test_auto_continues_from_what_was_written_last_and_else_begins(config, tmp_path, newest):
     assert choose_run_folder(config, "auto") == (RunFolder(tmp_path / "toys"), None)
-    run = make_run(tmp_path / "toys", "model_00000200.pt", "model_00001000.pt", "backup_00002000.pt", "model_best.pt")
-    assert choose_run_folder(config, "auto") == (run, run.checkpoints / "model_00001000.pt")
+    run = make_run(tmp_path / "toys", "model_00001000.pt", "backup_00000200.pt", "model_best.pt")
+    os.utime(run.checkpoints / newest, (2e9, 2e9))
+    assert choose_run_folder(config, "auto") == (run, run.checkpoints / newest)
+
+
+def test_a_text_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "config.yaml", "old")
+
+    def fail(*paths: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "config.yaml", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "old"
 
 
 @pytest.mark.parametrize("checkpoint", ["model_00000200.pt", "model_best.pt", "backup_00000100.pt"])

@@ -247,7 +247,7 @@ def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_reso
     grids = torch.stack([grid[i, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
     rays = trainer.game.caster.cast(fakes.views.poses, grids)
     finer = rays_to_image(trainer.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise).rgb, SIDE)
-    found = trainer.game.generator_terms(fakes, low, 3)["loss_g_supervision"]
+    found = trainer.game.generator_terms(fakes, low, 3, sharpen=True)["loss_g_supervision"]
     assert_close(found, (finer - crops).square().mean(), rtol=1e-4, atol=1e-7)
     assert found > 1e-3
     of_g = torch.autograd.grad(found, list(trainer.generator.parameters()), retain_graph=True)
@@ -408,7 +408,7 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
             "forward",
             lambda patches, said: calls.append((patches, said)) or forward(patches, said),
         )
-        terms = trainer.game.discriminator_terms(reals, fakes, low, 3)
+        terms = trainer.game.discriminator_terms(reals, fakes, low, 3, sharpen=True)
     assert [tuple(patches.shape) for patches, _ in calls] == [(3, 3, SIDE, SIDE)] * 4
     _, (fake, said_low), (_, said_real), (fine_fake, said_fine) = calls
     with torch.no_grad():
@@ -437,7 +437,7 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
         point = patches.detach().clone().requires_grad_(True)
         return torch.autograd.grad(forward(point, said)[0].sum(), point)[0].square().sum() / 3
 
-    penalty = trainer.game.penalty_terms(reals, low, 3, trainer.d.scaler)["penalty"]
+    penalty = trainer.game.penalty_terms(reals, low, 3, trainer.d.scaler, sharpen=True)["penalty"]
     assert_close(penalty.detach(), r1(*calls[0]) + r1(*calls[2]), rtol=1e-4, atol=1e-7)
 
 
@@ -503,7 +503,9 @@ def make_scene(make_trainer):
 
 
 def agreement(game, fakes: FakeInputs) -> torch.Tensor:
-    return game.super_resolution_terms(fakes, game.render_patches(fakes), 2)["loss_sr_agreement"]
+    return game.super_resolution_terms(fakes, game.render_patches(fakes), 2, game.render_neighbours(fakes))[
+        "loss_sr_agreement"
+    ]
 
 
 def make_bicubic(ccsr) -> None:
@@ -542,7 +544,7 @@ def test_what_only_one_view_sees_is_not_compared(make_scene):
     game, fakes = make_scene(marble)
     low = game.render_patches(fakes)
     image = game.super_resolve(low.rgb, fakes.views, fakes.patches)[0].detach().requires_grad_(True)
-    game._agreement(fakes, low, image).sum().backward()
+    game._agreement(fakes, low, image, game.render_neighbours(fakes)).sum().backward()
     compared = (image.grad != 0).any(1)
     assert compared.any(dim=(1, 2)).all()
     seen = functional.interpolate(low.opacity, scale_factor=SCALE, mode="nearest")[:, 0] > 0
