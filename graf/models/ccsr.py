@@ -168,13 +168,13 @@ class KernelProjection(nn.Module):
 
     def down(self, images: Tensor) -> Tensor:
         """H: (B, C, s h, s w) -> (B, C, h, w)."""
-        return self._apply(0, images)
+        return self._multiply(0, images)
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """The image nearest to `images` whose `down` equals `target`."""
-        return images + self._apply(1, target - self.down(images), self.scale)
+        return images + self._multiply(1, target - self.down(images), self.scale)
 
-    def _apply(self, which: int, images: Tensor, factor: int = 1) -> Tensor:
+    def _multiply(self, which: int, images: Tensor, factor: int = 1) -> Tensor:
         """D or P on both axes of images, whose sides are `factor` times smaller than the fine ones.
 
         In float64 where the device has it: CUDA may round float32 products to ten bits (TF32).

@@ -71,7 +71,10 @@ def describe_scene(config: Config, dataset: PhotoDataset) -> Scene:
     if dataset.fov is not None and abs(dataset.fov - fov) > 1e-3:
         info_once(f"data.fov={fov}: the data set states {dataset.fov:.3f} degrees, which is used instead")
         fov = dataset.fov
-    return Scene(tuple(dataset.class_names), tuple(dataset.v_list), fov, dataset.poses_known)
+    v_list = tuple(dataset.v_list)
+    if not dataset.poses_known and config.data.v_list is None:  # nothing names a height: show the middle of the range
+        v_list = ((config.data.vmin + config.data.vmax) / 2,)
+    return Scene(tuple(dataset.class_names), v_list, fov, dataset.poses_known)
 
 
 def build_cameras(config: Config, scene: Scene) -> Cameras:

@@ -361,3 +361,13 @@ def test_a_trunk_for_images_from_0_to_1_is_given_those_and_returns_the_projects_
         half = trunk((images + 1) / 2)
         assert half.dtype == torch.bfloat16
         assert torch.equal(UnitRange(trunk)(images), 2 * half.float() - 1)  # the range is changed in float32
+
+
+def test_a_module_with_the_kernel_projection_moves_between_dtypes_like_any_other():
+    module = (
+        CCSR(ConvTrunk(2, 4, 1), ViewLatents(1, 3, 8), KernelProjection(2, (0.1, 0.4, 0.4, 0.1))).to("cpu").double()
+    )
+    render = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    image = module(render, torch.zeros(1), Patches.whole(1)).image
+    assert image.dtype == torch.float64
+    assert_close(module.down(image), render, atol=1e-12, rtol=0)

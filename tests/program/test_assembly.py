@@ -1,5 +1,7 @@
 """From a configuration to objects: weights follow the seed alone, and each key arrives where it acts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -91,3 +93,11 @@ def test_the_data_sets_own_field_of_view_wins(caplog):
         assembly.build_caster(configure(), scene).intrinsics.focal
         != assembly.build_caster(configure(), SCENE).intrinsics.focal
     )
+
+
+def test_without_poses_or_named_heights_grids_stand_in_the_middle_of_the_range():
+    photographs = SimpleNamespace(class_names=["face"], v_list=(0.5,), fov=None, poses_known=False)
+    config = Config.model_validate({"data": {"type": "image_folder", "vmin": 0.1, "vmax": 0.3}})
+    assert assembly.describe_scene(config, photographs).v_list == pytest.approx((0.2,))
+    named = Config.model_validate({"data": {"type": "image_folder", "v_list": [0.4]}})
+    assert assembly.describe_scene(named, photographs).v_list == (0.5,)
