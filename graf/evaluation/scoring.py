@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from graf.data.views import ViewPool
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, RenderedImages, Scores, score_images
 from graf.evaluation.sampler import Sampler
 from graf.models.ccsr import upsample
+from graf.runtime.logs import progress_bar
 
 RENDER_BATCH = 8
 
@@ -42,7 +42,7 @@ class ScoringTask:
 
     def score(self, output: str, photographs: Dataset[Any], fingerprint: str) -> Scores:
         """FID and KID of `output` against the photographs; names other than the render's begin with the output's."""
-        with tqdm(total=self.num_images, desc=f"FID/KID of {output}", unit="image", leave=False) as bar:
+        with progress_bar(total=self.num_images, desc=f"FID/KID of {output}", unit="image") as bar:
 
             def render(indices: list[int]) -> torch.Tensor:
                 bar.update(len(indices))

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from graf.config import Config, ConfigError
 from graf.data.views import Cameras
@@ -31,7 +30,7 @@ from graf.program.runs import RunFolder, newest_run
 from graf.runtime.amp import choose_precision
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device
-from graf.runtime.logs import logger, setup_console
+from graf.runtime.logs import logger, progress_bar, setup_console
 
 NUM_HELDOUT_CODES = 8
 
@@ -61,7 +60,7 @@ class Presentation:
 
     def progress(self, frames: Iterable[Picture], name: str) -> Iterable[Picture]:
         """A progress bar over the frames of a video."""
-        return tqdm(frames, desc=name, total=self.options.frames, unit="frame", leave=False)
+        return progress_bar(frames, desc=name, total=self.options.frames, unit="frame")
 
 
 class AveragedNetwork:
@@ -162,7 +161,7 @@ def write_grids(shown: Presentation) -> list[Path]:
     z, written = shown.codes(), []
     columns = [f"{360 * view / shown.options.views:.0f}" for view in range(shown.options.views)]
     caster = shown.sampler.caster
-    for class_idx in tqdm(shown.classes, desc="grids", unit="class", leave=False):
+    for class_idx in progress_bar(shown.classes, desc="grids", unit="class"):
         parts = [
             render_showcase(
                 shown.sampler,
@@ -230,7 +229,7 @@ def write_shape_appearance(shown: Presentation) -> list[Path]:
     count, written = max(shown.options.objects, 5), []
     z, split = shown.sampler.codes(shown.options.seed, range(count)), shown.sampler.generator.field.shape.dim_shape
     codes = torch.cat([z[:, None, :split].expand(-1, count, -1), z[None, :, split:].expand(count, -1, -1)], dim=-1)
-    for class_idx in tqdm(shown.classes, desc="shape x appearance", unit="class", leave=False):
+    for class_idx in progress_bar(shown.classes, desc="shape x appearance", unit="class"):
         classes = torch.full((count * count,), class_idx)
         views = shown.cameras.views_at(
             classes, torch.full((len(classes),), 0.125), torch.full((len(classes),), shown.heights[0])
@@ -291,7 +290,7 @@ def write_heldout(shown: Presentation) -> list[Path]:
     )
     photographs = HeldoutPhotographs(*heldout, mean_images_by_class(*training), shown.scene.class_names)
     codes = shown.sampler.codes(shown.options.seed, range(NUM_HELDOUT_CODES))
-    with tqdm(desc="held-out views", unit="image", total=3 * len(codes) * len(heldout[0]), leave=False) as bar:
+    with progress_bar(desc="held-out views", unit="image", total=3 * len(codes) * len(heldout[0])) as bar:
 
         def render(labels: Tensor, code: int) -> Tensor:
             bar.update(len(labels))

@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,6 +46,11 @@ def setup_console() -> None:
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(ConsoleHandler())
+
+
+def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A tqdm bar that disappears when it is done, and that writes one line per 10 seconds where stderr is a file."""
+    return tqdm(items, leave=False, mininterval=0.1 if sys.stderr.isatty() else 10.0, **options)
 
 
 def warn_once(message: str, key: str | None = None) -> None:
