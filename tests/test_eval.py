@@ -155,9 +155,9 @@ def test_the_scores_are_exactly_the_trainings_own(look, monkeypatch, smoke_run, 
     assert {"scores.csv", "scores.json"} <= set(written)
     content = json.loads(written["scores.json"].read_text())
     (row,) = content if isinstance(content, list) else [content]
-    assert row == expected
+    assert row == found
     (line,) = csv.DictReader(written["scores.csv"].read_text().splitlines())
-    assert float(line["kid_offline"]) == expected["kid_offline"]
+    assert float(line["kid_offline"]) == found["kid_offline"]
 
 
 def test_the_number_of_generated_images_can_be_chosen(look, monkeypatch, smoke_run):
