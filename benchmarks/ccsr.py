@@ -46,7 +46,8 @@ COMMON = (
     "evaluation.N_samples=48",
     "ccsr.every=1",
 )
-WITHOUT = "no CCSR (bicubic)"
+WITHOUT, PROJECTED = "no CCSR (bicubic)", "no CCSR (bicubic, projected)"
+#: trained variants -> their keys; PROJECTED is measured on the runs WITHOUT CCSR
 VARIANTS = {
     WITHOUT: ("ccsr.enabled=false",),
     "CCSR, one shared latent": ("ccsr.num_views=1", "ccsr.agreement=0"),
@@ -68,14 +69,16 @@ COLUMNS = {
 
 
 class Bicubic(CCSR):
-    """Bicubic upsampling in the place of CCSR, so that it is measured by the same code."""
+    """Bicubic upsampling in the place of CCSR, so that it is measured by the same code; `project`: made consistent."""
 
-    def __init__(self) -> None:
+    def __init__(self, project: bool = False) -> None:
         super().__init__(nn.Identity(), ViewLatents(1, 3, 1), BoxProjection(SCALE))
+        self.project = project
 
     def forward(self, render: Tensor, angles: Tensor, patches: Patches) -> SuperResolved:
-        image = upsample(render.float(), SCALE)
-        return SuperResolved(image, image)
+        render = render.float()
+        image = upsample(render, SCALE)
+        return SuperResolved(self.projection(image, render) if self.project else image, image)
 
 
 def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
@@ -96,15 +99,13 @@ def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
     return folder / expname
 
 
-def measure(run: Path) -> dict[str, float]:
-    """KID at high resolution, consistency, step time and memory of a run."""
+def measure(run: Path, stand_in: Bicubic | None = None) -> dict[str, float]:
+    """KID at high resolution, consistency, step time and memory of a run, with its own CCSR or a stand-in for it."""
     shown = open_presentation(eval_program.parse_arguments(["--run", str(run)]))
     row = {"kid_bicubic": score(replace(shown, sampler=replace(shown.sampler, ccsr=Bicubic())))}
-    if shown.sampler.ccsr is None:
-        shown = replace(shown, sampler=replace(shown.sampler, ccsr=Bicubic()))
-        row["kid"] = row["kid_bicubic"]
-    else:
-        row["kid"] = score(shown)
+    if stand_in is not None:
+        shown = replace(shown, sampler=replace(shown.sampler, ccsr=stand_in))
+    row["kid"] = score(shown)
     report = assembly.build_consistency(shown.config, shown.scene, shown.sampler, shown.classes).measure()
     row |= {key: float(value) for key, value in report.as_dict().items() if value is not None}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -147,12 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds per variant (default: %(default)s)")
     parser.add_argument("--outdir", type=Path, default=Path("results/ccsr_ablation"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in (WITHOUT, PROJECTED, *VARIANTS)}
     for seed in range(options.seeds):
         for name in VARIANTS:
             run = train_variant(name, seed, options.iterations, options.outdir)
-            measured[name].append(measure(run))
-            print(f"seed {seed}, {name}: {json.dumps(measured[name][-1])}", flush=True)
+            stand_ins = {WITHOUT: Bicubic(), PROJECTED: Bicubic(project=True)} if name == WITHOUT else {name: None}
+            for row, stand_in in stand_ins.items():
+                measured[row].append(measure(run, stand_in))
+                print(f"seed {seed}, {row}: {json.dumps(measured[row][-1])}", flush=True)
     text = (
         f"{options.seeds} seeds, {options.iterations} iterations each, 32 -> 64 pixels, embedded toys, {hardware()}, "
         f"{torch.get_num_threads()} threads.\n\n{tabulate(measured)}"

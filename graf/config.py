@@ -251,7 +251,10 @@ class CcsrConfig(Section):
     alpha_decay: float = Field(
         1e-3, ge=0, description="its decay per iteration: max(alpha_min, alpha_init exp(-decay it))"
     )
-    adversarial: float = Field(1.0, ge=0, description="weight of the adversarial term; 0: none")
+    adversarial: float = Field(0.3, ge=0, description="weight of the adversarial term; 0: none")
+    photographs: float = Field(
+        10.0, ge=0, description="weight of restoring photographs from their own reductions (L1); 0: none"
+    )
     agreement: float = Field(1.0, ge=0, description="weight of the agreement of neighbouring views; 0: none")
     agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
     perceptual: float = Field(

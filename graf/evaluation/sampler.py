@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from graf.data.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.data.views import ViewPool, Views
 from graf.geometry.rays import Patches, RayCaster
-from graf.geometry.volume_rendering import RaySampling
+from graf.geometry.volume_rendering import RayColours, RaySampling
 from graf.models.ccsr import CCSR
 from graf.models.generator import Generator, rays_to_image
 from graf.runtime.amp import Precision
+from graf.runtime.memory import retry_smaller
 from graf.runtime.seeding import Draws
 
 
@@ -92,17 +94,28 @@ class Sampler:
         return self.render(self.codes(seed, indices), views, sharpen)
 
     def _render_one(self, z: Tensor, view: Views, sharpen: bool) -> Renders:
+        """One image; where memory runs out, with fewer rays or rows at once, now and from then on."""
+        if sharpen and self.ccsr is None:
+            raise ValueError("this run has no super-resolution; train one with ccsr.enabled=true")
         view = view.to(self.device)
-        rays = self.caster.cast_images(view.poses, self.resolution)
-        with self.precision.autocast():
-            colours = self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
+        colours = retry_smaller(
+            lambda: self._cast(z, view), self.generator.halve_chunk, self.device, "lower --resolution or data.imsize"
+        )
         parts = (colours.rgb, colours.depth, colours.opacity)
         rgb, depth, opacity = (rays_to_image(part.float(), self.resolution) for part in parts)
-        sharp = self._sharpen(rgb, view) if sharpen else None
+        sharp = None
+        if sharpen and self.ccsr is not None:
+            halve = partial(self.ccsr.halve_rows, self.resolution)
+            advice = "lower --resolution, or ccsr.features and ccsr.blocks of the next run"
+            sharp = retry_smaller(lambda: self._sharpen(rgb, view), halve, self.device, advice)
         return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sharp)
 
+    def _cast(self, z: Tensor, view: Views) -> RayColours:
+        rays = self.caster.cast_images(view.poses, self.resolution)
+        with self.precision.autocast():
+            return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
+
     def _sharpen(self, rgb: Tensor, view: Views) -> Tensor:
-        if self.ccsr is None:
-            raise ValueError("this run has no super-resolution; train one with ccsr.enabled=true")
+        assert self.ccsr is not None
         with eval_mode(self.ccsr), self.precision.autocast():
             return self.ccsr(rgb, view.labels[:, 2], Patches.whole(len(rgb), rgb.device)).image.float().cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, Ren
 from graf.evaluation.sampler import Sampler
 from graf.models.ccsr import upsample
 from graf.runtime.logs import progress_bar
+from graf.runtime.memory import retry_smaller
 
 RENDER_BATCH = 8
 
@@ -24,12 +25,12 @@ RENDER_BATCH = 8
 OUTPUTS = ("render", "sr", "bicubic")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoringTask:
     """Everything about a score but the output that is scored.
 
-    photographs: the real images at the resolution of the output; fingerprint: identifies them in the feature cache
-    under cache_root. Codes and views of the generated images come from protocol.seed.
+    Codes and views of the generated images come from protocol.seed; features of the real images are cached under
+    cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved for good.
     """
 
     sampler: Sampler
@@ -38,17 +39,36 @@ class ScoringTask:
     protocol: FidelityProtocol
     num_images: int
     cache_root: Path
-    provenance: Mapping[str, Plain] = field(default_factory=dict)
 
-    def score(self, output: str, photographs: Dataset[Any], fingerprint: str) -> Scores:
-        """FID and KID of `output` against the photographs; names other than the render's begin with the output's."""
+    def score(
+        self, output: str, photographs: Dataset[Any], fingerprint: str, provenance: Mapping[str, Plain] | None = None
+    ) -> Scores:
+        """FID and KID of `output` against the photographs; names other than the render's begin with the output's.
+
+        photographs: the real images at the resolution of the output; fingerprint: identifies them in the cache;
+        provenance: what else is known of the generator.
+        """
+        more: dict[str, Plain] = {"output": output, "poses": self.pool.describe(), **(provenance or {})}
+        scores = retry_smaller(
+            lambda: self._score(output, photographs, fingerprint, more),
+            self._halve_batch,
+            self.sampler.device,
+            "lower data.imsize, or score less often (training.fid_every)",
+        )
+        if output == "render":
+            return scores
+        return Scores({f"{output}_{name}": value for name, value in scores.values.items()}, scores.provenance)
+
+    def _score(
+        self, output: str, photographs: Dataset[Any], fingerprint: str, provenance: Mapping[str, Plain]
+    ) -> Scores:
         with progress_bar(total=self.num_images, desc=f"FID/KID of {output}", unit="image") as bar:
 
             def render(indices: list[int]) -> torch.Tensor:
                 bar.update(len(indices))
                 return self._render(output, range(indices[0], indices[-1] + 1))
 
-            scores = score_images(
+            return score_images(
                 ImagesAsUint8(photographs),
                 RenderedImages(render, self.num_images, RENDER_BATCH),
                 self.extractor,
@@ -56,11 +76,15 @@ class ScoringTask:
                 self.sampler.device,
                 real_cache_name=fingerprint,
                 cache_root=self.cache_root,
-                provenance={"output": output, "poses": self.pool.describe(), **self.provenance},
+                provenance=provenance,
             )
-        if output == "render":
-            return scores
-        return Scores({f"{output}_{name}": value for name, value in scores.values.items()}, scores.provenance)
+
+    def _halve_batch(self) -> str | None:
+        size = self.protocol.batch_size
+        if size <= 1:
+            return None
+        self.protocol = replace(self.protocol, batch_size=size // 2)
+        return f"evaluation.batch_size {size} -> {size // 2}"
 
     def _render(self, output: str, indices: range) -> torch.Tensor:
         renders = self.sampler.render_random(self.pool, self.protocol.seed, indices, sharpen=output == "sr")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +74,14 @@ class ConvTrunk(nn.Module):
     def __init__(self, scale: int, features: int = 32, blocks: int = 4) -> None:
         super().__init__()
         self.scale = scale
-        self.first = nn.Conv2d(3, features, 3, padding=1)
+        # Zeros around a white photograph would be an edge, whose ringing becomes a frame.
+        convolution = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode="replicate")
+        self.first = convolution(3, features)
         self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(features, features, 3, padding=1),
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(features, features, 3, padding=1),
-            )
+            nn.Sequential(convolution(features, features), nn.LeakyReLU(0.2), convolution(features, features))
             for _ in range(blocks)
         )
-        self.last = nn.Conv2d(features, 3 * scale**2, 3, padding=1)
+        self.last = convolution(features, 3 * scale**2)
         with torch.no_grad():
             self.last.weight.mul_(0.1)  # begin close to bicubic, but not so close that nothing behind it learns
 
@@ -200,6 +199,8 @@ class CCSR(nn.Module):
     def __init__(self, trunk: nn.Module, latents: ViewLatents, projection: BoxProjection | KernelProjection) -> None:
         super().__init__()
         self.trunk, self.latents, self.projection = trunk, latents, projection
+        #: low-resolution rows that the trunk works on at once, besides a border; None: the whole image
+        self.rows: int | None = None
 
     @property
     def scale(self) -> int:
@@ -222,7 +223,29 @@ class CCSR(nn.Module):
             render = render if render.dtype == torch.float64 else render.float()
             latent = crop_images(self.latents(angles), patches, render.shape[-1])
             steered = render + latent.to(render.dtype)
-        free = self.trunk(steered)
+        free = self._run_trunk(steered)
         with float32_region(device_type):
             free = free if free.dtype == torch.float64 else free.float()
             return SuperResolved(self.projection(free, render), free)
+
+    def halve_rows(self, height: int) -> str | None:
+        """Let the trunk see half as many rows of images of this height at once; says what changed, None at one row."""
+        before = min(self.rows or height, height)
+        if before <= 1:
+            return None
+        self.rows = before // 2
+        return f"rows super-resolved at once {before} -> {self.rows}"
+
+    def _run_trunk(self, images: Tensor) -> Tensor:
+        """The trunk's output; strip by strip it is the same, since every strip brings along what it can depend on."""
+        height, scale = images.shape[-2], self.scale
+        if self.rows is None or self.rows >= height:
+            output: Tensor = self.trunk(images)
+            return output
+        strips = []
+        for top in range(0, height, self.rows):
+            bottom = min(top + self.rows, height)
+            first = max(0, top - self.trunk.receptive_radius)
+            strip = self.trunk(images[..., first : bottom + self.trunk.receptive_radius, :])
+            strips.append(strip[..., scale * (top - first) : scale * (bottom - first), :])
+        return torch.cat(strips, dim=-2)

@@ -11,6 +11,8 @@ from graf.models.field import ConditionalField, FieldCodes, FieldShape
 from graf.runtime.recompute import evaluate_chunks
 
 BACKGROUNDS = {"white": 1.0, "black": -1.0}
+#: fewer rays at once save no memory that matters
+SMALLEST_CHUNK = 64
 
 
 class Generator(nn.Module):
@@ -47,6 +49,14 @@ class Generator(nn.Module):
     def dim_z(self) -> int:
         """Length of the latent code: shape code first, then appearance code."""
         return self.field.shape.dim_shape + self.field.shape.dim_appearance
+
+    def halve_chunk(self) -> str | None:
+        """Render half as many rays at once from now on; says what changed, None where that would no longer help."""
+        before = self.chunk
+        if before <= SMALLEST_CHUNK:
+            return None
+        self.chunk = max(SMALLEST_CHUNK, before // 2)
+        return f"training.chunk {before} -> {self.chunk}"
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from graf.evaluation.heldout import HeldoutError
 from graf.models.rrdb import WeightsError
 from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.device import DeviceError
-from graf.runtime.memory import is_out_of_memory
+from graf.runtime.memory import OutOfMemory, is_out_of_memory
 from graf.training.players import DivergenceError
 
 FORESEEN = (
@@ -25,13 +25,14 @@ FORESEEN = (
     CheckpointError,
     DeviceError,
     DivergenceError,
+    OutOfMemory,
     OSError,
 )
 
 
 def explain_failure(error: Exception) -> str:
     """What to print for a failure that the program foresees; re-raises one that it does not."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
         return (
             "out of memory; lower training.batch_size first, then ray_sampler.N_samples (rays per patch), "
             f"nerf.N_samples (samples per ray) or training.chunk (rays rendered at once) [{_first_line(error)}]"

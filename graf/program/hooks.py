@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,11 +61,15 @@ class LogHook:
         scalars["images_per_second"] = steps * self.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
-        scalars |= {f"memory_phase_{name}": peak for name, peak in trainer.meter.peaks.items()}
+        scalars |= trainer.meter.scalars()
         scalars["seconds_release_cache"] = self.caches.take_seconds()
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
-        self.log.progress(progress.iteration, shown | {"MiB": next(iter(memory.values()), float("nan"))})
+        shown["MiB"] = next(iter(memory.values()), float("nan"))
+        if trainer.meter.worst is not None:
+            name, peak = trainer.meter.worst
+            shown[f"peak ({name})"] = peak
+        self.log.progress(progress.iteration, shown)
 
 
 @dataclass
@@ -85,7 +89,8 @@ class SampleHook:
         iteration = trainer.progress.iteration
         early = self.every > 0 and iteration in EARLY_SAMPLES and iteration < self.every
         if early or is_due(iteration, self.every):
-            self.write(iteration)
+            with trainer.meter.watch(*trainer.owners), trainer.meter.phase("sample"):
+                self.write(iteration)
             self.caches.after_phase()
 
     def write(self, iteration: int) -> None:
@@ -127,10 +132,14 @@ class ScoreHook:
         if iteration == self._last:
             return
         self._last = iteration
+        with trainer.meter.watch(*trainer.owners), trainer.meter.phase("score"):
+            self._score(trainer)
+
+    def _score(self, trainer: Trainer) -> None:
+        iteration = trainer.progress.iteration
         provenance = {"iteration": iteration, "ema": self.config.training.model_average_beta > 0}
-        task = replace(self.task, provenance=provenance)
         for output, photographs in self.photographs.items():
-            scores = task.score(output, photographs, photographs.fingerprint())
+            scores = self.task.score(output, photographs, photographs.fingerprint(), provenance)
             write_scores(self.folder.path, scores)
             self.log.scalars(iteration, scores.values)
             text = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
@@ -182,7 +191,8 @@ class CheckpointHook:
     def save(self, trainer: Trainer, name: str) -> None:
         """Write one checkpoint file of the whole training state."""
         meta = self.meta | {"iteration": trainer.progress.iteration}
-        save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
+        with trainer.meter.phase("save"):
+            save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
         self.caches.after_phase()
 
 

@@ -33,7 +33,7 @@ from graf.evaluation.sampler import Sampler
 from graf.geometry.rays import Rays
 from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling
 from graf.models.field import FieldCodes
-from graf.models.generator import Generator
+from graf.models.generator import SMALLEST_CHUNK, Generator
 from graf.program import assembly
 from graf.program.assembly import Scene
 from graf.runtime.amp import Precision
@@ -41,6 +41,7 @@ from graf.runtime.device import pick_device
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
 from graf.runtime.logs import logger
 from graf.runtime.memory import read_free_memory
+from graf.runtime.phases import PhaseMeter
 from graf.runtime.recompute import STRATEGIES
 from graf.training.trainer import Trainer
 
@@ -54,8 +55,6 @@ MARGINS = {"cpu": (0.0, 0.0), "cuda": (0.10, 600.0), "mps": (0.10, 400.0)}
 FREE_SHARE = 0.9
 #: tensors up to this many elements are real
 CONTROL_ELEMENTS = 4096
-#: smallest number of rays per chunk that is tried
-SMALLEST_CHUNK = 64
 #: candidates whose estimate exceeds the budget by less than this factor are predicted
 ESTIMATE_TOLERANCE = 1.03
 #: what a chunk costs besides its rays, in rays: launches, page faults, partial matrix products
@@ -68,9 +67,11 @@ BETWEEN = ("sample", "score")
 NAMES = {
     "render": "render (shared by D and G)",
     "d": "discriminator",
+    "r1": "of it, gradient penalty (R1)",
     "g": "generator",
     "sr": "super-resolution (CCSR)",
-    "update": "updates and EMA",
+    "ema": "EMA",
+    "update": "optimiser steps",
     "sample": "sampling, eval",
     "score": "FID/KID",
 }
@@ -291,11 +292,13 @@ class _UncomputedChunk(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------- prediction
 
 
-class PhaseRecorder:
+class PhaseRecorder(PhaseMeter):
     """Takes the place of the trainer's meter: what lived at the peak of each phase."""
 
     def __init__(self, meter: LiveTensorMeter, trainer: Trainer) -> None:
-        self.meter, self.trainer = meter, trainer
+        super().__init__(torch.device("cpu"))
+        self._live = self.meter = meter
+        self.trainer = trainer
         self.phases: dict[str, PhasePeak] = {}
         self.outside = 0
         self.extra_renders = 0
@@ -304,15 +307,17 @@ class PhaseRecorder:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Record what happens inside as phase `name`."""
-        self.outside = max(self.outside, self.meter.peak)
+        if not self._peaks:
+            self.outside = max(self.outside, self.meter.peak)
         if name == "g" and self.extra_renders:  # rgb, depth and opacity of images that are not rehearsed
             self._renders = torch.empty(self.extra_renders, 5, self.trainer.config.ray_sampler.N_samples)
-        self.meter.reset_peak()
-        yield
-        self.record(name, self.meter.peak)
+        with super().phase(name):
+            yield
         if name == "sr" or self.trainer.sr is None:
             self._renders = None
-        self.meter.reset_peak()
+
+    def _record(self, name: str, peak: float) -> None:
+        self.record(name, int(peak))
 
     def record(self, name: str, peak: int) -> None:
         """Note `peak` bytes for phase `name`, and what of them is known to be there."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from graf.config import Config, ConfigError
 from graf.data.views import Cameras
 from graf.evaluation.extractor import choose_extractor
-from graf.evaluation.fidelity import write_scores
+from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.render import Picture, save_png, write_video
@@ -257,14 +257,17 @@ def write_fid_kid(shown: Presentation) -> list[Path]:
         assembly.build_protocol(shown.config),
         shown.options.num_images or evaluation.num_images,
         shown.folder.parent / "feature_cache",
-        {"iteration": shown.iteration, "ema": shown.config.training.model_average_beta > 0},
     )
+    provenance: dict[str, Plain] = {
+        "iteration": shown.iteration,
+        "ema": shown.config.training.model_average_beta > 0,
+    }
     real = assembly.real_images(photographs, shown.sampler.ccsr)
     if "sr" in real:
         real["bicubic"] = real["sr"]
     rows = []
     for output, images in real.items():
-        scores = task.score(output, images, images.fingerprint())
+        scores = task.score(output, images, images.fingerprint(), provenance)
         write_scores(shown.folder, scores)
         print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
         rows.append(scores.as_dict())

@@ -176,42 +176,28 @@ class OutOfMemory(RuntimeError):
     """Memory ran out and nothing is left to make smaller."""
 
 
-def retry_smaller(run: Callable[[], Result], shrink: Callable[[], str | None], device: torch.device) -> Result:
+def retry_smaller(
+    run: Callable[[], Result], shrink: Callable[[], str | None], device: torch.device, advice: str
+) -> Result:
     """`run()`, and whenever it runs out of memory, again after `shrink()` has made something smaller.
 
     shrink: returns what it changed, which is logged, or None when nothing is left to shrink; then OutOfMemory is
-    raised. `run` must be repeatable: it starts from what it finds and keeps nothing of a failed try.
+    raised with `advice`, which names the keys to lower. `run` must be repeatable: it starts from what it finds and
+    keeps nothing of a failed try. It may itself retry parts of its work: where those have given up, so does this.
     """
     while True:
         try:
             return run()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
                 raise
             reason = str(error).strip().split("\n")[0][:200]
         # Only here, outside the except block, is the traceback gone that held every tensor of the failed try.
         release_cache(device)
         change = shrink()
         if change is None:
-            raise OutOfMemory(f"out of memory even at the smallest size ({reason})")
+            raise OutOfMemory(f"out of memory even at the smallest size; {advice} [{reason}]")
         logger.warning("out of memory (%s); %s, which is kept from now on", reason, change)
-
-
-class PhaseMeter:
-    """Peak memory of named phases, MiB: CUDA's peak of allocated bytes; elsewhere what is in use at the phase's end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peaks: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure what happens inside as phase `name`."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        yield
-        memory = read_memory(self.device)
-        self.peaks[name] = memory["peak"] if "peak" in memory else next(iter(memory.values()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

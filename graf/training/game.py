@@ -206,11 +206,17 @@ class Game:
             return self.render_patches(fakes, self._neighbours(fakes))
 
     def super_resolution_terms(
-        self, fakes: FakeInputs, render: RenderedPatches, batch_size: int, neighbours: RenderedPatches | None = None
+        self,
+        fakes: FakeInputs,
+        render: RenderedPatches,
+        batch_size: int,
+        neighbours: RenderedPatches | None = None,
+        reals: RealInputs | None = None,
     ) -> Terms:
         """CCSR's terms on detached renders and, for the agreement, those of `neighbours`; D must be frozen.
 
-        The consistency term is taken on the free output: after the projection it is zero and teaches nothing.
+        With `reals` also how well their photographs are restored from their own reductions. The consistency term is
+        taken on the free output: after the projection it is zero and teaches nothing.
         """
         assert self.ccsr is not None
         rules = self.rules.super_resolution
@@ -227,9 +233,18 @@ class Game:
             terms["loss_sr"] = losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size
         if rules.agreement and neighbours is not None:
             terms["loss_sr_agreement"] = self._agreement(fakes, render, image, neighbours).sum() / batch_size
+        if reals is not None:
+            terms["loss_sr_photographs"] = self._restoration(reals).sum() / batch_size
         if self.perceptual is not None:
             terms["loss_sr_perceptual"] = self.perceptual(image, render.rgb).sum() / batch_size
         return terms
+
+    def _restoration(self, reals: RealInputs) -> Tensor:
+        """Mean |SR(down(x)) - x| per patch x of photographs at high resolution: what GAN training alone leaves open."""
+        assert self.ccsr is not None
+        truth = crop_images(reals.images, reals.patches, self.ccsr.scale * self.patch_size)
+        image, _ = self.super_resolve(self.ccsr.down(truth), reals.views, reals.patches)
+        return (image - truth).abs().mean((1, 2, 3))
 
     def _neighbours(self, fakes: FakeInputs) -> Views:
         return fakes.views.turn(self.rules.super_resolution.agreement_degrees * fakes.turn)

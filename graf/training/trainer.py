@@ -26,7 +26,8 @@ from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import Stateful
-from graf.runtime.memory import PhaseMeter, retry_smaller
+from graf.runtime.memory import retry_smaller
+from graf.runtime.phases import PhaseMeter
 from graf.runtime.seeding import Draws
 from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage
@@ -72,7 +73,12 @@ class MicroBatch:
 
 
 Result = TypeVar("Result")
-#: called after every step with the trainer and the step's statistics (scalars, still on the device)
+#: what helps when memory is too small for one image in chunks of the fewest rays
+ADVICE = (
+    "lower ray_sampler.N_samples (rays per patch), nerf.N_samples (samples per ray), nerf.netwidth or "
+    "discriminator.ndf; `--plan` shows what needs how much"
+)
+#: called after every step with the trainer and the latest statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Terms], None]
 
 
@@ -154,23 +160,40 @@ class Trainer:
         return [self.d, self.g] + ([self.sr] if self.sr is not None else [])
 
     @property
+    def owners(self) -> list[nn.Module | torch.optim.Optimizer]:
+        """Everything that holds tensors from step to step."""
+        averages = [average.module for average in (self.average, self.sr_average) if average is not None]
+        players = self.players
+        return [*(player.network for player in players), *(player.optimizer for player in players), *averages]
+
+    @property
     def _by_suffix(self) -> dict[str, Player]:
         return {player.suffix: player for player in self.players}
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], hooks: Sequence[Hook]) -> None:
-        """Step until max_iterations, or until a hook or a signal sets `stop_reason`."""
+        """Step until max_iterations, or until a hook or a signal sets `stop_reason`.
+
+        Hooks get every statistic's latest value: some are not computed in every step.
+        """
+        latest: Terms = {}
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
             images, labels = next(batches)
-            statistics = self.step(images, labels)
+            latest |= self.step(images, labels)
             self.progress.seconds += time.monotonic() - started
             for hook in hooks:
-                hook(self, statistics)
+                hook(self, latest)
 
     def step(self, images: Tensor, labels: Tensor) -> Terms:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
+        if self.progress.iteration % self.config.training.print_every:
+            return self._step(images, labels)
+        with self.meter.watch(*self.owners):  # one step for every line of the log
+            return self._step(images, labels)
+
+    def _step(self, images: Tensor, labels: Tensor) -> Terms:
         iteration = self.progress.iteration
         batch = MicroBatch(images, labels, range(len(images)))
         for player in self.players:
@@ -185,13 +208,15 @@ class Trainer:
         more, renders = self._in_phase("g", batch, self._accumulate_generator)
         statistics |= self._apply(self.g, more)
         self._shared = None
-        if self.sr is not None and self.ccsr is not None and self.sr_average is not None and self._ccsr_is_due:
+        if self.sr is not None and self._ccsr_is_due:
             more = self._in_phase("sr", batch, partial(self._accumulate_super_resolution, renders=renders))
             statistics |= self._apply(self.sr, more)
-            self.sr_average.update(self.ccsr)
         del renders
 
-        self.average.update(self.generator)
+        with self.meter.phase("ema"):
+            self.average.update(self.generator)
+            if self.sr_average is not None and self.ccsr is not None and self._ccsr_is_due:
+                self.sr_average.update(self.ccsr)
         self.progress.iteration = iteration + 1
         return statistics
 
@@ -210,7 +235,7 @@ class Trainer:
             return accumulate(batch.split(self.micro_batch_size))
 
         with self.meter.phase(name):
-            return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device)
+            return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device, ADVICE)
 
     def _shrink(self, phase: str, batch_size: int) -> str | None:
         """Halve what is on the device at once: the micro-batch, then the rays of a chunk; None when nothing is left."""
@@ -222,10 +247,8 @@ class Trainer:
         if self.generator.strategy == "dense":
             self.generator.strategy = "checkpoint"
             return f"phase {phase}: training.memory_strategy dense -> checkpoint"
-        if self.generator.chunk > 64:
-            self.generator.chunk //= 2
-            return f"phase {phase}: training.chunk {self.generator.chunk * 2} -> {self.generator.chunk}"
-        return None
+        change = self.generator.halve_chunk()
+        return None if change is None else f"phase {phase}: {change}"
 
     def _render_shared(self, parts: list[MicroBatch]) -> RenderedPatches | None:
         return self.game.render_patches(self._draw_fakes(parts[0], "g")) if len(parts) == 1 else None
@@ -246,8 +269,9 @@ class Trainer:
                 loss = loss + self.config.discriminator.class_loss * losses["loss_d_class"]
             self.d.backward(loss)
             if penalty_is_due:
-                losses |= self.game.penalty_terms(reals, render, batch_size, self.d.scaler, self._ccsr_is_due)
-                self.d.backward(training.reg_param * training.reg_every * losses["penalty"])
+                with self.meter.phase("r1"):
+                    losses |= self.game.penalty_terms(reals, render, batch_size, self.d.scaler, self._ccsr_is_due)
+                    self.d.backward(training.reg_param * training.reg_every * losses["penalty"])
             _accumulate(terms, losses)
         return terms
 
@@ -284,6 +308,7 @@ class Trainer:
         weights = {
             "loss_sr_consistency": consistency_weight(iteration, ccsr.alpha_init, ccsr.alpha_min, ccsr.alpha_decay),
             "loss_sr": ccsr.adversarial,
+            "loss_sr_photographs": ccsr.photographs,
             "loss_sr_agreement": ccsr.agreement,
             "loss_sr_perceptual": ccsr.perceptual,
         }
@@ -292,7 +317,8 @@ class Trainer:
             for part in parts:
                 fakes = self._draw_fakes(part, "g")
                 seen = {name: patches.part(part.indices) for name, patches in renders.items()}
-                losses = self.game.super_resolution_terms(fakes, seen["here"], batch_size, seen.get("there"))
+                reals = self._draw_reals(part) if ccsr.photographs else None
+                losses = self.game.super_resolution_terms(fakes, seen["here"], batch_size, seen.get("there"), reals)
                 self.sr.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
                 _accumulate(terms, losses)
         return terms

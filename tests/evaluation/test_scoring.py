@@ -42,8 +42,8 @@ def photographs() -> TensorDataset:
 
 def score(sampler, photographs, folder, fingerprint="photos", output="render"):
     provenance = {"iteration": 5, "ema": True}
-    task = ScoringTask(sampler, POOL, choose_extractor("offline"), PROTOCOL, 9, folder, provenance)
-    return task.score(output, photographs, fingerprint)
+    task = ScoringTask(sampler, POOL, choose_extractor("offline"), PROTOCOL, 9, folder)
+    return task.score(output, photographs, fingerprint, provenance)
 
 
 def test_the_score_is_that_of_the_numbered_images_against_all_photographs(photographs, tmp_path):

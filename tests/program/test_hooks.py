@@ -12,6 +12,7 @@ from graf.program.runs import RunFolder
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog
 from graf.runtime.memory import CacheRelease
+from graf.runtime.phases import PhaseMeter
 from graf.training.trainer import Progress
 
 CPU = torch.device("cpu")
@@ -19,10 +20,13 @@ CPU = torch.device("cpu")
 
 def trainer_at(iteration: int, seconds: float = 0.0) -> SimpleNamespace:
     """What the hooks use of a Trainer."""
+    meter = PhaseMeter(CPU)
+    meter.readings["d"] = {"live_peak": 12.0}
     return SimpleNamespace(
         progress=Progress(iteration, seconds),
         device=CPU,
-        meter=SimpleNamespace(peaks={"d": 12.0}),
+        meter=meter,
+        owners=[],
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,
         scalars_of=lambda statistics: {"loss_d": 1.0, "loss_g": 2.0},
@@ -51,7 +55,7 @@ def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start,
     assert {iteration: row["images_per_second"] for iteration, row in rows.items()} == pytest.approx(expected)
     for row in rows.values():
         assert (row["loss_d"], row["loss_g"]) == (1.0, 2.0)
-        assert row["memory_phase_d"] == 12.0
+        assert row["memory_d_live_peak"] == 12.0
         assert {"memory_rss", "memory_peak_rss"} & row.keys()
 
 

@@ -30,6 +30,7 @@ from graf.training.trainer import Trainer, consistency_weight
 TINY = (
     *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "nerf.density_bias=30"),
     *("nerf.raw_noise_std=0", "nerf.jitter=false", "training.lr_d=5e-4"),
+    "ccsr.photographs=0",  # tested on its own
 )
 SIDE, SCALE = 16, 2
 
@@ -143,6 +144,7 @@ class Watch:
     [
         ("ccsr.agreement=0",),
         ("ccsr.agreement=1",),
+        ("ccsr.agreement=0", "ccsr.photographs=1"),
         ("ccsr.agreement=0", "ccsr.adversarial=0"),
         ("ccsr.agreement=0", "ccsr.alpha_init=0", "ccsr.alpha_min=0"),
         ("ccsr.agreement=0", "ccsr.trunk=rrdb"),
@@ -156,11 +158,14 @@ def test_one_step_teaches_every_parameter_of_ccsr_and_exactly_the_used_latents(
     trainer = make_trainer(*overrides)
     generate_from(trainer, 20, 170, 181)
     ((images, labels),) = batches(1, size=3, data=photographs)
+    labels[:, 2] = torch.tensor([90, 100, 100])  # of the photographs
     watch, fakes = Watch(trainer), fakes_of(trainer)
     trainer.step(images, labels)
     angles = fakes.views.labels[:, 2]
     if "ccsr.agreement=1" in overrides:
         angles = torch.cat([angles, angles + (15 * fakes.turn).long()])
+    if "ccsr.photographs=1" in overrides:
+        angles = torch.cat([angles, labels[:, 2]])
     used = views_around(*angles.tolist())
     assert 0 < len(used) < 8
     assert watch.used_latents() == used
@@ -173,6 +178,22 @@ def test_one_step_teaches_every_parameter_of_ccsr_and_exactly_the_used_latents(
     assert all(gradient is None for name in ("g", "d") for gradient in watch.gradients[name].values())
     assert moved(trainer.generator, watch.weights["g"]) == moved(trainer.discriminator, watch.weights["d"]) == []
     assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
+
+
+def test_photographs_are_restored_from_their_own_reductions(make_trainer, batches, photographs):
+    ((images, labels),) = batches(1, size=3, data=photographs)
+    trainer = make_trainer("ccsr.photographs=1", "ccsr.agreement=0")
+    assert trainer.ccsr is not None
+    reals = trainer.inputs.draw_reals(Draws(trainer.config.seed, 0, range(3)), images, labels, trainer.settings_at(0))
+    truth = crop_images(images, reals.patches, SCALE * SIDE)
+    with torch.no_grad():
+        found = trainer.ccsr(functional.avg_pool2d(truth, SCALE), labels[:, 2], reals.patches).image
+    expected = (found - truth).abs().mean()
+    assert 0 < float(expected) < 1
+    assert_close(trainer.step(images, labels)["loss_sr_photographs"], expected, rtol=1e-5, atol=1e-6)
+    for _ in range(40):
+        loss = trainer.step(images, labels)["loss_sr_photographs"]
+    assert loss < 0.95 * expected
 
 
 def test_unused_latents_stand_still_under_adam_with_momentum(make_trainer, batches, photographs):
@@ -324,7 +345,7 @@ def test_the_step_weighs_consistency_with_the_schedule_at_its_iteration(make_tra
     assert norm(100, 10, 0.5, 1) == pytest.approx(0.5 * one, rel=1e-4)
 
 
-@pytest.mark.parametrize("key", ["ccsr.adversarial", "ccsr.agreement"])
+@pytest.mark.parametrize("key", ["ccsr.adversarial", "ccsr.agreement", "ccsr.photographs"])
 def test_the_weights_of_the_other_terms_scale_their_gradients(make_trainer, batches, photographs, key):
     ((images, labels),) = batches(1, data=photographs)
 

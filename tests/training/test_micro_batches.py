@@ -1,0 +1,289 @@
+"""Splitting a batch and running out of memory: neither changes what a step computes."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from graf.program import assembly
+from graf.program.failures import explain_failure
+from graf.runtime.amp import Precision
+from graf.runtime.live_tensors import LiveTensorMeter
+from graf.runtime.memory import OutOfMemory
+from graf.training.game import Game
+from graf.training.players import Player
+from graf.training.trainer import MicroBatch, Trainer
+
+#: everything that a step can hold: R1, class loss, augmentation, spectral norm, importance samples, CCSR with all terms
+EVERYTHING = (
+    *("data.imsize=16", "training.batch_size=5", "nerf.N_importance=4", "nerf.raw_noise_std=1", "nerf.jitter=true"),
+    *(
+        "training.reg_type=real",
+        "training.reg_every=1",
+        "discriminator.class_loss=1",
+        "discriminator.spectral_norm=true",
+    ),
+    "discriminator.augment={colour: 0.2, translation: 0.1, cutout: 0.2}",
+    *("ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=1", "ccsr.agreement=1"),
+    *("ccsr.start_iteration=0", "ccsr.every=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def photographs(smoke_config):
+    """Photographs at the resolution of super-resolution."""
+    return assembly.open_photographs(smoke_config(*EVERYTHING))
+
+
+@pytest.fixture
+def make_trainer(smoke_config, photographs) -> Callable[..., Trainer]:
+    """Build a trainer with everything on; its view latents are not zero."""
+
+    def make(*overrides: str) -> Trainer:
+        config = smoke_config(*EVERYTHING, *overrides)
+        scene = assembly.describe_scene(config, photographs)
+        ccsr = assembly.build_ccsr(config)
+        if ccsr is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                for view in ccsr.latents.views:
+                    nn.init.normal_(view, std=0.1)
+        return Trainer(
+            config,
+            assembly.build_generator(config, len(scene.class_names)),
+            assembly.build_discriminator(config, scene),
+            assembly.build_caster(config, scene),
+            assembly.build_pool(config, photographs, assembly.build_cameras(config, scene)),
+            Precision("cpu", None),
+            torch.device("cpu"),
+            ccsr,
+        )
+
+    return make
+
+
+@pytest.fixture
+def batch(photographs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five photographs with their labels."""
+    images, labels = zip(*(photographs[index] for index in range(0, 25, 5)), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def in_float64(value: Any) -> Any:
+    """A tensor, or a dataclass of them, in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: in_float64(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+class Float64Inputs:
+    """A trainer's inputs with every number in float64."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+
+    def draw_fakes(self, *arguments: Any) -> Any:
+        return in_float64(self.inputs.draw_fakes(*arguments))
+
+    def draw_reals(self, *arguments: Any) -> Any:
+        return in_float64(self.inputs.draw_reals(*arguments))
+
+
+def gradients_of_a_step(
+    trainer: Trainer, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, torch.Tensor]:
+    """The gradients that every player is updated with in one step in float64."""
+    for player in trainer.players:
+        player.network.double()
+    for average in (trainer.average, trainer.sr_average):
+        if average is not None:
+            average.module.double()
+    trainer.inputs = Float64Inputs(trainer.inputs)  # type: ignore[assignment]
+    found: dict[str, torch.Tensor] = {}
+    apply = Player.apply
+
+    def spy(player: Player, *arguments: Any) -> Any:
+        for name, parameter in player.network.named_parameters():
+            assert parameter.dtype == torch.float64
+            if parameter.grad is not None:
+                found[f"{player.name}.{name}"] = parameter.grad.clone()
+        return apply(player, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Player, "apply", spy)
+        trainer.step(batch[0].double(), batch[1])
+    return found
+
+
+@pytest.mark.parametrize("sharing", ["training.share_fakes=false", "training.share_fakes=true"])
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, sharing, strategy):
+    whole = gradients_of_a_step(make_trainer(sharing, "training.chunk=4096"), batch, monkeypatch)
+    assert {name.split(".")[0] for name in whole} == {"discriminator", "generator", "ccsr"}
+    for size in (1, 2, 3):
+        keys = (f"training.micro_batch_size={size}", f"training.memory_strategy={strategy}", "training.chunk=100")
+        parts = gradients_of_a_step(make_trainer(sharing, *keys), batch, monkeypatch)
+        assert parts.keys() == whole.keys()
+        for name, gradient in whole.items():
+            scale = float(gradient.abs().max())
+            assert float((parts[name] - gradient).abs().max()) <= 1e-9 * scale + 1e-15, (size, name)
+
+
+def test_buffers_are_the_same_after_a_split_step(make_trainer, batch):
+    whole, parts = make_trainer(), make_trainer("training.micro_batch_size=2")
+    for trainer in (whole, parts):
+        trainer.step(*batch)
+    for (name, one), (_, other) in zip(whole.d.network.named_buffers(), parts.d.network.named_buffers(), strict=True):
+        assert torch.equal(one, other), name  # spectral norm has iterated once, however many parts there are
+
+
+# ---------------------------------------------------------------- running out of memory
+
+#: phase -> what of the game runs out of memory in it
+FAULTS = {
+    "render": "render_patches",
+    "d": "discriminator_terms",
+    "r1": "penalty_terms",
+    "g": "generator_terms",
+    "sr": "super_resolution_terms",
+}
+
+
+@contextmanager
+def fault(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> Iterator[list[int]]:
+    """Call number `at` of a method of the game runs out of memory, after it has computed its result."""
+    calls: list[int] = []
+    original = getattr(Game, method)
+
+    def faulty(game: Game, *arguments: Any, **keywords: Any) -> Any:
+        result = original(game, *arguments, **keywords)
+        calls.append(len(calls))
+        if len(calls) == at:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Game, method, faulty)
+        yield calls
+
+
+def shrink_before(trainer: Trainer, phase: str) -> None:
+    """The next phase of this name begins with the sizes that a retry would have."""
+    original = trainer._in_phase
+
+    def in_phase(name: str, batch: MicroBatch, accumulate: Callable[..., Any]) -> Any:
+        if name == phase:
+            trainer._in_phase = original  # type: ignore[method-assign]
+            trainer._shrink(name, len(batch))
+        return original(name, batch, accumulate)
+
+    trainer._in_phase = in_phase  # type: ignore[method-assign, assignment]
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every weight and buffer, the averages' too, and the optimisers' states."""
+    found = {}
+    for player in trainer.players:
+        found |= {f"{player.name}.{name}": value for name, value in player.network.state_dict().items()}
+        for number, state in enumerate(player.optimizer.state.values()):
+            found |= {f"{player.name}.{number}.{name}": value for name, value in state.items()}
+    for name, average in (("average", trainer.average), ("average_ccsr", trainer.sr_average)):
+        if average is not None:
+            found |= {f"{name}.{key}": value for key, value in average.module.state_dict().items()}
+    return {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("phase", FAULTS)
+@pytest.mark.parametrize(("size", "at"), [(5, 1), (2, 1), (2, 2)])
+def test_after_a_retry_everything_is_as_with_the_smaller_size_from_that_phase_on(
+    make_trainer, batch, monkeypatch, caplog, phase, size, at
+):
+    if phase == "render" and size < 5:
+        pytest.skip("a batch in parts renders nothing in advance")
+    keys = ("training.share_fakes=true", f"training.micro_batch_size={size}")
+    retried, smaller = make_trainer(*keys), make_trainer(*keys)
+    for trainer in (retried, smaller):
+        trainer.step(*batch)
+    with caplog.at_level(logging.WARNING, "graf"), fault(monkeypatch, FAULTS[phase], at) as calls:
+        retried.step(*batch)
+    assert len(calls) > at
+    shrink_before(smaller, "d" if phase == "r1" else phase)
+    smaller.step(*batch)
+    for trainer in (retried, smaller):
+        trainer.step(*batch)  # the smaller size is kept
+    assert retried.micro_batch_size == smaller.micro_batch_size == size // 2
+    expected = weights_of(smaller)
+    for name, value in weights_of(retried).items():
+        assert torch.equal(value, expected[name]), name
+    assert len(caplog.records) == 1
+    assert f"training.micro_batch_size {size} -> {size // 2}" in caplog.text
+
+
+class SmallDevice(LiveTensorMeter):
+    """A device that can hold so many bytes of tensors."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        super()._see(tensor)
+        if self.current > self.limit:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory: {self.current:.0f} of {self.limit:.0f} bytes")
+
+
+def peak_of(make_trainer: Callable[..., Trainer], batch: tuple[torch.Tensor, torch.Tensor], *overrides: str) -> int:
+    with LiveTensorMeter() as meter:
+        trainer = make_trainer(*overrides)
+        for _ in range(2):
+            trainer.step(*batch)
+        return meter.peak
+
+
+def test_a_device_that_is_too_small_for_the_batch_trains_with_less_at_once(make_trainer, batch, caplog):
+    need = peak_of(make_trainer, batch)
+    least = peak_of(make_trainer, batch, "training.micro_batch_size=1", "training.memory_strategy=checkpoint")
+    with caplog.at_level(logging.WARNING, "graf"), SmallDevice((need + least) / 2):
+        trainer = make_trainer()
+        for _ in range(3):
+            statistics = trainer.step(*batch)
+    assert trainer.micro_batch_size < 5
+    assert 1 <= len(caplog.records) <= 3
+    assert all(bool(torch.isfinite(value)) for value in statistics.values())
+    assert trainer.progress.iteration == 3
+
+
+def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(make_trainer, batch):
+    trainer = make_trainer("training.chunk=256", "discriminator.spectral_norm=false")
+    before = weights_of(trainer)
+    with SmallDevice(20_000), pytest.raises(OutOfMemory) as caught:
+        trainer.step(*batch)
+    assert (trainer.micro_batch_size, trainer.generator.strategy, trainer.generator.chunk) == (1, "checkpoint", 64)
+    message = explain_failure(caught.value)
+    assert "smallest size" in message
+    for key in ("ray_sampler.N_samples", "nerf.N_samples", "nerf.netwidth", "--plan"):
+        assert key in message
+    after = weights_of(trainer)
+    for name, value in before.items():
+        if "generator" in name or "average" in name:
+            assert torch.equal(value, after[name]), name  # nothing that was not finished has moved
+    assert trainer.progress.iteration == 0
+
+
+def test_other_errors_are_not_retried(make_trainer, batch, monkeypatch):
+    trainer = make_trainer()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Game, "generator_terms", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        trainer.step(*batch)
+    assert trainer.micro_batch_size == 5
