@@ -64,7 +64,7 @@ COLUMNS = {
     "reprojection error of the render x 1000": ("reprojection_render", 1000),
     "added by SR x 1000": ("reprojection_added", 1000),
     "step, ms": ("seconds_per_step", 1000),
-    "peak RSS, MiB": ("memory", 1),
+    "peak of live tensors, MiB": ("memory", 1),
 }
 
 
@@ -112,7 +112,8 @@ def measure(run: Path, stand_in: Bicubic | None = None) -> dict[str, float]:
     late = [line for line in lines if line["iteration"] > 0.5 * lines[-1]["iteration"]]
     batch_size = shown.config.training.batch_size
     row["seconds_per_step"] = statistics.median(batch_size / line["images_per_second"] for line in late)
-    row["memory"] = max(line["memory_peak_rss"] for line in late)
+    peaks = [f"memory_{phase}_live_peak" for phase in ("render", "d", "g", "sr")]
+    row["memory"] = max(line.get(peak, 0) for line in late for peak in peaks)
     return row
 
 

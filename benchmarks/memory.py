@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import logging
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+import train as train_program
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.config import CONFIG_FOLDER, Config, load_config
 from graf.data.views import ViewPool
 from graf.program import assembly
 from graf.program.planner import (
+    FREE_SHARE,
+    GIB,
     MIB,
+    BudgetError,
     PhaseRecorder,
     Plan,
     Settings,
@@ -92,6 +100,14 @@ CONFIGS = {
         "training.chunk=128",
     ),
     "bfloat16": ("training.use_amp=true", "training.memory_strategy=checkpoint", "training.chunk=128"),
+    "whole images of 256 x 256, narrow field": (
+        "data.imsize=256",
+        "ray_sampler.N_samples=65536",
+        "nerf.netwidth=16",
+        "nerf.netdepth=2",
+        "training.memory_strategy=checkpoint",
+        "training.chunk=1024",
+    ),
     "Adam, spectral norm, class loss": (
         "discriminator.spectral_norm=true",
         "training.optimizer=adam",
@@ -111,11 +127,19 @@ BUDGETED = {
     ),
 }
 NUM_BUDGETS = 6
+#: memory of cards, GiB, and what is trained on them: name -> patch side and keys on top of GRAF's published setting
+CARDS = (4, 8, 12, 24)
+CARD_TASKS = {
+    "32 x 32 patches": (32, ("training.use_amp=true",)),
+    "64 x 64 patches": (64, ("training.use_amp=true",)),
+    "64 x 64, CCSR x 2": (64, ("training.use_amp=true", "ccsr.enabled=true", "data.imsize=128")),
+    "whole 256 x 256": (256, ("training.use_amp=true",)),
+}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The phases of a real step, its seconds, and the seconds of the same step without the meter."""
+    """The phases of a real step and its seconds, of which the meter's share is small where a step lasts seconds."""
 
     plan: Plan
     seconds: float
@@ -128,8 +152,8 @@ class Measured:
 # ---------------------------------------------------------------------------------------------------- the program
 
 
-def measure_step(config: Config, settings: Settings, timed: bool = False) -> Measured:
-    """The peaks of a second real step with these settings; `timed`: the time of a third one, without the meter."""
+def measure_step(config: Config, settings: Settings) -> Measured:
+    """The peaks and the time of a second real step with these settings; the first one makes the optimisers' states."""
     scene, training = imagine_scene(config), config.training
     gc.collect()
     with LiveTensorMeter() as meter:
@@ -147,28 +171,20 @@ def measure_step(config: Config, settings: Settings, timed: bool = False) -> Mea
         )
         trainer.micro_batch_size = settings.micro_batch_size
         trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
-        side, own_meter = config.photo_size, trainer.meter
-
-        def step() -> None:
+        trainer.meter = recorder = PhaseRecorder(meter, trainer)
+        side = config.photo_size
+        seconds = 0.0
+        for _ in range(2):
+            recorder.phases.clear()
+            recorder.outside = 0
+            meter.reset_peak()
+            started = time.perf_counter()
             trainer.progress.iteration = 0  # R1, CCSR and density noise all happen in iteration 0
             images = torch.rand(training.batch_size, 3, side, side)
             trainer.step(images, labels[torch.arange(training.batch_size) % len(labels)])
-
-        step()
-        recorder = PhaseRecorder(meter, trainer)
-        trainer.meter = recorder  # type: ignore[assignment]
-        meter.reset_peak()
-        step()
+            seconds = time.perf_counter() - started
         recorder.record("update", max(recorder.outside, meter.peak))
-        trainer.meter = own_meter
-    seconds = _time(step) if timed else math.nan
     return Measured(Plan(settings, recorder.phases), seconds)
-
-
-def _time(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------- the plain loop
@@ -294,23 +310,21 @@ class PlainLoop:
 
 
 def measure_plain(config: Config, measures: Sequence[str] = (), fake: bool = False) -> tuple[int, float]:
-    """Peak bytes of the second step of the plain loop, and the seconds of a third one without the meter (not if
-    fake)."""
+    """Peak bytes and seconds (NaN if fake) of the second step of the plain loop."""
     gc.collect()
     if fake:
         with FakeTensorMode(), LiveTensorMeter() as meter:
-            return _plain_peak(PlainLoop(config, measures), meter), math.nan
+            return _run_plain(PlainLoop(config, measures), meter)[0], math.nan
     with LiveTensorMeter() as meter:
-        loop = PlainLoop(config, measures)
-        peak = _plain_peak(loop, meter)
-    return peak, _time(loop.step)
+        return _run_plain(PlainLoop(config, measures), meter)
 
 
-def _plain_peak(loop: PlainLoop, meter: LiveTensorMeter) -> int:
+def _run_plain(loop: PlainLoop, meter: LiveTensorMeter) -> tuple[int, float]:
     loop.step()
     meter.reset_peak()
+    started = time.perf_counter()
     loop.step()
-    return meter.peak
+    return meter.peak, time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -349,7 +363,7 @@ def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> l
         for name, (case, settings) in cases.items():
             predicted = StepPlanner(case).predict(settings, between=False).peak
             runs = _runs(case, predicted) and (has_amp or not case.training.use_amp)
-            step = measure_step(case, settings, timed=True) if runs else None
+            step = measure_step(case, settings) if runs else None
             rows.append(
                 _measure_row(patch, name, predicted, None if step is None else (step.peak, step.seconds), plain)
             )
@@ -390,18 +404,20 @@ def compare_predictions(names: Sequence[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class BudgetTrial:
-    """One budget, what was chosen for it and what a real step used of it, bytes."""
+    """One budget, what `train.py` chose for it, the live tensors it then needed, bytes, and its resident size, MiB."""
 
     name: str
     budget: int
-    chosen: Settings
+    chosen: str
     used: int
+    resident: float
     larger_exists: bool
 
 
 def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = ()) -> list[BudgetTrial]:
-    """`count` budgets between the smallest and the largest need of a configuration, each tried in a real step."""
-    config = load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, *BUDGETED[name], *overrides])
+    """`count` budgets between the smallest and the largest need of a configuration, each given to a run of train.py."""
+    keys = [*SMALL, *BUDGETED[name], *overrides]
+    config = load_config(CONFIG_FOLDER / "smoke.yaml", keys)
     planner, batch = StepPlanner(config), config.training.batch_size
     smallest = min(settings.chunk for settings in candidate_settings(config))
     low = planner.predict(Settings(1, "checkpoint", smallest)).peak
@@ -409,10 +425,82 @@ def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = 
     trials = []
     for index in range(count):
         budget = round(1.02 * low * (high / low) ** (index / max(count - 1, 1)))
-        chosen = choose_settings(planner, budget, "cpu").settings
-        larger = chosen.micro_batch_size < batch
-        trials.append(BudgetTrial(name, budget, chosen, measure_step(config, chosen).peak, larger))
+        with tempfile.TemporaryDirectory() as folder:
+            trials.append(_try_budget(name, budget, Path(folder), keys, batch))
     return trials
+
+
+def _try_budget(name: str, budget: int, folder: Path, keys: Sequence[str], batch: int) -> BudgetTrial:
+    """Three iterations with sampling and a checkpoint; peaks are those that the run itself logs."""
+    arguments = ["--config", str(CONFIG_FOLDER / "smoke.yaml"), "--outdir", str(folder), "--max_iterations", "3"]
+    arguments += ["--memory_budget", f"{budget / MIB:.4f}MiB", f"data.datadir={folder}", *keys]
+    with _messages("memory: ") as messages:
+        if train_program.main(arguments):
+            sys.exit(f"{name}: train.py failed with a budget of {budget / MIB:.2f} MiB")
+    chosen = messages[0].removeprefix("memory: ").split(",")[0]
+    lines = [json.loads(line) for line in (folder / "smoke" / "metrics.jsonl").read_text().splitlines()]
+    used = max(value for line in lines for key, value in line.items() if key.endswith("_live_peak"))
+    resident = max(line["memory_rss"] for line in lines if "memory_rss" in line)
+    return BudgetTrial(
+        name, budget, chosen, round(used * MIB), resident, not chosen.startswith(f"micro_batch_size={batch} ")
+    )
+
+
+@contextmanager
+def _messages(start: str) -> Iterator[list[str]]:
+    """The program's log lines that begin with `start`."""
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(start):
+                found.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("graf").addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger("graf").removeHandler(handler)
+
+
+# ---------------------------------------------------------------------------------------------------- what is left
+
+
+def name_what_is_left(config: Config, settings: Settings) -> list[list[str]]:
+    """Rows of what lives at the worst moment of a step, predicted: part, MiB."""
+    plan = StepPlanner(config).predict(settings, between=False)
+    name, phase = max(plan.phases.items(), key=lambda item: item[1].peak)
+    count, batch = config.training.batch_size * config.ray_sampler.N_samples, config.training.batch_size
+    numbers = int(config.nerf.jitter) + int(config.nerf.raw_noise_std > 0)
+    parts = {
+        "weights, gradients, optimiser states, average": phase.peak - phase.rest,
+        f"random numbers of {count:,} rays (jitter, density noise)": 4 * numbers * config.nerf.N_samples * count,
+        "the rays: origins, directions, near, far": 4 * 8 * count,
+        "renders (colour, depth, opacity), colour's gradient, photographs": 4 * (5 + 3) * count
+        + 4 * 3 * batch * config.photo_size**2,
+    }
+    parts[f"activations: one chunk of {settings.chunk:,} rays, or D"] = phase.peak - sum(parts.values())
+    rows = [[part, f"{size / MIB:,.0f}"] for part, size in parts.items()]
+    return [*rows, [f"**peak, in phase {name}**", f"**{phase.peak / MIB:,.0f}**"]]
+
+
+def plan_cards() -> list[list[str]]:
+    """Rows of what training.memory_budget=auto chooses on cards of several sizes: card, then one cell per task."""
+    rows = []
+    planners = {name: StepPlanner(published(patch, *keys)) for name, (patch, keys) in CARD_TASKS.items()}
+    for card in CARDS:
+        cells = [f"{card} GB"]
+        for planner in planners.values():
+            try:
+                plan = choose_settings(planner, round(FREE_SHARE * card * GIB), "cuda")
+            except BudgetError:
+                cells.append("does not fit")
+                continue
+            chosen = plan.settings
+            cells.append(f"{chosen.micro_batch_size}, {chosen.strategy}, {chosen.chunk} ({plan.peak / MIB:,.0f} MiB)")
+        rows.append(cells)
+    return rows
 
 
 def curve(patches: Sequence[int], overrides: Sequence[str] = ()) -> dict[str, list[tuple[int, float]]]:
@@ -482,17 +570,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text: list[Any] = [f"{hardware()}. Peaks are of live tensors, MiB; * is predicted, not measured.", ""]
     header = ["patch", "what", "measured", "predicted", "of plain", "s per step", "x plain"]
     text += [format_table(header, measure_measures(patches, shrunk)), ""]
+
     path = options.results.with_name(CURVE.name)
     draw_curve(curve((16, 32) if options.quick else (16, 32, 64, 128, 256), shrunk), path)
-    text += [f"![peak against rays]({path.name})", "", "Predicted against measured, small networks:", ""]
+    text += [f"![peak against rays]({path.name})", ""]
+
+    whole, settings = published(patches[-1], *shrunk), Settings(2 if options.quick else 8, "checkpoint", 1024)
+    text += [f"Whole images of {patches[-1]} x {patches[-1]}, float32, {settings}: what is left, predicted:", ""]
+    text += [format_table(["part", "MiB"], name_what_is_left(whole, settings)), ""]
+
+    text += ["Predicted against measured, small networks:", ""]
     text += [format_table(["configuration", "predicted", "measured", "difference"], compare_predictions(names)), ""]
+
     narrow = ("training.memory_strategy=checkpoint", "training.chunk=128") if options.quick else ()
     trials = [trial for name in budgets for trial in try_budgets(name, count, narrow)]
     rows = [
-        [t.name, f"{t.budget / MIB:.2f}", str(t.chosen), f"{t.used / MIB:.2f}", f"{t.used / t.budget:.0%}"]
+        [
+            t.name,
+            f"{t.budget / MIB:.2f}",
+            t.chosen,
+            f"{t.used / MIB:.2f}",
+            f"{t.used / t.budget:.0%}",
+            f"{t.resident:.0f}",
+        ]
         for t in trials
     ]
-    text += ["Budgets in real steps:", "", format_table(["configuration", "budget", "chosen", "used", "share"], rows)]
+    header = ["configuration", "budget", "chosen", "used", "share", "RSS"]
+    text += [
+        "Budgets kept by runs of train.py (most of RSS is Python and its libraries):",
+        "",
+        format_table(header, rows),
+    ]
+    if not options.quick:
+        text += [
+            "",
+            "What `training.memory_budget=auto` chooses on a card, published setting, batch 8, AMP, predicted:",
+            "",
+        ]
+        text += [format_table(["card", *CARD_TASKS], plan_cards()), ""]
+        text += ["Cells: micro_batch_size, memory_strategy, chunk (peak of live tensors)."]
     command = "python -m benchmarks.memory" + (" --quick" if options.quick else "")
     write_section("Memory", command, "\n".join(text), options.results)
     return 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from graf.runtime import logs
+from graf.runtime.live_tensors import LiveTensorMeter
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -65,6 +66,25 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     return SmokeRun(cwd, cwd / "results" / "smoke", cwd / "data", stdout, stderr)
+
+
+class SmallDevice(LiveTensorMeter):
+    """A device that can hold so many bytes of tensors; `track` what lives on it already."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        super()._see(tensor)
+        if self.current > self.limit:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory: {self.current:.0f} of {self.limit:.0f} bytes")
+
+
+@pytest.fixture
+def small_device() -> type[LiveTensorMeter]:
+    """:class:`SmallDevice`, a context in which memory really runs out."""
+    return SmallDevice
 
 
 @pytest.fixture

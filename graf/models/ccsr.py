@@ -242,10 +242,10 @@ class CCSR(nn.Module):
         if self.rows is None or self.rows >= height:
             output: Tensor = self.trunk(images)
             return output
-        strips = []
+        border, strips = int(self.trunk.receptive_radius), []  # type: ignore[arg-type]
         for top in range(0, height, self.rows):
             bottom = min(top + self.rows, height)
-            first = max(0, top - self.trunk.receptive_radius)
-            strip = self.trunk(images[..., first : bottom + self.trunk.receptive_radius, :])
+            first = max(0, top - border)
+            strip = self.trunk(images[..., first : bottom + border, :])
             strips.append(strip[..., scale * (top - first) : scale * (bottom - first), :])
         return torch.cat(strips, dim=-2)

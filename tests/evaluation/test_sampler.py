@@ -1,6 +1,8 @@
 """Rendering for people and scores: an image depends on its code, class and camera alone; training does not notice."""
 
+import logging
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from graf.evaluation.sampler import Sampler, eval_mode
 from graf.geometry.cameras import Intrinsics
 from graf.geometry.rays import RayCaster
 from graf.geometry.volume_rendering import RaySampling
+from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, ViewLatents
 from graf.models.field import FieldShape
 from graf.models.generator import Generator
 from graf.runtime.amp import Precision
+from graf.runtime.live_tensors import LiveTensorMeter
+from graf.runtime.memory import OutOfMemory
 
 CAMERAS = Cameras(3.5, (0.2, 0.4))
 SIZE = 12
@@ -124,6 +129,58 @@ def test_super_resolution_that_the_run_does_not_have_is_refused(sampler):
     with pytest.raises(ValueError, match="no super-resolution"):
         sampler.render(sampler.codes(0, range(1)), some_views(1), sharpen=True)
     assert sampler.render(sampler.codes(0, range(1)), some_views(1)).sharp is None
+
+
+# ---------------------------------------------------------------- running out of memory
+
+
+def with_ccsr(sampler: Sampler) -> Sampler:
+    latents = ViewLatents(8, 3, SIZE)
+    for view in latents.views:
+        nn.init.normal_(view)
+    return replace(sampler, ccsr=CCSR(ConvTrunk(2, features=64, blocks=1), latents, BoxProjection(2)))
+
+
+def test_a_device_too_small_for_a_whole_image_renders_it_in_smaller_chunks_from_then_on(sampler, small_device, caplog):
+    z, views = sampler.codes(0, range(2)), some_views(2)
+    expected = sampler.render(z, views)
+    sampler.generator.chunk = 128
+    with LiveTensorMeter() as meter:
+        sampler.render(z, views)
+    with caplog.at_level(logging.WARNING, "graf"), small_device(0.75 * meter.peak):
+        found = sampler.render(z, views)
+    assert sampler.generator.chunk == 64
+    for name in ("rgb", "depth", "opacity"):
+        assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    assert len(caplog.records) == 1
+    assert "training.chunk 128 -> 64" in caplog.text
+
+
+def test_a_device_too_small_to_sharpen_a_whole_image_does_it_strip_by_strip(sampler, small_device, caplog):
+    sampler = with_ccsr(sampler)
+    z, views = sampler.codes(0, range(2)), some_views(2)
+    expected = sampler.render(z, views, sharpen=True)
+    sampler.generator.chunk = 64
+    with LiveTensorMeter() as meter:
+        sampler.render(z, views, sharpen=True)
+    with caplog.at_level(logging.WARNING, "graf"), small_device(0.9 * meter.peak):
+        found = sampler.render(z, views, sharpen=True)
+    assert sampler.ccsr.rows in (6, 3, 1)
+    assert_close(found.sharp, expected.sharp, rtol=1e-5, atol=1e-5)
+    assert "rows super-resolved at once 12 -> 6" in caplog.text
+    assert len(caplog.records) <= 3  # the second image needs no further try
+
+
+@pytest.mark.parametrize("sharpen", [False, True])
+def test_a_device_too_small_for_anything_ends_with_what_to_lower(sampler, monkeypatch, sharpen):
+    sampler = with_ccsr(sampler)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sampler.ccsr.trunk if sharpen else sampler.generator.field, "forward", fail)
+    with pytest.raises(OutOfMemory, match="smallest size; lower --resolution"):
+        sampler.render(sampler.codes(0, range(1)), some_views(1), sharpen=sharpen)
 
 
 def test_eval_mode_ends_with_an_error_too():

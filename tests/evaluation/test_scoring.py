@@ -1,15 +1,18 @@
 """Scoring a generator: images by number, whatever the batch, and the numbers of score_images itself."""
 
+import logging
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from graf.data.views import Cameras, ViewPool
 from graf.evaluation import scoring
-from graf.evaluation.extractor import choose_extractor
+from graf.evaluation.extractor import OfflineFeatures, choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, RenderedImages, score_images
 from graf.evaluation.sampler import Renders
 from graf.evaluation.scoring import ScoringTask
+from graf.runtime.memory import OutOfMemory
 from graf.runtime.seeding import Draws
 
 LABELS = torch.tensor([[0, 0, 0], [1, 0, 90], [0, 0, 180]])
@@ -90,3 +93,46 @@ def test_super_resolved_images_are_scored_under_their_own_name(photographs, tmp_
     assert scores.values == {f"sr_{name}": value for name, value in expected.values.items()}
     assert scores.provenance["output"] == "sr"
     assert scores.provenance["resolution"] == "32x32"
+
+
+def test_where_the_extractor_runs_out_of_memory_it_sees_fewer_images_from_then_on(
+    photographs, tmp_path, monkeypatch, caplog
+):
+    expected = score(NoiseSampler(), photographs, tmp_path / "a").values
+    forward, sizes = OfflineFeatures.forward, []
+
+    def limited(extractor, images):
+        sizes.append(len(images))
+        if len(images) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(extractor, images)
+
+    monkeypatch.setattr(OfflineFeatures, "forward", limited)
+    task = ScoringTask(NoiseSampler(), POOL, choose_extractor("offline"), PROTOCOL, 9, tmp_path / "b")
+    with caplog.at_level(logging.WARNING, "graf"):
+        assert task.score("render", photographs, "photos").values == pytest.approx(expected)
+        task.score("render", photographs, "others")
+    assert sizes.count(4) == 1
+    assert len(caplog.records) == 1
+    assert "evaluation.batch_size 4 -> 2" in caplog.text
+
+
+def test_where_one_image_is_too_much_for_the_extractor_that_is_said(photographs, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(OfflineFeatures, "forward", fail)
+    with pytest.raises(OutOfMemory, match=r"data\.imsize.*training\.fid_every"):
+        score(NoiseSampler(), photographs, tmp_path)
+
+
+def test_images_that_cannot_be_rendered_in_any_size_are_not_tried_with_a_smaller_extractor(photographs, tmp_path):
+    class TooSmall(NoiseSampler):
+        def render_random(self, *_: object, **__: object) -> Renders:
+            self.asked.append(0)
+            raise OutOfMemory("out of memory even at the smallest size; lower data.imsize")
+
+    sampler = TooSmall()
+    with pytest.raises(OutOfMemory, match=r"data\.imsize"):
+        score(sampler, photographs, tmp_path)
+    assert len(sampler.asked) == 1

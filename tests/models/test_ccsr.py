@@ -352,6 +352,24 @@ def test_a_patch_super_resolves_to_the_crop_of_the_whole_image_away_from_its_bor
     assert (steered - of_patch)[..., inside, inside].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 11, 12])
+@pytest.mark.parametrize("make", [lambda: ConvTrunk(2, 4, 1), lambda: UnitRange(RRDBTrunk(4, 4, 2, 1))])
+def test_strips_of_any_height_super_resolve_to_the_whole_image(make, rows):
+    ccsr, images = make_ccsr(make(), 12).double(), torch.rand(2, 3, 12, 12, dtype=torch.float64)
+    arguments = (images, torch.tensor([10, 200]), Patches.whole(2))
+    whole = ccsr(*arguments)
+    ccsr.rows = rows
+    strips = ccsr(*arguments)
+    assert_close(strips.free, whole.free, atol=1e-12, rtol=0)
+    assert_close(strips.image, whole.image, atol=1e-12, rtol=0)
+
+
+def test_halving_the_rows_ends_at_one():
+    ccsr = make_ccsr(ConvTrunk(2, 4, 1), 12)
+    assert [ccsr.halve_rows(12) is not None for _ in range(4)] == [True, True, True, False]
+    assert ccsr.rows == 1
+
+
 def test_a_trunk_for_images_from_0_to_1_is_given_those_and_returns_the_projects_range():
     trunk = RRDBTrunk(2, 8, 4, 1)
     images = torch.rand(2, 3, 8, 8) * 2 - 1

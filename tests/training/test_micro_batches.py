@@ -226,19 +226,6 @@ def test_after_a_retry_everything_is_as_with_the_smaller_size_from_that_phase_on
     assert f"training.micro_batch_size {size} -> {size // 2}" in caplog.text
 
 
-class SmallDevice(LiveTensorMeter):
-    """A device that can hold so many bytes of tensors."""
-
-    def __init__(self, limit: float) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        super()._see(tensor)
-        if self.current > self.limit:
-            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory: {self.current:.0f} of {self.limit:.0f} bytes")
-
-
 def peak_of(make_trainer: Callable[..., Trainer], batch: tuple[torch.Tensor, torch.Tensor], *overrides: str) -> int:
     with LiveTensorMeter() as meter:
         trainer = make_trainer(*overrides)
@@ -247,10 +234,10 @@ def peak_of(make_trainer: Callable[..., Trainer], batch: tuple[torch.Tensor, tor
         return meter.peak
 
 
-def test_a_device_that_is_too_small_for_the_batch_trains_with_less_at_once(make_trainer, batch, caplog):
+def test_a_device_that_is_too_small_for_the_batch_trains_with_less_at_once(make_trainer, batch, small_device, caplog):
     need = peak_of(make_trainer, batch)
     least = peak_of(make_trainer, batch, "training.micro_batch_size=1", "training.memory_strategy=checkpoint")
-    with caplog.at_level(logging.WARNING, "graf"), SmallDevice((need + least) / 2):
+    with caplog.at_level(logging.WARNING, "graf"), small_device((need + least) / 2):
         trainer = make_trainer()
         for _ in range(3):
             statistics = trainer.step(*batch)
@@ -260,10 +247,10 @@ def test_a_device_that_is_too_small_for_the_batch_trains_with_less_at_once(make_
     assert trainer.progress.iteration == 3
 
 
-def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(make_trainer, batch):
+def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(make_trainer, batch, small_device):
     trainer = make_trainer("training.chunk=256", "discriminator.spectral_norm=false")
     before = weights_of(trainer)
-    with SmallDevice(20_000), pytest.raises(OutOfMemory) as caught:
+    with small_device(20_000), pytest.raises(OutOfMemory) as caught:
         trainer.step(*batch)
     assert (trainer.micro_batch_size, trainer.generator.strategy, trainer.generator.chunk) == (1, "checkpoint", 64)
     message = explain_failure(caught.value)
