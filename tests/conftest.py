@@ -88,11 +88,22 @@ def small_device() -> type[LiveTensorMeter]:
 
 
 @pytest.fixture
-def run_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[RunProgram]:
-    """Runs a program's `main` in this process, in tmp_path, and puts the process back as it was."""
+def restored_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A program's `main` may run here: it starts in tmp_path, and what it sets for its process is undone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logs, "_said", set())
     logger, handlers, level, environment = logs.logger, list(logs.logger.handlers), logs.logger.level, dict(os.environ)
+    yield
+    torch.set_flush_denormal(False)
+    for name in os.environ.keys() - environment.keys():  # the allocator's variable
+        del os.environ[name]
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def run_program(restored_process: None) -> RunProgram:
+    """Runs a program's `main` in this process, in tmp_path, and puts the process back as it was."""
 
     def run(program: str, *arguments: str) -> int:
         spec = importlib.util.spec_from_file_location(Path(program).stem + "_program", ROOT / program)
@@ -102,9 +113,4 @@ def run_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run
         spec.loader.exec_module(module)
         return int(module.main([str(argument) for argument in arguments]))
 
-    yield run
-    torch.set_flush_denormal(False)  # train.py and eval.py set it, and the allocator's variable, for their process
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
+    return run

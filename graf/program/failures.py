@@ -33,9 +33,10 @@ FORESEEN = (
 def explain_failure(error: Exception) -> str:
     """What to print for a failure that the program foresees; re-raises one that it does not."""
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        # Phases retry with less at once; what they do not cover is building the networks and updating them.
         return (
-            "out of memory; lower training.batch_size first, then ray_sampler.N_samples (rays per patch), "
-            f"nerf.N_samples (samples per ray) or training.chunk (rays rendered at once) [{_first_line(error)}]"
+            "out of memory for weights or optimiser states; lower nerf.netwidth, discriminator.ndf or ccsr.features, "
+            f"or training.batch_size [{_first_line(error)}]"
         )
     if isinstance(error, FORESEEN):
         return str(error)

@@ -43,6 +43,9 @@ class Ball(nn.Module):
         points = (rays.origins + distance * rays.directions) * opacity
         return RayColours(self.paint(points), distance * rays.axis_cosine, opacity)
 
+    def halve_chunk(self) -> None:
+        """It has no chunks: none to halve."""
+
 
 def marble(points: torch.Tensor) -> torch.Tensor:
     return 0.6 * torch.sin(3 * points + 1)

@@ -81,24 +81,37 @@ def test_a_batch_too_big_for_a_folder_is_found_before_the_networks_are_built(tra
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nlong advice"),
-        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ],
-    ids=["cuda", "cpu"],
-)
-def test_out_of_memory_names_the_keys_to_lower(train, read_error, monkeypatch, error):
+OUT_OF_MEMORY = {
+    "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nlong advice"),
+    "cpu": RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+}
+
+
+@pytest.mark.parametrize("device", OUT_OF_MEMORY)
+def test_where_nothing_is_left_to_shrink_out_of_memory_names_the_keys_to_lower(train, read_error, monkeypatch, device):
     def fail(*_):
-        raise error
+        raise OUT_OF_MEMORY[device]
 
     monkeypatch.setattr(Generator, "forward", fail)
     assert train(*BARE) == 1
     line = read_error()
-    assert line.startswith("error: out of memory; lower training.batch_size first")
-    assert "ray_sampler.N_samples" in line
-    assert "training.chunk" in line
+    assert line.startswith("error: out of memory even at the smallest size; lower ray_sampler.N_samples")
+    assert "nerf.netwidth" in line
+    assert "long advice" not in line
+
+
+@pytest.mark.parametrize("device", OUT_OF_MEMORY)
+def test_networks_that_do_not_fit_are_named(train, read_error, monkeypatch, device):
+    def fail(*_):
+        raise OUT_OF_MEMORY[device]
+
+    monkeypatch.setattr(assembly, "build_generator", fail)
+    assert train(*BARE) == 1
+    line = read_error()
+    assert line.startswith("error: out of memory for weights or optimiser states; lower nerf.netwidth")
+    assert "discriminator.ndf" in line
+    assert "training.batch_size" in line
+    assert "long advice" not in line
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:97", "mps"])

@@ -170,6 +170,7 @@ def test_a_run_with_a_budget_trains_with_the_chosen_settings(run_program, capsys
     assert "fits training.memory_budget=7MiB" in printed
 
 
+@pytest.mark.usefixtures("restored_process")
 def test_the_benchmark_writes_its_section_and_curve(tmp_path):
     results = tmp_path / "RESULTS.md"
     assert benchmark.main(["--quick", "--results", str(results)]) == 0
