@@ -33,22 +33,11 @@ from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.config import CONFIG_FOLDER, Config, load_config
 from graf.data.views import ViewPool
 from graf.program import assembly
-from graf.program.planner import (
-    FREE_SHARE,
-    GIB,
-    MIB,
-    BudgetError,
-    PhaseRecorder,
-    Plan,
-    Settings,
-    StepPlanner,
-    candidate_settings,
-    choose_settings,
-    configured_settings,
-    imagine_scene,
-)
+from graf.program.planner import FREE_SHARE, GIB, BudgetError, candidate_settings, choose_settings
+from graf.program.rehearsal import PhaseRecorder, Plan, Settings, StepPlanner, configured_settings, imagine_scene
 from graf.runtime.amp import Precision, choose_precision
 from graf.runtime.live_tensors import LiveTensorMeter
+from graf.runtime.memory import MIB
 from graf.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -489,12 +478,14 @@ def name_what_is_left(config: Config, settings: Settings) -> list[list[str]]:
 def plan_cards() -> list[list[str]]:
     """Rows of what training.memory_budget=auto chooses on cards of several sizes: card, then one cell per task."""
     rows = []
-    planners = {name: StepPlanner(published(patch, *keys)) for name, (patch, keys) in CARD_TASKS.items()}
+    planners = {
+        name: StepPlanner(published(patch, *keys), device_type="cuda") for name, (patch, keys) in CARD_TASKS.items()
+    }
     for card in CARDS:
         cells = [f"{card} GB"]
         for planner in planners.values():
             try:
-                plan = choose_settings(planner, round(FREE_SHARE * card * GIB), "cuda")
+                plan = choose_settings(planner, round(FREE_SHARE * card * GIB))
             except BudgetError:
                 cells.append("does not fit")
                 continue

@@ -10,7 +10,7 @@ largest possible.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
@@ -150,7 +150,17 @@ def low_resolution_consistency(sr: Tensor, lr: Tensor, down: Down | None = None)
     """
     scale = find_scale(sr, lr)
     reduce = partial(functional.avg_pool2d, kernel_size=scale) if down is None else down
-    sr, lr = sr.cpu().double(), lr.cpu().double()
+    images = [_compare_reduced(fine.cpu().double(), coarse.cpu().double(), reduce) for fine, coarse in _each(sr, lr)]
+    return LowResolutionConsistency(
+        max=max(image.max for image in images),
+        mean=_mean(image.mean for image in images),
+        file_max=max(image.file_max for image in images),
+        file_mean=_mean(image.file_mean for image in images),
+        clipped=_mean(image.clipped for image in images),
+    )
+
+
+def _compare_reduced(sr: Tensor, lr: Tensor, reduce: Down) -> LowResolutionConsistency:
     difference, file_difference = (reduce(sr) - lr).abs(), (reduce(_as_in_files(sr)) - lr).abs()
     return LowResolutionConsistency(
         max=difference.max().item(),
@@ -159,6 +169,16 @@ def low_resolution_consistency(sr: Tensor, lr: Tensor, down: Down | None = None)
         file_mean=file_difference.mean().item(),
         clipped=(sr.abs() > 1).double().mean().item(),
     )
+
+
+def _each(*batches: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """One image of each batch after the other, still (1, C, H, W): what is made of them is never there all at once."""
+    return zip(*(batch.split(1) for batch in batches), strict=True)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)
 
 
 def _as_in_files(images: Tensor) -> Tensor:
@@ -205,7 +225,8 @@ def depth_error(depth: Tensor, truth: TrueViews) -> float:
             f"depth is {tuple(depth.shape)}, the true one {tuple(truth.depth.shape)} with a mask of "
             f"{tuple(truth.mask.shape)}: expected three times (V, 1, H, W)"
         )
-    return (depth - truth.depth).abs()[truth.mask > 0.5].mean().item()
+    covered = (truth.mask > 0.5).to(depth.dtype)
+    return (((depth - truth.depth).abs() * covered).sum() / covered.sum()).item()
 
 
 @torch.no_grad()
@@ -251,7 +272,8 @@ def measure_consistency(
     upsampled render. `down` as in
     :func:`low_resolution_consistency`. Raises ConsistencyError when there is no ring.
     """
-    reports = [measure_ring(ring, intrinsics, visibility, down) for ring in rings]
+    measure = partial(measure_ring, intrinsics=intrinsics, visibility=visibility, down=down)
+    reports = list(map(measure, rings))  # a loop's variable would hold a ring while the next one is rendered
     if not reports:
         raise ConsistencyError("no objects to measure: expected at least one ring of views")
     return _average_reports(reports)
@@ -286,10 +308,10 @@ def measure_ring(
             )
         measured |= {
             "depth_error": depth_error(ring.views.depth, ring.truth),
-            "psnr": psnr(shown, true_images).mean().item(),
-            "psnr_bicubic": psnr(bicubic, true_images).mean().item(),
-            "ssim": ssim(shown, true_images).mean().item(),
-            "ssim_bicubic": ssim(bicubic, true_images).mean().item(),
+            "psnr": _mean(psnr(a, b).item() for a, b in _each(shown, true_images)),
+            "psnr_bicubic": _mean(psnr(a, b).item() for a, b in _each(bicubic, true_images)),
+            "ssim": _mean(ssim(a, b).item() for a, b in _each(shown, true_images)),
+            "ssim_bicubic": _mean(ssim(a, b).item() for a, b in _each(bicubic, true_images)),
         }
     return ConsistencyReport(objects=1, **measured)
 

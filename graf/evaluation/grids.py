@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graf.data.views import Cameras, Views
-from graf.evaluation.render import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid
+from graf.evaluation.render import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid, to_uint8
 from graf.evaluation.sampler import Renders, Sampler
 from graf.geometry.cameras import ring
 from graf.models.ccsr import upsample
@@ -40,36 +40,44 @@ class Showcase:
         return cameras.views_at(self.class_idx[row].expand(self.columns), self.u, self.v)
 
 
-def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase, sharpen: bool = False) -> Renders:
-    """All objects from all views, row by row: R * C images on the CPU."""
-    return Renders.join(
-        [
-            sampler.render(
-                showcase.z[row : row + 1].expand(showcase.columns, -1), showcase.views_of_row(row, cameras), sharpen
-            )
-            for row in range(len(showcase.z))
-        ]
-    )
+def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase, sharpen: bool = False) -> Iterator[Renders]:
+    """The C views of one object after the other, on the CPU, rendered as they are asked for."""
+    for row in range(len(showcase.z)):
+        z = showcase.z[row : row + 1].expand(showcase.columns, -1)
+        yield sampler.render(z, showcase.views_of_row(row, cameras), sharpen)
+
+
+def colour_showcase(renders: Renders, near: float, far: float) -> dict[str, Tensor]:
+    """What is shown of some views as uint8 (N, 3, H, W): "rgb", "depth", "opacity", if sharp also "sr", "bicubic"."""
+    kinds = {
+        "rgb": to_uint8(renders.rgb),
+        "depth": to_uint8(depth_to_rgb(renders.depth, near, far, renders.opacity)),
+        "opacity": to_uint8(opacity_to_rgb(renders.opacity)),
+    }
+    if renders.sharp is not None:
+        scale = renders.sharp.shape[-1] // renders.rgb.shape[-1]
+        kinds |= {"sr": to_uint8(renders.sharp), "bicubic": to_uint8(upsample(renders.rgb, scale))}
+    return kinds
 
 
 def draw_showcase(
-    renders: Renders,
+    rows: Iterable[Renders],
     columns: int,
     near: float,
     far: float,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
 ) -> dict[str, Picture]:
-    """The captioned grids by name: "rgb", "depth", "opacity" and, where there are sharp images, "sr" and "bicubic"."""
-    kinds = {
-        "rgb": renders.rgb,
-        "depth": depth_to_rgb(renders.depth, near, far, renders.opacity),
-        "opacity": opacity_to_rgb(renders.opacity),
+    """The captioned grids by name, as in :func:`colour_showcase`; of the rows drawn already only bytes are kept."""
+    kinds: dict[str, list[Tensor]] = {}
+    for row in rows:
+        for name, images in colour_showcase(row, near, far).items():
+            kinds.setdefault(name, []).append(images)
+        del row  # else it would wait here until the next one is rendered
+    return {
+        name: label_grid(tile_grid(torch.cat(images), columns), row_labels, column_labels)
+        for name, images in kinds.items()
     }
-    if renders.sharp is not None:
-        scale = renders.sharp.shape[-1] // renders.rgb.shape[-1]
-        kinds |= {"sr": renders.sharp, "bicubic": upsample(renders.rgb, scale)}
-    return {name: label_grid(tile_grid(images, columns), row_labels, column_labels) for name, images in kinds.items()}
 
 
 def path_frames(

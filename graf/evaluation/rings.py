@@ -39,14 +39,17 @@ class ConsistencyTask:
         return measure_consistency(self._rings(), self.sampler.caster.intrinsics, down=self.sampler.ccsr.down)
 
     def _rings(self) -> Iterator[Ring]:
-        z = self.sampler.codes(self.seed, range(1)).expand(self.num_views, -1)
         for class_idx in self.classes:
-            views = self.cameras.views_at(torch.full((self.num_views,), class_idx), *ring(self.num_views, self.v))
-            renders = self.sampler.render(z, views, sharpen=True)
-            assert renders.sharp is not None
-            surface = SurfaceView.from_render(
-                renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), self.sampler.caster
-            )
-            low, high = renders.rgb.shape[-1], renders.sharp.shape[-1]
-            truth = None if self.truth is None else self.truth(class_idx, views, low, high)
-            yield Ring(surface, renders.sharp, truth)
+            yield self._render_ring(class_idx)
+
+    def _render_ring(self, class_idx: int) -> Ring:
+        z = self.sampler.codes(self.seed, range(1)).expand(self.num_views, -1)
+        views = self.cameras.views_at(torch.full((self.num_views,), class_idx), *ring(self.num_views, self.v))
+        renders = self.sampler.render(z, views, sharpen=True)
+        assert renders.sharp is not None
+        surface = SurfaceView.from_render(
+            renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), self.sampler.caster
+        )
+        low, high = renders.rgb.shape[-1], renders.sharp.shape[-1]
+        truth = None if self.truth is None else self.truth(class_idx, views, low, high)
+        return Ring(surface, renders.sharp, truth)

@@ -18,6 +18,7 @@ from graf.models.ccsr import upsample
 from graf.runtime.logs import progress_bar
 from graf.runtime.memory import retry_smaller
 
+#: images that are rendered for one call of the extractor's loader
 RENDER_BATCH = 8
 
 

@@ -96,9 +96,9 @@ class SampleHook:
     def write(self, iteration: int) -> None:
         """Render and save the grids of this iteration."""
         caster = self.sampler.caster
-        renders = render_showcase(self.sampler, self.cameras, self.showcase, sharpen=self.sampler.ccsr is not None)
+        rows = render_showcase(self.sampler, self.cameras, self.showcase, sharpen=self.sampler.ccsr is not None)
         columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
-        grids = draw_showcase(renders, self.showcase.columns, caster.near, caster.far, self.row_labels, columns)
+        grids = draw_showcase(rows, self.showcase.columns, caster.near, caster.far, self.row_labels, columns)
         for name, picture in grids.items():
             save_png(self.folder.samples / f"{name}_{iteration:08d}.png", picture)
             self.log.image(iteration, f"samples/{name}", picture)

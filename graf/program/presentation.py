@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.render import Picture, save_png, write_video
-from graf.evaluation.sampler import Renders, Sampler
+from graf.evaluation.sampler import Sampler
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import median_height, ring
 from graf.program import assembly
@@ -162,19 +163,13 @@ def write_grids(shown: Presentation) -> list[Path]:
     columns = [f"{360 * view / shown.options.views:.0f}" for view in range(shown.options.views)]
     caster = shown.sampler.caster
     for class_idx in progress_bar(shown.classes, desc="grids", unit="class"):
-        parts = [
-            render_showcase(
-                shown.sampler,
-                shown.cameras,
-                Showcase.around(z, [class_idx] * len(z), shown.options.views, height),
-                shown.options.sr,
-            )
-            for height in shown.heights
-        ]
+        views = shown.options.views
+        showcases = [Showcase.around(z, [class_idx] * len(z), views, height) for height in shown.heights]
+        renders = chain.from_iterable(
+            render_showcase(shown.sampler, shown.cameras, showcase, shown.options.sr) for showcase in showcases
+        )
         rows = [f"{number}  v {height:g}" for height in shown.heights for number in range(len(z))]
-        for name, picture in draw_showcase(
-            Renders.join(parts), shown.options.views, caster.near, caster.far, rows, columns
-        ).items():
+        for name, picture in draw_showcase(renders, views, caster.near, caster.far, rows, columns).items():
             written.append(save_png(shown.path(f"grid_{shown.scene.class_names[class_idx]}_{name}.png"), picture))
     return written
 
@@ -237,7 +232,7 @@ def write_shape_appearance(shown: Presentation) -> list[Path]:
         renders = shown.sampler.render(codes.reshape(count * count, -1), views)
         labels = [str(number) for number in range(count)]
         picture = draw_showcase(
-            renders, count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels]
+            [renders], count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels]
         )["rgb"]
         written.append(save_png(shown.path(f"shape_appearance_{shown.scene.class_names[class_idx]}.png"), picture))
     return written

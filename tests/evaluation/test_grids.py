@@ -78,7 +78,7 @@ def test_a_sharpened_path_shows_both_in_two_rows():
 
 def test_captions_take_a_margin_and_leave_the_images_as_they_are():
     showcase = Showcase.around(torch.tensor([[0.1], [-0.6]]), [2, 1], 4, 0.3)
-    renders = render_showcase(FlatSampler(), CAMERAS, showcase)
+    renders = list(render_showcase(FlatSampler(), CAMERAS, showcase))
     plain = draw_showcase(renders, 4, 2.5, 4.5)["rgb"]
     labelled = draw_showcase(renders, 4, 2.5, 4.5, ["car", "mug"], ["0", "90", "180", "270"])["rgb"]
     top, left = labelled.shape[0] - plain.shape[0], labelled.shape[1] - plain.shape[1]
@@ -93,7 +93,7 @@ def test_a_far_surface_is_drawn_darker(depth, darker):
 
     def brightness(value: float) -> float:
         renders = Renders(torch.zeros(1, 3, SIZE, SIZE), value * ones, ones)
-        return float(np.mean(tile(draw_showcase(renders, 1, 2.5, 4.5)["depth"], 0, 0)))
+        return float(np.mean(tile(draw_showcase([renders], 1, 2.5, 4.5)["depth"], 0, 0)))
 
     assert brightness(depth) < brightness(darker)
 

@@ -1,5 +1,6 @@
 """Predicted peaks against measured ones, and the choice of settings under a budget."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from benchmarks import memory as benchmark
 from graf.config import Config, ConfigError, load_config, parse_bytes
-from graf.program import planner
-from graf.program.planner import BudgetError, Settings, StepPlanner, choose_settings, configured_settings, predict_step
+from graf.program import planner, rehearsal
+from graf.program.planner import BudgetError, choose_settings
+from graf.program.rehearsal import Settings, StepPlanner, configured_settings, predict_step
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
@@ -58,7 +60,7 @@ def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_publishe
     config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
     settings = Settings(2, strategy, 256)  # 8 chunks
     few = StepPlanner(config).predict(settings, between=False).peak
-    monkeypatch.setattr(planner._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
+    monkeypatch.setattr(rehearsal._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
 
@@ -87,7 +89,7 @@ def test_a_budget_is_kept_and_used():
     config = small("training.batch_size=4", "training.chunk=256", "training.memory_strategy=dense")
     step = StepPlanner(config)
     budget = round(1.2 * step.predict(Settings(2, "dense", 256)).peak)
-    plan = choose_settings(step, budget, "cpu")
+    plan = choose_settings(step, budget)
     used = benchmark.measure_step(config, plan.settings).peak
     assert plan.settings.micro_batch_size < 4
     assert 0.7 * budget <= used <= budget
@@ -95,29 +97,29 @@ def test_a_budget_is_kept_and_used():
 
 def test_without_need_the_budget_changes_nothing():
     config = small("training.batch_size=4")
-    assert choose_settings(StepPlanner(config), 2**34, "cpu").settings == configured_settings(config)
+    assert choose_settings(StepPlanner(config), 2**34).settings == configured_settings(config)
 
 
 def test_only_keys_left_at_auto_are_chosen():
     config = small("training.batch_size=4", "training.chunk=128", "training.memory_strategy=deferred")
     step = StepPlanner(config)
     budget = step.predict(Settings(2, "deferred", 128)).peak
-    chosen = choose_settings(step, budget, "cpu").settings
+    chosen = choose_settings(step, budget).settings
     assert (chosen.strategy, chosen.chunk) == ("deferred", 128)
     assert chosen.micro_batch_size >= 2
 
 
 def test_a_budget_that_nothing_fits_names_what_is_needed_and_the_keys():
     with pytest.raises(BudgetError, match=r"memory_budget: 1 MiB .* need \d+ MiB.*nerf.netwidth"):
-        choose_settings(StepPlanner(small("training.memory_strategy=checkpoint")), 2**20, "cpu")
+        choose_settings(StepPlanner(small("training.memory_strategy=checkpoint")), 2**20)
 
 
 def test_a_gpu_budget_leaves_room_for_what_is_not_seen():
     step = StepPlanner(small())
     share, fixed = planner.MARGINS["cuda"]
     plan = step.predict(Settings(2, "dense", 4096))
-    assert plan.needed("cuda") == pytest.approx((1 + share) * plan.peak + fixed * 2**20, abs=1)
-    assert plan.needed("cpu") == plan.peak
+    assert planner.with_margin(plan.peak, "cuda") == pytest.approx((1 + share) * plan.peak + fixed * 2**20, abs=1)
+    assert planner.with_margin(plan.peak, "cpu") == plan.peak
 
 
 def test_recomputation_splitting_and_small_chunks_cost_time():
@@ -168,6 +170,20 @@ def test_a_run_with_a_budget_trains_with_the_chosen_settings(run_program, capsys
     printed = "".join(capsys.readouterr())
     assert "memory_strategy=dense" in printed
     assert "fits training.memory_budget=7MiB" in printed
+
+
+def test_a_run_with_grids_and_scores_stays_within_its_budget(run_program, tmp_path):
+    """Images that wait for their grid, score or consistency measurement are on the CPU too, where the budget is."""
+    keys = [*benchmark.SMALL, "ccsr.enabled=true", "training.batch_size=6", "training.fid_every=2"]
+    config = load_config(CONFIGS / "smoke.yaml", [*keys, "evaluation.num_images=42"])
+    budget = StepPlanner(config).predict(Settings(1, "checkpoint", 64)).peak
+    arguments = ("--memory_budget", f"{budget / 2**20:.4f}MiB", "training.max_iterations=3", "training.sample_every=1")
+    assert run_program("train.py", "--config", CONFIGS / "smoke.yaml", *arguments, *keys) == 0
+    lines = [json.loads(line) for line in (tmp_path / "results/smoke/metrics.jsonl").read_text().splitlines()]
+    peaks = {key: value for line in lines for key, value in line.items() if key.endswith("_live_peak")}
+    assert {"memory_g_live_peak", "memory_sample_live_peak", "memory_score_live_peak"} <= set(peaks)
+    cached_photographs = 42 * 3 * 64 * 64  # bytes, which no plan sees
+    assert max(peaks.values()) <= (budget + cached_photographs) / 2**20
 
 
 @pytest.mark.usefixtures("restored_process")

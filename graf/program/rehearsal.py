@@ -1,0 +1,534 @@
+"""Predicts the memory of a configuration's step by rehearsing it on tensors without data.
+
+The real networks, optimisers and trainer run one real step on fake tensors, which have shapes and no data
+(torch's FakeTensorMode), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
+neither photographs nor a GPU are needed. Small control tensors (labels, poses, an image's random numbers) are real,
+since code branches on them. Of many equal chunks of rays the first and last two are run and the others accounted for
+with what these have needed; of many equal parts of a batch, two are run. What fits a budget is chosen in planner.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import inception_v3
+
+from graf.config import Config
+from graf.data.datasets import DEFAULT_V_LIST
+from graf.data.shapes import CLASS_NAMES
+from graf.data.views import PoseRanges, ViewPool
+from graf.evaluation.consistency import Ring, TrueViews, measure_ring
+from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
+from graf.evaluation.grids import colour_showcase
+from graf.evaluation.rings import ConsistencyTask
+from graf.evaluation.sampler import Renders, Sampler
+from graf.evaluation.scoring import RENDER_BATCH
+from graf.geometry.cameras import ring
+from graf.geometry.rays import Patches, Rays
+from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling
+from graf.geometry.warping import SurfaceView
+from graf.models.field import FieldCodes
+from graf.models.generator import Generator
+from graf.program import assembly
+from graf.program.assembly import Scene
+from graf.runtime.amp import Precision
+from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
+from graf.runtime.phases import PhaseMeter
+from graf.training.trainer import Trainer
+
+#: tensors up to this many elements are real
+CONTROL_ELEMENTS = 4096
+#: length of Inception's pooled features
+INCEPTION_DIMENSIONS = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a budget may change: images on the device at once, which activations are kept, rays rendered at once."""
+
+    micro_batch_size: int
+    strategy: str
+    chunk: int
+
+    def __str__(self) -> str:
+        return f"micro_batch_size={self.micro_batch_size} memory_strategy={self.strategy} chunk={self.chunk}"
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """Bytes at the peak of one phase. gradients: those that it leaves behind; rest: activations and what else lives."""
+
+    peak: int
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+    @property
+    def rest(self) -> int:
+        return max(0, self.peak - self.weights - self.gradients - self.optimizer - self.average)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted peaks of one step and of what happens between steps, bytes of live tensors, by phase."""
+
+    settings: Settings
+    phases: dict[str, PhasePeak]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of live tensors at the worst moment."""
+        return max(phase.peak for phase in self.phases.values())
+
+
+def configured_settings(config: Config) -> Settings:
+    """The settings of a configuration; what is `auto` takes what it means without a budget."""
+    training = config.training
+    return Settings(
+        micro_batch_size=training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size,
+        strategy="dense" if training.memory_strategy == "auto" else training.memory_strategy,
+        chunk=training.rays_per_chunk,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- fake tensors
+
+
+class _ControlTensors(TorchDispatchMode):
+    """Sends large tensors to FakeTensorMode, computes small ones; asked for its value, a fake one says yes, or 1."""
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake_mode = fake_mode
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if FakeTensor in types:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return True if args[0].dtype is torch.bool else 1
+            if kwargs.get("generator") is not None:  # filled in place with random numbers: nothing to do
+                return args[0]
+            return func(*args, **kwargs)
+        if _is_large(func, args):
+            with self.fake_mode:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_large(func: Any, args: Any) -> bool:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if tensors:
+        return max(tensor.numel() for tensor in tensors) > CONTROL_ELEMENTS
+    shape = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
+    return all(isinstance(side, int) for side in shape) and math.prod(shape) > CONTROL_ELEMENTS
+
+
+class _Rehearsal:
+    """The modes of one prediction: `building` makes networks, `running` runs code on them under the meter."""
+
+    def __init__(self) -> None:
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.meter = LiveTensorMeter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Rehearsal:
+        return self  # averaged copies of a network belong to the same prediction
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        with self.fake_mode, warnings.catch_warnings():
+            # copy.deepcopy asks a fake parameter for its address, is told 0, and then clones it: as it should be
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[LiveTensorMeter]:
+        with _ControlTensors(self.fake_mode), self.meter:
+            yield self.meter
+
+
+# ---------------------------------------------------------------------------------------------------- equal chunks
+
+
+class _FewChunks(Generator):
+    """A generator that computes the first and last two chunks and accounts for the others with what these needed."""
+
+    rehearsal: _Rehearsal
+    rendering: _Rendering
+
+    @classmethod
+    def adopt(cls, generator: Generator, rehearsal: _Rehearsal) -> _FewChunks:
+        """Turn a generator into one of these."""
+        generator.__class__ = cls
+        generator.rehearsal = rehearsal  # type: ignore[assignment]
+        assert isinstance(generator, cls)
+        return generator
+
+    def forward(
+        self,
+        z: Tensor,
+        class_idx: Tensor,
+        rays: Rays,
+        noise: RayNoise | None = None,
+        sampling: RaySampling | None = None,
+    ) -> RayColours:
+        step = max(1, self.chunk // len(z))
+        one = copy.copy(self)  # the chunks of one rendering, and its backward pass, belong together
+        object.__setattr__(one, "rendering", _Rendering(self.rehearsal.meter, step, -(-len(rays) // step)))
+        return Generator.forward(one, z, class_idx, rays, noise, sampling)
+
+    def _render(self, codes: FieldCodes, rays: Rays, noise: RayNoise, sampling: RaySampling) -> tuple[Tensor, ...]:
+        rendering = self.rendering
+        number = int(rays.near.storage_offset()) // rendering.step
+        keeps_graph = torch.is_grad_enabled() and self.strategy == "dense"
+        measured = rendering.begin(number)
+        if measured is None:
+            return super()._render(codes, rays, noise, sampling)
+        self.rehearsal.meter.expect(measured.peak)
+        shape = rays.near.shape
+        sizes = ((*shape[:2], 3), tuple(shape), tuple(shape))
+        if not torch.is_grad_enabled():
+            return tuple(rays.near.new_empty(size) for size in sizes)
+        outputs: tuple[Tensor, ...] = _UncomputedChunk.apply(
+            sizes, measured.kept if keeps_graph else 0, *codes.tensors, *self.field.parameters(), self.background
+        )
+        return outputs
+
+
+@dataclass
+class _Measured:
+    """What a computed chunk needed: bytes above where it began, and bytes that it left behind, its outputs included."""
+
+    peak: int = 0
+    kept: int = 0
+
+
+@dataclass
+class _Rendering:
+    """The chunks of one rendering, first forwards, then, with recomputation, once more in the backward pass."""
+
+    meter: LiveTensorMeter
+    step: int
+    num_chunks: int
+    begun: int = 0
+    started_at: int | None = None
+    outer_peak: int = 0
+    last: list[_Measured] = field(default_factory=lambda: [_Measured(), _Measured()])
+
+    def begin(self, number: int) -> _Measured | None:
+        """Call where chunk `number` begins; returns what it will have needed, or None if it has to be computed."""
+        direction = 0 if self.begun < self.num_chunks else 1
+        self._end_previous(direction if self.begun != self.num_chunks else 0)
+        self.begun += 1
+        if self.begun in (self.num_chunks, 2 * self.num_chunks):
+            return None  # the last one: what follows is no longer its own
+        if 2 <= number < self.num_chunks - 2:
+            return self.last[direction]
+        self.started_at, self.outer_peak = self.meter.current, self.meter.peak
+        self.meter.reset_peak()
+        return None
+
+    def _end_previous(self, direction: int) -> None:
+        if self.started_at is None:
+            return
+        grown = self.meter.current - self.started_at
+        self.last[direction] = _Measured(self.meter.peak - self.started_at, grown)
+        self.meter.peak = max(self.meter.peak, self.outer_peak)
+        self.started_at = None
+
+
+class _UncomputedChunk(torch.autograd.Function):
+    """Outputs and gradients of the right sizes, and `kept` bytes from the forward to the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: Sequence[tuple[int, ...]], kept: int, *inputs: Tensor) -> Any:
+        outputs = tuple(inputs[0].new_empty(size) for size in sizes)
+        owned = 4 * sum(math.prod(size) for size in sizes)
+        ctx.save_for_backward(*inputs, inputs[0].new_empty(max(0, kept - owned), dtype=torch.uint8))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        *inputs, _ = ctx.saved_tensors  # under checkpointing this computes the chunk again
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *(torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- prediction
+
+
+class PhaseRecorder(PhaseMeter):
+    """Takes the place of the trainer's meter: what lived at the peak of each phase."""
+
+    def __init__(self, meter: LiveTensorMeter, trainer: Trainer) -> None:
+        super().__init__(torch.device("cpu"))
+        self._live = self.meter = meter
+        self.trainer = trainer
+        self.phases: dict[str, PhasePeak] = {}
+        self.outside = 0
+        self.extra_renders = 0
+        self._renders: Tensor | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Record what happens inside as phase `name`."""
+        if not self._peaks:
+            self.outside = max(self.outside, self.meter.peak)
+        if name == "g" and self.extra_renders:  # rgb, depth and opacity of images that are not rehearsed
+            self._renders = torch.empty(self.extra_renders, 5, self.trainer.config.ray_sampler.N_samples)
+        with super().phase(name):
+            yield
+        if name == "sr" or self.trainer.sr is None:
+            self._renders = None
+
+    def _record(self, name: str, peak: float) -> None:
+        self.record(name, int(peak))
+
+    def record(self, name: str, peak: int) -> None:
+        """Note `peak` bytes for phase `name`, and what of them is known to be there."""
+        trainer = self.trainer
+        networks = [player.network for player in trainer.players]
+        parameters = [parameter for network in networks for parameter in network.parameters()]
+        averages = [average.module for average in (trainer.average, trainer.sr_average) if average is not None]
+        self.phases[name] = PhasePeak(
+            peak=peak,
+            weights=count_bytes([*parameters, *(buffer for network in networks for buffer in network.buffers())]),
+            gradients=count_bytes([parameter.grad for parameter in parameters if parameter.grad is not None]),
+            optimizer=count_bytes([state for player in trainer.players for state in tensors_of(player.optimizer)]),
+            average=count_bytes([tensor for average in averages for tensor in tensors_of(average)]),
+        )
+
+
+def imagine_scene(config: Config) -> Scene:
+    """A scene without photographs: what the configuration knows, else one class, which hardly matters to memory."""
+    data = config.data
+    names = data.classes or (tuple(CLASS_NAMES) if data.type == "synthetic" else ("object",))
+    return Scene(tuple(names), data.v_list or DEFAULT_V_LIST, data.fov, data.type != "image_folder")
+
+
+class StepPlanner:
+    """Predicts the peaks of one configuration under any settings; networks are built once.
+
+    device_type: "cpu", "cuda" or "mps". Images that wait on the host take room beside the others on the CPU alone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        scene: Scene | None = None,
+        precision: Precision | None = None,
+        device_type: str = "cpu",
+    ) -> None:
+        self.device_type = device_type
+        # Everything that ever happens in a step shall happen in the one that is rehearsed, which is iteration 0.
+        ccsr = config.ccsr.model_copy(update={"start_iteration": 0, "perceptual": 0.0, "weights": None})
+        self.config = config.model_copy(update={"ccsr": ccsr})
+        self.scene = imagine_scene(config) if scene is None else scene
+        self.rehearsal = _Rehearsal()
+        self._steps: dict[Settings, dict[str, PhasePeak]] = {}
+        self._between: dict[tuple[str, int], PhasePeak] = {}
+        dtype = torch.bfloat16 if config.training.use_amp else None
+        # float16 needs as many bytes as bfloat16, and a CPU's autocast knows only the latter
+        if precision is not None:
+            dtype = None if precision.dtype is None else torch.bfloat16
+        self.precision = Precision("cpu", dtype)
+        labels = torch.tensor([(number, 0, 0) for number in range(len(self.scene.class_names))])
+        cameras, data = assembly.build_cameras(self.config, self.scene), config.data
+        ranges = PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
+        self.pool = ViewPool(labels, cameras, ranges=None if self.scene.poses_known else ranges)
+        with self.rehearsal.building():
+            self.trainer = self._build_trainer()
+        with self.rehearsal.running() as meter:
+            for player in self.trainer.players:
+                meter.track(player.network)
+            meter.track(*(a.module for a in (self.trainer.average, self.trainer.sr_average) if a is not None))
+            self._leave_gradients()
+            for player in self.trainer.players:  # optimisers get their states in their first step
+                player.optimizer.step()
+            self._drop_gradients()
+
+    def _build_trainer(self) -> Trainer:
+        config, scene = self.config, self.scene
+        generator = assembly.build_generator(config, len(scene.class_names))
+        return Trainer(
+            config,
+            _FewChunks.adopt(generator, self.rehearsal),
+            assembly.build_discriminator(config, scene),
+            assembly.build_caster(config, scene),
+            self.pool,
+            self.precision,
+            torch.device("cpu"),
+            assembly.build_ccsr(config, pretrained=False),
+        )
+
+    def predict(self, settings: Settings, between: bool = True) -> Plan:
+        """The peaks of one step with these settings; `between`: also of sampling and scoring."""
+        if settings not in self._steps:
+            self._steps[settings] = self._predict_step(settings)
+        more = self._predict_between(settings) if between else {}
+        return Plan(settings, self._steps[settings] | more)
+
+    def _predict_step(self, settings: Settings) -> dict[str, PhasePeak]:
+        trainer, training = self.trainer, self.config.training
+        trainer.progress.iteration = 0
+        trainer.micro_batch_size = settings.micro_batch_size
+        trainer.generator.strategy, trainer.generator.chunk = settings.strategy, settings.chunk
+        with self.rehearsal.running() as meter:
+            recorder = PhaseRecorder(meter, trainer)
+            trainer.meter = recorder  # type: ignore[assignment]
+            meter.reset_peak()
+            side = self.config.photo_size
+            images = torch.zeros(training.batch_size, 3, side, side)
+            labels = self.pool.views.labels[torch.arange(training.batch_size) % len(self.pool)]
+            # The second part of a batch meets the first one's gradients; further ones only add their renders.
+            count = min(training.batch_size, 2 * settings.micro_batch_size)
+            recorder.extra_renders = training.batch_size - count
+            trainer.step(images[:count], labels[:count])
+            recorder.record("update", max(recorder.outside, meter.peak))
+            self._drop_gradients()
+        return recorder.phases
+
+    def _leave_gradients(self) -> None:
+        """As a step does: they stay until the next one."""
+        for player in self.trainer.players:
+            for parameter in player.parameters:
+                parameter.grad = torch.empty_like(parameter)
+
+    def _drop_gradients(self) -> None:
+        for player in self.trainer.players:
+            player.optimizer.zero_grad(set_to_none=True)
+
+    def _predict_between(self, settings: Settings) -> dict[str, PhasePeak]:
+        """Sampling depends on the chunk alone, scoring, but for its renders, on nothing that a budget changes."""
+        tasks = {"sample": (("sample", settings.chunk), self._sample)}
+        if self.config.training.fid_every:
+            tasks["score"] = (("score", 0), self._score)
+        self.trainer.average.module.chunk = settings.chunk  # type: ignore[assignment]
+        with self.rehearsal.running() as meter:
+            self._leave_gradients()
+            for name, (key, task) in tasks.items():
+                if key not in self._between:
+                    recorder = PhaseRecorder(meter, self.trainer)
+                    with recorder.phase(name):
+                        task()
+                    self._between[key] = recorder.phases[name]
+            self._drop_gradients()
+        return {name: self._between[key] for name, (key, _) in tasks.items()}
+
+    def _sample(self) -> None:
+        """One image for a grid or a score; on the CPU beside those that wait, and a grid's row being coloured."""
+        generator, ccsr = self.trainer.averaged_networks
+        sampler: Sampler = assembly.build_sampler(
+            self.config, self.scene, self.precision, torch.device("cpu"), generator, ccsr
+        )
+        on_host = self.device_type == "cpu"
+        waiting = self._reserve(max(self._waiting_images(), default=0)) if on_host else None
+        sampler.render_random(self.pool, 0, range(1), sharpen=ccsr is not None)
+        del waiting
+        if on_host:
+            training = self.config.training
+            done = self._reserve((training.sample_objects - 1) * self.config.data.num_views * self._bytes_drawn)
+            colour_showcase(self._imagine_renders(self.config.data.num_views), 0.0, 1.0)
+            del done
+
+    def _waiting_images(self) -> list[int]:
+        """Bytes of images on the host while the last one of a grid, a batch to score, a ring of views is rendered."""
+        training, columns = self.config.training, self.config.data.num_views
+        found = [(columns - 1) * self._bytes_rendered + (training.sample_objects - 1) * columns * self._bytes_drawn]
+        if training.fid_every:
+            batch = self.config.evaluation.batch_size * 3 * self.config.photo_size**2
+            found.append((RENDER_BATCH - 1) * self._bytes_rendered + batch)
+            if self.config.ccsr.enabled:
+                found.append((ConsistencyTask.num_views - 1) * self._bytes_rendered)
+        return found
+
+    @property
+    def _bytes_rendered(self) -> int:
+        """Of one image with depth and opacity, and of its super-resolution."""
+        fine = self.config.photo_size if self.config.ccsr.enabled else 0
+        return 4 * (5 * self.config.data.imsize**2 + 3 * fine**2)
+
+    @property
+    def _bytes_drawn(self) -> int:
+        """Of what a grid shows of one image."""
+        fine = self.config.photo_size if self.config.ccsr.enabled else 0
+        return 9 * self.config.data.imsize**2 + 6 * fine**2
+
+    def _imagine_renders(self, count: int) -> Renders:
+        side, fine = self.config.data.imsize, self.config.photo_size
+        sharp = torch.empty(count, 3, fine, fine) if self.config.ccsr.enabled else None
+        plane = (count, 1, side, side)
+        return Renders(torch.empty(count, 3, side, side), torch.empty(plane), torch.empty(plane), sharp)
+
+    @staticmethod
+    def _reserve(count: int) -> Tensor:
+        """So many bytes that are in use for as long as the result is kept."""
+        return torch.empty(count, dtype=torch.uint8)
+
+    def _score(self) -> None:
+        """One batch through the feature extractor; on the CPU also the consistency of a ring of views.
+
+        There the features of all images and a few rendered ones wait too; of photographs as many are assumed as images
+        are generated.
+        """
+        if self.device_type != "cpu":
+            self._extract_features()
+            return
+        if self.config.ccsr.enabled:
+            self._measure_ring()
+        evaluation = self.config.evaluation
+        dimensions = OFFLINE_DIMENSIONS if evaluation.feature_extractor == "offline" else INCEPTION_DIMENSIONS
+        features = 2 * evaluation.num_images * dimensions * 4
+        waiting = self._reserve(features + RENDER_BATCH * 3 * self.config.photo_size**2)
+        self._extract_features()
+        del waiting
+
+    def _measure_ring(self) -> None:
+        """Two views of a ring of super-resolved images with their truth, beside the others' images."""
+        side, fine = self.config.data.imsize, self.config.photo_size
+        # of a view: the render, the surface's depth, SR, the truth; made of it: bicubic and clipped SR
+        bytes_of_view = self._bytes_rendered + 4 * (side**2 + 3 * fine**2 + 2 * side**2) + 4 * 2 * 3 * fine**2
+        others = self._reserve((ConsistencyTask.num_views - 2) * bytes_of_view)
+        renders, caster = self._imagine_renders(2), assembly.build_caster(self.config, self.scene)
+        assert renders.sharp is not None
+        plane = (2, 1, side, side)
+        truth = TrueViews(torch.empty_like(renders.sharp), torch.empty(plane), torch.empty(plane))
+        poses = self.pool.cameras.views_at(torch.zeros(2).long(), *ring(2, 0.25)).poses
+        surface = SurfaceView.from_render(renders.rgb, renders.depth, renders.opacity, poses, Patches.whole(2), caster)
+        ccsr = self.trainer.averaged_networks[1]
+        assert ccsr is not None
+        measure_ring(Ring(surface, renders.sharp, truth), caster.intrinsics, down=ccsr.down)
+        del others
+
+    def _extract_features(self) -> None:
+        """Inception's layout is torchvision's, which needs no weights."""
+        evaluation, side = self.config.evaluation, self.config.photo_size
+        images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8)
+        with torch.no_grad():
+            if evaluation.feature_extractor == "offline":
+                OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))(images)
+                return
+            with self.rehearsal.fake_mode:
+                network = inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
+            self.rehearsal.meter.track(network)
+            network(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
+
+
+def predict_step(
+    config: Config, settings: Settings | None = None, scene: Scene | None = None, precision: Precision | None = None
+) -> Plan:
+    """The peaks of a configuration's step, by default with its own settings. Needs no photographs and no GPU."""
+    planner = StepPlanner(config, scene, precision)
+    return planner.predict(configured_settings(config) if settings is None else settings)
