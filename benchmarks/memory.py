@@ -588,8 +588,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for t in trials
     ]
     header = ["configuration", "budget", "chosen", "used", "share", "RSS"]
+    kept = sum(t.used <= t.budget for t in trials)
+    least = min((t.used / t.budget for t in trials if t.larger_exists), default=math.nan)
     text += [
-        "Budgets kept by runs of train.py (most of RSS is Python and its libraries):",
+        "Budgets of live tensors, MiB, given to runs of train.py (most of RSS is Python and its libraries): "
+        f"{kept} of {len(trials)} kept; where a larger micro-batch exists at least {least:.0%} is used.",
         "",
         format_table(header, rows),
     ]

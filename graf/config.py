@@ -255,7 +255,7 @@ class CcsrConfig(Section):
     photographs: float = Field(
         10.0, ge=0, description="weight of restoring photographs from their own reductions (L1); 0: none"
     )
-    agreement: float = Field(1.0, ge=0, description="weight of the agreement of neighbouring views; 0: none")
+    agreement: float = Field(0.3, ge=0, description="weight of the agreement of neighbouring views; 0: none")
     agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
     perceptual: float = Field(
         0.0, ge=0, description="weight of LPIPS to the upsampled render, where lpips is installed"

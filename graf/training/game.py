@@ -15,7 +15,7 @@ from torch import Tensor
 from graf.data.views import Views
 from graf.geometry.rays import Patches, RayCaster, crop_images, subdivide_patches
 from graf.geometry.warping import SurfaceView, warp_between
-from graf.models.ccsr import CCSR
+from graf.models.ccsr import CCSR, upsample
 from graf.models.discriminator import PatchCondition, PatchDiscriminator
 from graf.models.generator import Generator, rays_to_image
 from graf.runtime.amp import Precision, Scaler, float32_region
@@ -252,17 +252,25 @@ class Game:
     def _agreement(
         self, fakes: FakeInputs, render: RenderedPatches, image: Tensor, neighbours: RenderedPatches
     ) -> Tensor:
-        """Mean |A - warp(B)| per image, where both of two neighbouring views see the same surface."""
+        """How much more two neighbouring views disagree, by super-resolution, where both see the same surface.
+
+        Mean per image of max(0, |A - warp(B)| - |a - warp(b)|) with A, B super-resolved and a, b upsampled renders.
+        Below what the renders themselves disagree by nothing is asked: only blur could get there.
+        """
         views = self._neighbours(fakes)
         other_image, _ = self.super_resolve(neighbours.rgb, views, fakes.patches)
         here = self._surface(image, render, fakes.views, fakes.patches)
         there = self._surface(other_image, neighbours, views, fakes.patches)
         warped, mask = warp_between(here, there, self.caster.intrinsics)
-        difference = ((image - warped).abs() * mask).sum((1, 2, 3))
-        return difference / (3 * mask.sum((1, 2, 3))).clamp(min=1)
+        sharp, plain = (here.image - warped).abs().chunk(2, dim=1)
+        excess = ((sharp - plain).clamp(min=0) * mask).sum((1, 2, 3))
+        return excess / (3 * mask.sum((1, 2, 3))).clamp(min=1)
 
     def _surface(self, image: Tensor, render: RenderedPatches, views: Views, patches: Patches) -> SurfaceView:
-        return SurfaceView.from_render(image, render.depth, render.opacity, views.poses, patches, self.caster)
+        """The surface of a render, painted with its super-resolution (3 channels) and its upsampled self (3 more)."""
+        assert self.ccsr is not None
+        both = torch.cat([image, upsample(render.rgb, self.ccsr.scale)], dim=1)
+        return SurfaceView.from_render(both, render.depth, render.opacity, views.poses, patches, self.caster)
 
     # ------------------------------------------------------------------------------------------------ shared parts
 

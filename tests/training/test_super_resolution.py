@@ -14,6 +14,8 @@ from torch.testing import assert_close
 from graf.data.views import ViewPool
 from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches
 from graf.geometry.volume_rendering import RayColours
+from graf.geometry.warping import SurfaceView, warp_between
+from graf.models.ccsr import BoxProjection, upsample
 from graf.models.generator import rays_to_image
 from graf.models.rrdb import RRDBTrunk
 from graf.program import assembly
@@ -544,6 +546,38 @@ def test_views_of_one_colour_agree_until_their_latents_differ(make_scene):
     nn.init.zeros_(game.ccsr.latents.views[1])
     nn.init.normal_(game.ccsr.latents.views[4])  # not in sight
     assert agreement(game, fakes) < 1e-6
+
+
+class KeepFree(BoxProjection):
+    """A projection that leaves the trunk's output as it is."""
+
+    def forward(self, images, target):
+        return images
+
+
+def test_what_the_renders_themselves_disagree_by_is_not_asked_of_super_resolution(make_scene):
+    game, fakes = make_scene(marble)
+    make_bicubic(game.ccsr)
+    game.ccsr.projection = KeepFree(SCALE)
+    here, there = game.render_patches(fakes), game.render_neighbours(fakes)
+    views = fakes.views.turn(45 * fakes.turn)
+
+    def disagreement(images, others) -> torch.Tensor:
+        surfaces = (
+            SurfaceView.from_render(image, low.depth, low.opacity, seen.poses, fakes.patches, game.caster)
+            for image, low, seen in ((images, here, fakes.views), (others, there, views))
+        )
+        warped, mask = warp_between(*surfaces, game.caster.intrinsics)
+        return ((images - warped).abs() * mask).sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3)))
+
+    bicubic = [upsample(low.rgb, SCALE) for low in (here, there)]
+    assert (disagreement(*bicubic) > 0.005).all()
+    assert agreement(game, fakes) == 0
+    # Detail in one view alone counts; where it happens to make the views agree, nothing is credited.
+    image = bicubic[0] + 0.3 * torch.randn_like(bicubic[0])
+    added = game._agreement(fakes, here, image, there)
+    assert (added >= disagreement(image, bicubic[1]) - disagreement(*bicubic) - 1e-6).all()
+    assert (added > 0.1).all()
 
 
 def test_a_view_agrees_with_itself_whatever_ccsr_makes_of_it(make_scene):
