@@ -88,29 +88,23 @@ OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("device", OUT_OF_MEMORY)
-def test_where_nothing_is_left_to_shrink_out_of_memory_names_the_keys_to_lower(train, read_error, monkeypatch, device):
+@pytest.mark.parametrize(
+    ("place", "name", "start", "keys"),
+    [
+        (Generator, "forward", "even at the smallest size; lower ray_sampler.N_samples", ["nerf.netwidth"]),
+        (assembly, "build_generator", "for weights or optimiser states; lower", ["nerf.netwidth", "batch_size"]),
+    ],
+    ids=["a phase with nothing left to shrink", "networks"],
+)
+def test_out_of_memory_names_the_keys_to_lower(train, read_error, monkeypatch, device, place, name, start, keys):
     def fail(*_):
         raise OUT_OF_MEMORY[device]
 
-    monkeypatch.setattr(Generator, "forward", fail)
+    monkeypatch.setattr(place, name, fail)
     assert train(*BARE) == 1
     line = read_error()
-    assert line.startswith("error: out of memory even at the smallest size; lower ray_sampler.N_samples")
-    assert "nerf.netwidth" in line
-    assert "long advice" not in line
-
-
-@pytest.mark.parametrize("device", OUT_OF_MEMORY)
-def test_networks_that_do_not_fit_are_named(train, read_error, monkeypatch, device):
-    def fail(*_):
-        raise OUT_OF_MEMORY[device]
-
-    monkeypatch.setattr(assembly, "build_generator", fail)
-    assert train(*BARE) == 1
-    line = read_error()
-    assert line.startswith("error: out of memory for weights or optimiser states; lower nerf.netwidth")
-    assert "discriminator.ndf" in line
-    assert "training.batch_size" in line
+    assert line.startswith(f"error: out of memory {start}")
+    assert all(key in line for key in keys)
     assert "long advice" not in line
 
 

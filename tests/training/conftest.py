@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graf.config import Config, load_config
 from graf.data.datasets import PhotoDataset
@@ -39,11 +39,17 @@ def photographs(smoke_config: Callable[..., Config]) -> PhotoDataset:
 
 @pytest.fixture
 def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset) -> Callable[..., Trainer]:
-    """Build the trainer of the smoke configuration with overrides, as train.py does."""
+    """Build the trainer of the smoke configuration with overrides, as train.py does; CCSR's latents are not zero."""
 
     def make(*overrides: str, data: PhotoDataset = photographs, precision: Precision | None = None) -> Trainer:
         config = smoke_config(*overrides)
         scene = assembly.describe_scene(config, data)
+        ccsr = assembly.build_ccsr(config)
+        if ccsr is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                for view in ccsr.latents.views:
+                    nn.init.normal_(view, std=0.1)
         return Trainer(
             config,
             assembly.build_generator(config, len(scene.class_names)),
@@ -52,6 +58,7 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
             assembly.build_pool(config, data, assembly.build_cameras(config, scene)),
             precision or Precision("cpu", None),
             CPU,
+            ccsr,
         )
 
     return make

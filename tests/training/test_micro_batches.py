@@ -4,15 +4,14 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from graf.program import assembly
 from graf.program.failures import explain_failure
-from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import OutOfMemory
 from graf.training.game import Game
@@ -41,30 +40,9 @@ def photographs(smoke_config):
 
 
 @pytest.fixture
-def make_trainer(smoke_config, photographs) -> Callable[..., Trainer]:
-    """Build a trainer with everything on; its view latents are not zero."""
-
-    def make(*overrides: str) -> Trainer:
-        config = smoke_config(*EVERYTHING, *overrides)
-        scene = assembly.describe_scene(config, photographs)
-        ccsr = assembly.build_ccsr(config)
-        if ccsr is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1)
-                for view in ccsr.latents.views:
-                    nn.init.normal_(view, std=0.1)
-        return Trainer(
-            config,
-            assembly.build_generator(config, len(scene.class_names)),
-            assembly.build_discriminator(config, scene),
-            assembly.build_caster(config, scene),
-            assembly.build_pool(config, photographs, assembly.build_cameras(config, scene)),
-            Precision("cpu", None),
-            torch.device("cpu"),
-            ccsr,
-        )
-
-    return make
+def make_trainer(make_trainer) -> Callable[..., Trainer]:
+    """Build a trainer with everything on."""
+    return partial(make_trainer, *EVERYTHING)
 
 
 @pytest.fixture

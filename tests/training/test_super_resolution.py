@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -44,30 +45,9 @@ def photographs(smoke_config):
 
 
 @pytest.fixture
-def make_trainer(smoke_config, photographs) -> Callable[..., Trainer]:
-    """Build a trainer with CCSR, as train.py does; its latents are not zero."""
-
-    def make(*overrides: str, precision: Precision | None = None) -> Trainer:
-        config = smoke_config(*TINY, *overrides)
-        scene = assembly.describe_scene(config, photographs)
-        ccsr = assembly.build_ccsr(config)
-        assert ccsr is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            for view in ccsr.latents.views:
-                nn.init.normal_(view, std=0.1)
-        return Trainer(
-            config,
-            assembly.build_generator(config, len(scene.class_names)),
-            assembly.build_discriminator(config, scene),
-            assembly.build_caster(config, scene),
-            assembly.build_pool(config, photographs, assembly.build_cameras(config, scene)),
-            precision or Precision("cpu", None),
-            torch.device("cpu"),
-            ccsr,
-        )
-
-    return make
+def make_trainer(make_trainer) -> Callable[..., Trainer]:
+    """Build a trainer with CCSR."""
+    return partial(make_trainer, *TINY)
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
