@@ -117,8 +117,8 @@ def measure(shown: Presentation, ccsr: CCSR, run: Path) -> dict[str, float]:
     late = [line for line in lines if line["iteration"] > 0.5 * lines[-1]["iteration"]]
     batch_size = shown.config.training.batch_size
     row["seconds_per_step"] = statistics.median(batch_size / line["images_per_second"] for line in late)
-    peaks = [f"memory_{phase}_live_peak" for phase in ("render", "d", "g", "sr")]
-    row["memory"] = max(line.get(peak, 0) for line in late for peak in peaks)
+    peaks = [f"memory_{phase}_{kind}" for phase in ("render", "d", "g", "sr") for kind in ("live_peak", "peak")]
+    row["memory"] = max(line[peak] for line in late for peak in peaks if peak in line)
     return row
 
 

@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,11 @@ from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.config import CONFIG_FOLDER, Config, load_config
 from graf.data.views import ViewPool
 from graf.program import assembly
-from graf.program.planner import FREE_SHARE, GIB, BudgetError, candidate_settings, choose_settings
+from graf.program.planner import GIB, USABLE_SHARE, BudgetError, candidate_settings, choose_settings
 from graf.program.rehearsal import PhaseRecorder, Plan, Settings, StepPlanner, configured_settings, imagine_scene
 from graf.runtime.amp import Precision, choose_precision
 from graf.runtime.live_tensors import LiveTensorMeter
-from graf.runtime.memory import MIB
+from graf.runtime.memory import MIB, OutOfMemory
 from graf.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -143,37 +143,92 @@ class Measured:
 
 def measure_step(config: Config, settings: Settings) -> Measured:
     """The peaks and the time of a second real step with these settings; the first one makes the optimisers' states."""
-    scene, training = imagine_scene(config), config.training
     gc.collect()
     with LiveTensorMeter() as meter:
-        precision = Precision("cpu", torch.bfloat16 if training.use_amp else None)
-        labels = torch.tensor([(number, 0, 0) for number in range(len(scene.class_names))])
-        trainer = Trainer(
-            config,
-            assembly.build_generator(config, len(scene.class_names)),
-            assembly.build_discriminator(config, scene),
-            assembly.build_caster(config, scene),
-            ViewPool(labels, assembly.build_cameras(config, scene)),
-            precision,
-            CPU,
-            assembly.build_ccsr(config),
-        )
-        trainer.micro_batch_size = settings.micro_batch_size
-        trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
+        trainer = build_trainer(config, settings, CPU)
         trainer.meter = recorder = PhaseRecorder(meter, trainer)
-        side = config.photo_size
         seconds = 0.0
         for _ in range(2):
             recorder.phases.clear()
             recorder.outside = 0
             meter.reset_peak()
             started = time.perf_counter()
-            trainer.progress.iteration = 0  # R1, CCSR and density noise all happen in iteration 0
-            images = torch.rand(training.batch_size, 3, side, side)
-            trainer.step(images, labels[torch.arange(training.batch_size) % len(labels)])
+            step_with_everything(trainer)
             seconds = time.perf_counter() - started
         recorder.record("update", max(recorder.outside, meter.peak))
     return Measured(Plan(settings, recorder.phases), seconds)
+
+
+def build_trainer(config: Config, settings: Settings, device: torch.device) -> Trainer:
+    """A trainer with these settings and no photographs."""
+    scene = imagine_scene(config)
+    labels = torch.tensor([(number, 0, 0) for number in range(len(scene.class_names))])
+    ccsr = assembly.build_ccsr(config)
+    trainer = Trainer(
+        config,
+        assembly.build_generator(config, len(scene.class_names)).to(device),
+        assembly.build_discriminator(config, scene).to(device),
+        assembly.build_caster(config, scene),
+        ViewPool(labels, assembly.build_cameras(config, scene)),
+        Precision(device.type, torch.bfloat16 if config.training.use_amp else None),
+        device,
+        None if ccsr is None else ccsr.to(device),
+    )
+    trainer.micro_batch_size = settings.micro_batch_size
+    trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
+    return trainer
+
+
+def step_with_everything(trainer: Trainer) -> None:
+    """Iteration 0, in which R1, CCSR and density noise all happen, on random images."""
+    trainer.progress.iteration = 0
+    side, batch_size = trainer.config.photo_size, trainer.config.training.batch_size
+    images = torch.rand(batch_size, 3, side, side, device=trainer.device)
+    labels = trainer.inputs.pool.views.labels
+    trainer.step(images, labels[torch.arange(batch_size) % len(labels)].to(trainer.device))
+
+
+def measure_on_gpu(step: Callable[[], float], device: torch.device) -> tuple[float, float] | None:
+    """Peak bytes of CUDA's allocator and seconds of a second step, None where memory runs out.
+
+    step: returns bytes of a peak that it has measured itself, or 0.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        step()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        own_peak = step()
+        torch.cuda.synchronize(device)
+    except (torch.cuda.OutOfMemoryError, OutOfMemory):
+        return None
+    return max(own_peak, float(torch.cuda.max_memory_allocated(device))), time.perf_counter() - started
+
+
+def step_of_program(config: Config, settings: Settings, device: torch.device) -> Callable[[], float]:
+    """A step for :func:`measure_on_gpu`; its phases restart the peak, so it tells the largest."""
+    trainer = build_trainer(config, settings, device)
+
+    def step() -> float:
+        step_with_everything(trainer)
+        if trainer.micro_batch_size != settings.micro_batch_size or trainer.generator.chunk != settings.chunk:
+            raise OutOfMemory("these settings do not fit")
+        return max(reading["peak"] for reading in trainer.meter.readings.values()) * MIB
+
+    return step
+
+
+def step_of_plain_loop(config: Config, measures: Sequence[str], device: torch.device) -> Callable[[], float]:
+    """The plain loop's step for :func:`measure_on_gpu`."""
+    loop = PlainLoop(config, measures, device)
+
+    def step() -> float:
+        loop.step()
+        return 0.0
+
+    return step
 
 
 # ---------------------------------------------------------------------------------------------------- the plain loop
@@ -210,8 +265,8 @@ class PlainLoop:
     each.
     """
 
-    def __init__(self, config: Config, measures: Sequence[str] = ()) -> None:
-        scene = imagine_scene(config)
+    def __init__(self, config: Config, measures: Sequence[str] = (), device: torch.device = CPU) -> None:
+        scene, self.device = imagine_scene(config), device
         nerf, self.measures = config.nerf, frozenset(measures)
         self.config, self.batch, self.size = config, config.training.batch_size, config.ray_sampler.patch_size
         self.octaves, self.samples = (nerf.multires, nerf.multires_views), nerf.N_samples
@@ -220,6 +275,9 @@ class PlainLoop:
         self.field = PlainField(nerf.netdepth, nerf.netwidth, points, views, self.code)
         self.average = PlainField(nerf.netdepth, nerf.netwidth, points, views, self.code).requires_grad_(False)
         self.discriminator = assembly.build_discriminator(config, scene)
+        if device != CPU:  # fake tensors, on which this loop is predicted, cannot be moved
+            for network in (self.field, self.average, self.discriminator):
+                network.to(device)
         self.optimizer_g = torch.optim.RMSprop(self.field.parameters(), lr=5e-4)
         self.optimizer_d = torch.optim.RMSprop(self.discriminator.parameters(), lr=1e-4)
         self.kept: list[Tensor] = []  # what local variables of the published loop keep alive until the step ends
@@ -228,7 +286,7 @@ class PlainLoop:
         """One update of D, G and the average."""
         to_none = "set_to_none" in self.measures
         self.optimizer_d.zero_grad(set_to_none=to_none)
-        real = torch.rand(self.batch, 3, self.size, self.size).requires_grad_()
+        real = torch.rand(self.batch, 3, self.size, self.size, device=self.device).requires_grad_()
         real_logits = self._discriminate(real)
         functional.softplus(-real_logits).mean().backward(retain_graph=True)
         (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
@@ -258,9 +316,10 @@ class PlainLoop:
     def render(self) -> Tensor:
         """Patches (B, 3, K, K) of random codes: every activation of every point is kept."""
         rays = self.size**2
-        z = torch.randn(self.batch, 2 * self.code)
-        directions = functional.normalize(torch.randn(self.batch, rays, 3), dim=-1)
-        t = 2.5 + 2 * (torch.arange(self.samples) + torch.rand(self.batch, rays, self.samples)) / self.samples
+        z = torch.randn(self.batch, 2 * self.code, device=self.device)
+        directions = functional.normalize(torch.randn(self.batch, rays, 3, device=self.device), dim=-1)
+        bins = torch.arange(self.samples, device=self.device)
+        t = 2.5 + 2 * (bins + torch.rand(self.batch, rays, self.samples, device=self.device)) / self.samples
         points = directions[:, :, None] * t[..., None]
         flat = (self.batch * rays * self.samples, -1)
         shape, appearance = (
@@ -292,8 +351,8 @@ class PlainLoop:
         from graf.models.discriminator import PatchCondition
 
         count = len(patches)
-        nothing = torch.zeros(count)
-        condition = PatchCondition(nothing.long(), nothing, nothing, Patches.whole(count))
+        nothing = torch.zeros(count, device=self.device)
+        condition = PatchCondition(nothing.long(), nothing, nothing, Patches.whole(count, self.device))
         logits, _ = self.discriminator(patches, condition)
         return logits
 
@@ -326,8 +385,9 @@ def published(patch: int, *overrides: str) -> Config:
 
 
 def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> list[list[str]]:
-    """Rows of the table of measures: peak measured, predicted, share of the plain loop's, step time."""
+    """Rows of the table of measures: peak measured, predicted, share of the plain loop's, step time; the GPU's."""
     rows = []
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
     for patch in patches:
         config = published(patch, *overrides)
         batch = config.training.batch_size
@@ -341,6 +401,9 @@ def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> l
             measured = measure_plain(config, measures) if runs else None
             plain = (predicted, math.nan if measured is None else measured[1]) if plain is None else plain
             rows.append(_measure_row(patch, name, predicted, measured, plain))
+            if gpu is not None:
+                fits = predicted <= _gpu_bytes(gpu)
+                rows[-1] += _gpu_cells(measure_on_gpu(step_of_plain_loop(config, measures, gpu), gpu) if fits else None)
         assert plain is not None
         cases = {
             "this program: codes and views not concatenated": (config, Settings(batch, "dense", 4096)),
@@ -357,7 +420,18 @@ def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> l
             rows.append(
                 _measure_row(patch, name, predicted, None if step is None else (step.peak, step.seconds), plain)
             )
+            if gpu is not None:
+                fits = predicted <= _gpu_bytes(gpu)
+                rows[-1] += _gpu_cells(measure_on_gpu(step_of_program(case, settings, gpu), gpu) if fits else None)
     return rows
+
+
+def _gpu_bytes(device: torch.device) -> float:
+    return USABLE_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def _gpu_cells(measured: tuple[float, float] | None) -> list[str]:
+    return ["-", "-"] if measured is None else [f"{measured[0] / MIB:,.0f}", f"{measured[1]:.2f}"]
 
 
 def _runs(config: Config, peak: int) -> bool:
@@ -423,7 +497,7 @@ def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = 
 def _try_budget(name: str, budget: int, folder: Path, keys: Sequence[str], batch: int) -> BudgetTrial:
     """Three iterations with sampling and a checkpoint; peaks are those that the run itself logs."""
     arguments = ["--config", str(CONFIG_FOLDER / "smoke.yaml"), "--outdir", str(folder), "--max_iterations", "3"]
-    arguments += ["--memory_budget", f"{budget / MIB:.4f}MiB", f"data.datadir={folder}", *keys]
+    arguments += ["--device", "cpu", "--memory_budget", f"{budget / MIB:.4f}MiB", f"data.datadir={folder}", *keys]
     with _messages("memory: ") as messages:
         if train_program.main(arguments):
             sys.exit(f"{name}: train.py failed with a budget of {budget / MIB:.2f} MiB")
@@ -485,7 +559,7 @@ def plan_cards() -> list[list[str]]:
         cells = [f"{card} GB"]
         for planner in planners.values():
             try:
-                plan = choose_settings(planner, round(FREE_SHARE * card * GIB))
+                plan = choose_settings(planner, round(USABLE_SHARE * card * GIB))
             except BudgetError:
                 cells.append("does not fit")
                 continue
@@ -559,8 +633,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         shrunk = ("nerf.netwidth=32", "nerf.netdepth=4", "nerf.N_samples=8", "training.batch_size=2")
         patches, names, budgets, count = (16,), ["dense"], ["batch 8"], 1
-    text: list[Any] = [f"{hardware()}. Peaks are of live tensors, MiB; * is predicted, not measured.", ""]
+    text: list[Any] = [f"{hardware(CPU)}. Peaks are of live tensors, MiB; * is predicted, not measured.", ""]
     header = ["patch", "what", "measured", "predicted", "of plain", "s per step", "x plain"]
+    if torch.cuda.is_available():
+        text[0] += f" GPU: {hardware()}, peak allocated."
+        header += ["GPU MiB", "GPU s"]
     text += [format_table(header, measure_measures(patches, shrunk)), ""]
 
     path = options.results.with_name(CURVE.name)

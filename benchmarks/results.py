@@ -21,9 +21,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def hardware() -> str:
-    """The device that this process would train on, and torch's version."""
-    return f"{describe_device(pick_device('auto'))}, torch {torch.__version__}"
+def hardware(device: torch.device | None = None) -> str:
+    """A device, by default the one that this process would train on, and torch's version."""
+    return f"{describe_device(pick_device('auto') if device is None else device)}, torch {torch.__version__}"
 
 
 def write_section(title: str, command: str, text: str, path: Path = RESULTS) -> None:

@@ -286,7 +286,7 @@ class TrainingConfig(Section):
         "auto",
         description="which activations of rendering are kept: all, those of one chunk, or none before D's gradient",
     )
-    empty_cache: Literal["phase", "never"] | int = Field(
+    empty_cache: Literal["phase", "never"] | PositiveInt = Field(
         "phase",
         description="give cached memory back after sampling, scoring and saving; never; or every n-th iteration",
     )

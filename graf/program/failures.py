@@ -33,10 +33,10 @@ FORESEEN = (
 def explain_failure(error: Exception) -> str:
     """What to print for a failure that the program foresees; re-raises one that it does not."""
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
-        # Phases retry with less at once; what they do not cover is building the networks and updating them.
+        # What can be done in smaller pieces has been tried again so; this happened outside of it.
         return (
-            "out of memory for weights or optimiser states; lower nerf.netwidth, discriminator.ndf or ccsr.features, "
-            f"or training.batch_size [{_first_line(error)}]"
+            "out of memory where nothing can be halved; in training lower nerf.netwidth, discriminator.ndf, "
+            f"ccsr.features or training.batch_size, in eval.py --resolution or --num_images [{_first_line(error)}]"
         )
     if isinstance(error, FORESEEN):
         return str(error)

@@ -60,6 +60,7 @@ class LogHook:
         scalars = trainer.scalars_of(statistics)
         scalars["images_per_second"] = steps * self.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
+        memory.pop("peak", None)  # of what came after the last phase; those of the phases follow
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
         scalars |= trainer.meter.scalars()
         scalars["seconds_release_cache"] = self.caches.take_seconds()

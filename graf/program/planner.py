@@ -16,7 +16,7 @@ from graf.program.assembly import Scene
 from graf.program.rehearsal import Plan, Settings, StepPlanner, configured_settings
 from graf.runtime.device import pick_device
 from graf.runtime.logs import logger
-from graf.runtime.memory import MIB, read_free_memory
+from graf.runtime.memory import MIB, read_usable_memory
 from graf.runtime.recompute import STRATEGIES
 from graf.training.trainer import Trainer
 
@@ -25,8 +25,8 @@ GIB = 2**30
 #: added to the prediction: share of live tensors lost to the allocator's rounding and fragments, and MiB for context
 #: and library workspaces. On the CPU the budget is one of live tensors, so nothing is added.
 MARGINS = {"cpu": (0.0, 0.0), "cuda": (0.10, 600.0), "mps": (0.10, 400.0)}
-#: share of the free memory that memory_budget=auto leaves to others
-FREE_SHARE = 0.9
+#: share of the usable memory that memory_budget=auto takes; the rest is left to others
+USABLE_SHARE = 0.9
 #: candidates whose estimate exceeds the budget by less than this factor are predicted
 ESTIMATE_TOLERANCE = 1.03
 #: what a chunk costs besides its rays, in rays: launches, page faults, partial matrix products
@@ -97,9 +97,12 @@ def choose_settings(planner: StepPlanner, budget: int) -> Plan:
     keys = {
         "score": "evaluation.batch_size or training.fid_every=0",
         "sample": "training.chunk, training.sample_objects or data.imsize",
+        "sr": "ccsr.features, ccsr.blocks or ray_sampler.N_samples",
+        "r1": "discriminator.ndf or ray_sampler.N_samples",
     }.get(
         worst,
-        "nerf.netwidth, nerf.N_samples or ray_sampler.N_samples; leave micro_batch_size, memory_strategy, chunk auto",
+        "nerf.netwidth, nerf.N_samples, discriminator.ndf or ray_sampler.N_samples; leave micro_batch_size, "
+        "memory_strategy, chunk auto",
     )
     needed = format_bytes(with_margin(smallest.peak, device_type))
     raise BudgetError(
@@ -160,15 +163,15 @@ def with_margin(peak: float, device_type: str) -> int:
 
 
 def resolve_budget(text: str, device: torch.device) -> int:
-    """Bytes of training.memory_budget; "auto": the device's free memory less a margin, BudgetError if unknown."""
+    """Bytes of training.memory_budget; "auto": most of the device's usable memory, BudgetError if unknown."""
     if text != "auto":
         return parse_bytes(text)
-    free = read_free_memory(device)
-    if free is None:
+    usable = read_usable_memory(device)
+    if usable is None:
         raise BudgetError(
             f"training.memory_budget=auto: {device} does not tell what is free; name a budget, as in 8GiB"
         )
-    return round(FREE_SHARE * free)
+    return round(USABLE_SHARE * usable)
 
 
 def apply_budget(config: Config, trainer: Trainer, scene: Scene, offline_features: bool) -> Plan | None:
@@ -236,10 +239,9 @@ def describe_plans(config: Config, device_type: str, budget: int | None) -> str:
 
 
 def print_plan(config: Config) -> None:
-    """`python train.py --plan`; the margin is that of training.device, which need not be there."""
-    request = config.training.device
-    device = pick_device("auto") if request == "auto" else torch.device(request)
-    text = config.training.memory_budget
+    """`python train.py --plan`; the margin is that of training.device, which has to be there for a budget of `auto`."""
+    request, text = config.training.device, config.training.memory_budget
+    device = pick_device(request) if "auto" in (request, text) else torch.device(request)
     print(describe_plans(config, device.type, None if text is None else resolve_budget(text, device)))
 
 

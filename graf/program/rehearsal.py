@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -287,7 +288,9 @@ class PhaseRecorder(PhaseMeter):
         if not self._peaks:
             self.outside = max(self.outside, self.meter.peak)
         if name == "g" and self.extra_renders:  # rgb, depth and opacity of images that are not rehearsed
-            self._renders = torch.empty(self.extra_renders, 5, self.trainer.config.ray_sampler.N_samples)
+            ccsr = self.trainer.config.ccsr
+            views = 2 if ccsr.enabled and ccsr.agreement else 1
+            self._renders = torch.empty(self.extra_renders, 5 * views, self.trainer.config.ray_sampler.N_samples)
         with super().phase(name):
             yield
         if name == "sr" or self.trainer.sr is None:
@@ -428,31 +431,53 @@ class StepPlanner:
         return {name: self._between[key] for name, (key, _) in tasks.items()}
 
     def _sample(self) -> None:
-        """One image for a grid or a score; on the CPU beside those that wait, and a grid's row being coloured."""
+        """One image for a grid or a score, beside what waits meanwhile; on the CPU also a grid's row being coloured."""
         generator, ccsr = self.trainer.averaged_networks
         sampler: Sampler = assembly.build_sampler(
             self.config, self.scene, self.precision, torch.device("cpu"), generator, ccsr
         )
-        on_host = self.device_type == "cpu"
-        waiting = self._reserve(max(self._waiting_images(), default=0)) if on_host else None
+        waiting = self._reserve(max(self._waiting()))
         sampler.render_random(self.pool, 0, range(1), sharpen=ccsr is not None)
         del waiting
-        if on_host:
+        if self.device_type == "cpu":
             training = self.config.training
             done = self._reserve((training.sample_objects - 1) * self.config.data.num_views * self._bytes_drawn)
             colour_showcase(self._imagine_renders(self.config.data.num_views), 0.0, 1.0)
             del done
 
-    def _waiting_images(self) -> list[int]:
-        """Bytes of images on the host while the last one of a grid, a batch to score, a ring of views is rendered."""
-        training, columns = self.config.training, self.config.data.num_views
-        found = [(columns - 1) * self._bytes_rendered + (training.sample_objects - 1) * columns * self._bytes_drawn]
+    def _waiting(self) -> list[int]:
+        """Bytes in use while the last image of a grid, of a batch to score, of a ring of views is rendered.
+
+        On the CPU the others of its kind wait there too; scoring keeps the extractor, and on the CPU features.
+        """
+        training, columns, on_host = self.config.training, self.config.data.num_views, self.device_type == "cpu"
+        others = (columns - 1) * self._bytes_rendered + (training.sample_objects - 1) * columns * self._bytes_drawn
+        found = [others if on_host else 0]
         if training.fid_every:
             batch = self.config.evaluation.batch_size * 3 * self.config.photo_size**2
-            found.append((RENDER_BATCH - 1) * self._bytes_rendered + batch)
-            if self.config.ccsr.enabled:
+            others = (RENDER_BATCH - 1) * self._bytes_rendered + batch + self._bytes_of_features
+            found.append(self._bytes_of_extractor + (others if on_host else 0))
+            if self.config.ccsr.enabled and on_host:
                 found.append((ConsistencyTask.num_views - 1) * self._bytes_rendered)
         return found
+
+    @property
+    def _bytes_of_features(self) -> int:
+        """Of all images; of photographs as many are assumed as images are generated."""
+        evaluation = self.config.evaluation
+        dimensions = OFFLINE_DIMENSIONS if evaluation.feature_extractor == "offline" else INCEPTION_DIMENSIONS
+        return 2 * evaluation.num_images * dimensions * 4
+
+    @cached_property
+    def _bytes_of_extractor(self) -> int:
+        return count_bytes(self._build_extractor().state_dict().values())
+
+    def _build_extractor(self) -> nn.Module:
+        """Inception's layout is torchvision's, which needs no weights."""
+        if self.config.evaluation.feature_extractor == "offline":
+            return OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))
+        with self.rehearsal.fake_mode:
+            return inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
 
     @property
     def _bytes_rendered(self) -> int:
@@ -480,18 +505,14 @@ class StepPlanner:
     def _score(self) -> None:
         """One batch through the feature extractor; on the CPU also the consistency of a ring of views.
 
-        There the features of all images and a few rendered ones wait too; of photographs as many are assumed as images
-        are generated.
+        There the features of all images and a few rendered ones wait too.
         """
         if self.device_type != "cpu":
             self._extract_features()
             return
         if self.config.ccsr.enabled:
             self._measure_ring()
-        evaluation = self.config.evaluation
-        dimensions = OFFLINE_DIMENSIONS if evaluation.feature_extractor == "offline" else INCEPTION_DIMENSIONS
-        features = 2 * evaluation.num_images * dimensions * 4
-        waiting = self._reserve(features + RENDER_BATCH * 3 * self.config.photo_size**2)
+        waiting = self._reserve(self._bytes_of_features + RENDER_BATCH * 3 * self.config.photo_size**2)
         self._extract_features()
         del waiting
 
@@ -513,17 +534,15 @@ class StepPlanner:
         del others
 
     def _extract_features(self) -> None:
-        """Inception's layout is torchvision's, which needs no weights."""
         evaluation, side = self.config.evaluation, self.config.photo_size
         images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8)
+        extractor = self._build_extractor()
+        self.rehearsal.meter.track(extractor)
         with torch.no_grad():
             if evaluation.feature_extractor == "offline":
-                OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))(images)
-                return
-            with self.rehearsal.fake_mode:
-                network = inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
-            self.rehearsal.meter.track(network)
-            network(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
+                extractor(images)
+            else:
+                extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
 
 
 def predict_step(

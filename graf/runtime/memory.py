@@ -122,19 +122,44 @@ def read_memory(device: torch.device) -> dict[str, float]:
     return _read_process_memory()
 
 
-def read_free_memory(device: torch.device) -> int | None:
-    """Bytes that this process could still take: free on the GPU, available to programs on the CPU; None if unknown."""
+def read_usable_memory(device: torch.device) -> int | None:
+    """Bytes that this process's tensors could take, those that exist included; None if unknown.
+
+    GPU: what is free and what this process's allocator holds. CPU: what the system, or the process's control group (a
+    container, a batch job), still gives to programs; what it has taken already is not counted there.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        return int(free) + torch.cuda.memory_reserved(device)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+        return int(torch.mps.recommended_max_memory())
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
             lines = {key: value for key, _, value in (line.partition(":") for line in file)}
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        available = int(lines["MemAvailable"].split()[0]) * 1024
     except (FileNotFoundError, KeyError):  # macOS, Windows
         return None
+    return min([available, *_read_control_group()])
+
+
+#: (limit, use) of the control group that the process runs in, bytes: version 2 and version 1
+CONTROL_GROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def _read_control_group() -> list[int]:
+    """Bytes that the control group leaves; empty without one, or without a limit."""
+    left = []
+    for limit, use in CONTROL_GROUP_FILES:
+        try:
+            text = limit.read_text().strip()
+            if text != "max":  # no limit
+                left.append(max(0, int(text) - int(use.read_text())))
+        except (OSError, ValueError):  # the other version, or none
+            continue
+    return left
 
 
 def _read_process_memory() -> dict[str, float]:

@@ -62,6 +62,10 @@ class PhaseMeter:
             self._record(name, peak)
             self._restart_peak()
 
+    def forget(self, name: str) -> None:
+        """Drop the readings of a phase that will not happen any more."""
+        self.readings.pop(name, None)
+
     @property
     def worst(self) -> tuple[str, float] | None:
         """The phase with the largest peak and that peak, MiB; None where no peak is known."""

@@ -78,6 +78,9 @@ ADVICE = (
     "lower ray_sampler.N_samples (rays per patch), nerf.N_samples (samples per ray), nerf.netwidth or "
     "discriminator.ndf; `--plan` shows what needs how much"
 )
+SR_ADVICE = (
+    "lower ccsr.features, ccsr.blocks or ray_sampler.N_samples (rays per patch); `--plan` shows what needs how much"
+)
 #: called after every step with the trainer and the latest statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Terms], None]
 
@@ -130,6 +133,7 @@ class Trainer:
         size = training.micro_batch_size
         self.micro_batch_size = training.batch_size if size == "auto" else size
         self.meter = PhaseMeter(device)
+        self._was_watched = False
         self._shared: RenderedPatches | None = None
         self.progress = Progress()
         self.stop_reason: str | None = None
@@ -188,8 +192,9 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor) -> Terms:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
-        if self.progress.iteration % self.config.training.print_every:
+        if self._was_watched and self.progress.iteration % self.config.training.print_every:
             return self._step(images, labels)
+        self._was_watched = True
         with self.meter.watch(*self.owners):  # one step for every line of the log
             return self._step(images, labels)
 
@@ -203,6 +208,8 @@ class Trainer:
         # With share_fakes one rendering serves both steps; in a split batch a part's graph cannot wait for the others.
         if self.config.training.share_fakes and self.micro_batch_size >= len(images):
             self._shared = self._in_phase("render", batch, self._render_shared)
+        else:
+            self.meter.forget("render")
         statistics = self._in_phase("d", batch, self._accumulate_discriminator)
         statistics = self._apply(self.d, statistics)
         more, renders = self._in_phase("g", batch, self._accumulate_generator)
@@ -235,7 +242,8 @@ class Trainer:
             return accumulate(batch.split(self.micro_batch_size))
 
         with self.meter.phase(name):
-            return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device, ADVICE)
+            advice = SR_ADVICE if name == "sr" else ADVICE
+            return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device, advice)
 
     def _shrink(self, phase: str, batch_size: int) -> str | None:
         """Halve what is on the device at once: the micro-batch, then the rays of a chunk; None when nothing is left."""
@@ -244,6 +252,8 @@ class Trainer:
         if size > 1:
             self.micro_batch_size = size // 2
             return f"phase {phase}: training.micro_batch_size {size} -> {self.micro_batch_size}"
+        if phase == "sr":  # it renders nothing
+            return None
         if self.generator.strategy == "dense":
             self.generator.strategy = "checkpoint"
             return f"phase {phase}: training.memory_strategy dense -> checkpoint"

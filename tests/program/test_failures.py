@@ -92,7 +92,12 @@ OUT_OF_MEMORY = {
     ("place", "name", "start", "keys"),
     [
         (Generator, "forward", "even at the smallest size; lower ray_sampler.N_samples", ["nerf.netwidth"]),
-        (assembly, "build_generator", "for weights or optimiser states; lower", ["nerf.netwidth", "batch_size"]),
+        (
+            assembly,
+            "build_generator",
+            "where nothing can be halved; in training lower",
+            ["nerf.netwidth", "batch_size"],
+        ),
     ],
     ids=["a phase with nothing left to shrink", "networks"],
 )

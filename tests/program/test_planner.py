@@ -144,10 +144,10 @@ def test_an_unreadable_budget_names_the_key_and_the_form(text):
         small(f"training.memory_budget={text}")
 
 
-def test_auto_asks_the_device_and_leaves_a_share(monkeypatch):
-    monkeypatch.setattr(planner, "read_free_memory", lambda device: 1000)
-    assert planner.resolve_budget("auto", torch.device("cpu")) == 1000 * planner.FREE_SHARE
-    monkeypatch.setattr(planner, "read_free_memory", lambda device: None)
+def test_auto_asks_the_device_and_takes_most(monkeypatch):
+    monkeypatch.setattr(planner, "read_usable_memory", lambda device: 1000)
+    assert planner.resolve_budget("auto", torch.device("cpu")) == 1000 * planner.USABLE_SHARE
+    monkeypatch.setattr(planner, "read_usable_memory", lambda device: None)
     with pytest.raises(BudgetError, match="name a budget"):
         planner.resolve_budget("auto", torch.device("cpu"))
 

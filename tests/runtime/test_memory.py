@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,19 @@ def test_resident_size_follows_an_allocation_and_the_peak_remembers_it() -> None
     assert during["rss"] - before["rss"] == pytest.approx(64, abs=8)
     assert after["rss"] < during["rss"] - 48
     assert after["peak_rss"] >= during["rss"] - 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_a_control_group_bounds_what_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, use = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "CONTROL_GROUP_FILES", ((limit, use), (tmp_path / "none", tmp_path / "none")))
+    system = memory.read_usable_memory(CPU)
+    assert system is not None
+    use.write_text("30000000\n")
+    limit.write_text("40000000\n")
+    assert memory.read_usable_memory(CPU) == 10_000_000
+    limit.write_text("max\n")
+    assert memory.read_usable_memory(CPU) == pytest.approx(system, rel=0.3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is restarted through /proc")
