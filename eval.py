@@ -15,7 +15,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     source.add_argument("--outdir", default="results", help="folder of all runs (default: %(default)s)")
     source.add_argument("--checkpoint", help="checkpoint file (default: model_best.pt of the run, else the newest)")
     source.add_argument("--classes", nargs="+", help="names or indices of classes (default: all)")
-    source.add_argument("--seed", type=int, default=0, help="seed of the codes (default: %(default)s)")
+    source.add_argument(
+        "--seed", type=int, help="seed of the codes (default: 0; of --fid_kid: as in training, evaluation.seed)"
+    )
     source.add_argument("--objects", type=int, default=1, help="objects (codes) per class (default: %(default)s)")
     action = parser.add_argument_group("what to do (default: --grid --rotation)")
     action.add_argument("--grid", action="store_true", help="grid of views per class: rgb, depth, opacity")

@@ -69,7 +69,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     from graf.runtime.checkpoint import read_checkpoint, restore
     from graf.runtime.device import configure_backends, describe_device, pick_device
     from graf.runtime.interrupt import StopRequest
-    from graf.runtime.logs import RunLog, logger, setup_console
+    from graf.runtime.logs import RunLog, drop_metrics_after, logger, setup_console
     from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
     from graf.training.trainer import Hook, Trainer
 
@@ -101,7 +101,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     # Networks and loop
     cameras = assembly.build_cameras(config, scene)
     pool = assembly.build_pool(config, photographs, cameras)
-    ccsr = assembly.build_ccsr(config)
+    ccsr = assembly.build_ccsr(config, pretrained=checkpoint is None)
     trainer = Trainer(
         config,
         assembly.build_generator(config, len(scene.class_names)).to(device),
@@ -129,6 +129,7 @@ def train(options: argparse.Namespace, started: float) -> None:
         )
         return
     write_atomically(folder.config_file, config.to_yaml())
+    drop_metrics_after(folder.path / "scores.jsonl", start)  # what is trained again is scored again
     loader = make_loader(
         photographs,
         training.batch_size,

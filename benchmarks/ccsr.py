@@ -1,8 +1,8 @@
 """What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs without and with them and writes the ablation
 table.
 
-Every variant is trained with the same three seeds, 32 -> 64 pixels, on the embedded toys, and measured at high
-resolution on the same renders: KID against true 64-pixel images, agreement with the render, and what super-resolution
+Every variant is trained with the same three seeds on the embedded toys, and measured at high resolution on the same
+renders: KID against true 64-pixel images, agreement with the render, and what super-resolution
 adds to the disagreement of neighbouring views.
 """
 
@@ -32,7 +32,6 @@ from graf.program.presentation import Presentation, open_presentation
 
 SCALE = 2
 COMMON = (
-    "data.imsize=32",
     "ray_sampler.N_samples=256",
     "training.lr_decay_start=0.5",
     "training.fid_every=0",
@@ -47,12 +46,13 @@ COMMON = (
     "ccsr.every=1",
 )
 WITHOUT, PROJECTED = "no CCSR (bicubic)", "no CCSR (bicubic, projected)"
+PER_VIEW, FULL = "CCSR, latents per view", "CCSR, latents per view, agreement"
 #: trained variants -> their keys; PROJECTED is measured on the runs WITHOUT CCSR
 VARIANTS = {
     WITHOUT: ("ccsr.enabled=false",),
     "CCSR, one shared latent": ("ccsr.num_views=1", "ccsr.agreement=0"),
-    "CCSR, latents per view": ("ccsr.agreement=0",),
-    "CCSR, latents per view, agreement": (),
+    PER_VIEW: ("ccsr.agreement=0",),
+    FULL: (),
 }
 #: column -> (key of a measured row, factor)
 COLUMNS = {
@@ -80,7 +80,7 @@ class Bicubic(CCSR):
         return SuperResolved(self.projection(image, render) if self.project else image, image)
 
 
-def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
+def train_variant(name: str, seed: int, iterations: int, imsize: int, folder: Path) -> Path:
     """Train one variant with one seed; a finished run is left as it is."""
     expname = "".join(letter if letter.isalnum() else "_" for letter in f"{name}_{seed}")
     arguments = [
@@ -90,6 +90,7 @@ def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
         "--outdir",
         str(folder),
         *COMMON,
+        f"data.imsize={imsize}",
         f"expname={expname}",
     ]
     arguments += [f"seed={seed}", f"training.max_iterations={iterations}", f"ccsr.start_iteration={iterations // 3}"]
@@ -147,16 +148,30 @@ def tabulate(measured: dict[str, list[dict[str, float]]]) -> str:
     return format_table(["variant", *COLUMNS], rows)
 
 
+def compare_agreement(measured: dict[str, list[dict[str, float]]]) -> str:
+    """What the agreement term changes, seed by seed: the seeds differ from each other by far more than that."""
+    changes = []
+    for column in ("KID x 1000", "added by SR x 1000"):
+        key, factor = COLUMNS[column]
+        pairs = zip(measured[FULL], measured[PER_VIEW], strict=True)
+        values = [factor * (full[key] - per_view[key]) for full, per_view in pairs]
+        listed = ", ".join(f"{value:+.3f}" for value in values)
+        changes.append(f"{column} {statistics.mean(values):+.3f} ({listed})")
+    return f"What agreement changes, mean (seed by seed): {'; '.join(changes)}."
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all variants and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=1500, help="length of every run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per variant (default: %(default)s)")
+    parser.add_argument("--imsize", type=int, default=64, help="side of the renders, pixels (default: %(default)s)")
     parser.add_argument("--outdir", type=Path, default=Path("results/ccsr_ablation"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
+    folder, sizes = options.outdir / str(options.imsize), f"{options.imsize} -> {SCALE * options.imsize} pixels"
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in (WITHOUT, PROJECTED, *VARIANTS)}
     for seed in range(options.seeds):
-        runs = {name: train_variant(name, seed, options.iterations, options.outdir) for name in VARIANTS}
+        runs = {name: train_variant(name, seed, options.iterations, options.imsize, folder) for name in VARIANTS}
         common = open_run(runs[WITHOUT])  # a generator that no module was trained with
         modules: dict[str, tuple[CCSR, str]] = {WITHOUT: (Bicubic(), WITHOUT), PROJECTED: (Bicubic(True), WITHOUT)}
         for name in VARIANTS:
@@ -167,11 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measured[row].append(measure(common, module, runs[trained]))
             print(f"seed {seed}, {row}: {json.dumps(measured[row][-1])}", flush=True)
     text = (
-        f"{options.seeds} seeds, {options.iterations} iterations each, 32 -> 64 pixels, embedded toys, {hardware()}, "
+        f"{options.seeds} seeds, {options.iterations} iterations each, {sizes}, embedded toys, {hardware()}, "
         f"{torch.get_num_threads()} threads. Per seed all rows are measured on the renders of one generator, trained "
-        f"without CCSR; mean ± standard deviation over the seeds.\n\n{tabulate(measured)}"
+        f"without CCSR; mean ± standard deviation over the seeds.\n\n{tabulate(measured)}\n\n"
+        f"{compare_agreement(measured)}"
     )
-    write_section("CCSR: what its parts do", f"python -m benchmarks.ccsr --iterations {options.iterations}", text)
+    command = f"python -m benchmarks.ccsr --iterations {options.iterations} --imsize {options.imsize}"
+    write_section(f"CCSR: what its parts do ({sizes})", command, text)
     print(text)
 
 

@@ -213,7 +213,7 @@ def step_of_program(config: Config, settings: Settings, device: torch.device) ->
 
     def step() -> float:
         step_with_everything(trainer)
-        if trainer.micro_batch_size != settings.micro_batch_size or trainer.generator.chunk != settings.chunk:
+        if Settings(trainer.micro_batch_size, trainer.generator.strategy, trainer.generator.chunk) != settings:
             raise OutOfMemory("these settings do not fit")
         return max(reading["peak"] for reading in trainer.meter.readings.values()) * MIB
 
@@ -397,8 +397,7 @@ def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> l
         for measures in ((), ("set_to_none",), ("released",), ("set_to_none", "released")):
             name = "plain loop" + "".join(f" + {measure}" for measure in measures)
             predicted, _ = measure_plain(config, measures, fake=True)
-            runs = len(measures) != 1 and _runs(config, predicted)  # each alone saves little: predicted
-            measured = measure_plain(config, measures) if runs else None
+            measured = measure_plain(config, measures) if _runs(config, predicted) else None
             plain = (predicted, math.nan if measured is None else measured[1]) if plain is None else plain
             rows.append(_measure_row(patch, name, predicted, measured, plain))
             if gpu is not None:
@@ -633,7 +632,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         shrunk = ("nerf.netwidth=32", "nerf.netdepth=4", "nerf.N_samples=8", "training.batch_size=2")
         patches, names, budgets, count = (16,), ["dense"], ["batch 8"], 1
-    text: list[Any] = [f"{hardware(CPU)}. Peaks are of live tensors, MiB; * is predicted, not measured.", ""]
+    text: list[Any] = [
+        f"{hardware(CPU)}. Peaks are of live tensors, MiB; * is predicted, not measured. That nothing here sets "
+        "a default device tensor saves no byte by itself, so it has no row: it is what lets images wait on the host.",
+        "",
+    ]
     header = ["patch", "what", "measured", "predicted", "of plain", "s per step", "x plain"]
     if torch.cuda.is_available():
         text[0] += f" GPU: {hardware()}, peak allocated."
@@ -642,7 +645,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     path = options.results.with_name(CURVE.name)
     draw_curve(curve((16, 32) if options.quick else (16, 32, 64, 128, 256), shrunk), path)
-    text += [f"![peak against rays]({path.name})", ""]
+    text += [f"![peak against rays, predicted]({path.name})", "", "The curve is predicted.", ""]
 
     whole, settings = published(patches[-1], *shrunk), Settings(2 if options.quick else 8, "checkpoint", 1024)
     text += [f"Whole images of {patches[-1]} x {patches[-1]}, float32, {settings}: what is left, predicted:", ""]

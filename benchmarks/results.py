@@ -16,9 +16,9 @@ TITLE = (
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; a bar inside a cell is escaped, as it would end the cell."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def hardware(device: torch.device | None = None) -> str:
@@ -27,9 +27,8 @@ def hardware(device: torch.device | None = None) -> str:
 
 
 def write_section(title: str, command: str, text: str, path: Path = RESULTS) -> None:
-    """Replace the section `## title` of RESULTS.md, or append it."""
-    content = path.read_text() if path.exists() else TITLE
-    section = f"## {title}\n\n`{command}`\n\n{text.strip()}\n"
-    parts = content.split("\n## ")
-    kept = [parts[0], *(part for part in parts[1:] if part.split("\n", 1)[0] != title)]
-    path.write_text("\n## ".join(part.rstrip() + "\n" for part in kept) + "\n" + section)
+    """Replace the section `## title` of RESULTS.md where it stands, or append it."""
+    introduction, *sections = (path.read_text() if path.exists() else TITLE).split("\n## ")
+    places = {section.split("\n", 1)[0]: section for section in sections}
+    places[title] = f"{title}\n\n`{command}`\n\n{text}"
+    path.write_text("\n## ".join(part.rstrip() + "\n" for part in [introduction, *places.values()]))

@@ -41,13 +41,18 @@ RETIRED_KEYS = {
     "data.orthographic": "only perspective cameras exist here: remove it",
     "data.augmentation": "use discriminator.augment",
     "nerf.i_embed": "use nerf.multires=0 for no positional encoding",
-    "nerf.netchunk": "use training.chunk (rays rendered at once)",
+    "training.netchunk": "use training.chunk (rays rendered at once)",
     "nerf.netdepth_fine": "one network serves coarse and importance samples: remove it",
     "nerf.netwidth_fine": "one network serves coarse and importance samples: remove it",
     "nerf.perturb": "use nerf.jitter",
     "training.take_model_average": "use training.model_average_beta (0 for none)",
     "training.lr_anneal_end": "use training.lr_anneal_every",
     "training.equalize_lr": "not supported: remove it",
+    "training.model_file": "runs continue from their newest checkpoint: remove it, or use --resume PATH",
+    "training.model_average_reinit": "not supported: remove it",
+    "training.restart_every": "not supported: remove it",
+    "training.video_every": "eval.py renders videos: remove it",
+    "training.n_test_samples_with_same_shape_code": "use eval.py --shape_appearance: remove it",
     "training.monitor_every": "use training.print_every",
     "discriminator.nc": "images always have three channels: remove it",
     "discriminator.type": "there is one discriminator: remove it",
@@ -92,6 +97,9 @@ class DataConfig(Section):
     )
     datadir: str = Field("data", description="folder of the images, relative to the working directory")
     imsize: int = Field(64, ge=16, le=2048, description="side of the square images, pixels")
+    crop: int | None = Field(
+        None, ge=1, description="side of the central square of a photograph that is used, pixels; null: the largest"
+    )
     white_bkgd: bool = Field(
         True, description="background behind transparent pixels, and of renders: white, else black"
     )
@@ -245,7 +253,7 @@ class CcsrConfig(Section):
     kernel: tuple[float, ...] | None = Field(
         None, description="1D weights of the blur before decimation; null: box mean"
     )
-    lr: float = Field(5e-4, gt=0, description="learning rate")
+    lr: float = Field(5e-4, gt=0, description="learning rate; it falls as training.lr_schedule says")
     alpha_init: float = Field(10.0, ge=0, description="weight of the consistency term at iteration 0")
     alpha_min: float = Field(1.0, ge=0, description="its floor")
     alpha_decay: float = Field(
@@ -269,7 +277,9 @@ class TrainingConfig(Section):
     """The loop."""
 
     outdir: str = Field("results", description="folder of all runs; this one is outdir/expname")
-    batch_size: int = Field(8, ge=1, description="images per step; the first thing to lower when memory runs out")
+    batch_size: int = Field(
+        8, ge=1, description="images per update; micro_batch_size lowers memory without changing it"
+    )
     max_iterations: int = Field(100_000, ge=1, description="length of the run and horizon of the schedules, iterations")
     max_minutes: float | None = Field(None, gt=0, description="stop (and save) after this many minutes; null: no limit")
     nworkers: int = Field(0, ge=0, description="processes that load images; at most 4 and the number of CPUs are used")
@@ -279,7 +289,7 @@ class TrainingConfig(Section):
         "auto",
         description="rays rendered at once, over all images of the batch; auto: 4096, or what fits memory_budget",
     )
-    micro_batch_size: Literal["auto"] | int = Field(
+    micro_batch_size: Literal["auto"] | PositiveInt = Field(
         "auto", description="images on the device at once; auto: as many as fit"
     )
     memory_strategy: Literal["auto", "dense", "checkpoint", "deferred"] = Field(
@@ -311,7 +321,9 @@ class TrainingConfig(Section):
     )
     lr_anneal: float = Field(0.5, gt=0, le=1, description="factor of multistep, step and exponential; the cosine's end")
     lr_anneal_every: tuple[PositiveInt, ...] = Field(
-        (50_000, 100_000, 200_000), min_length=1, description="multistep: the iterations; step, exponential: the period"
+        (50_000, 100_000, 200_000),
+        min_length=1,
+        description="multistep: the iterations; step, exponential: the period; one number without lr_schedule: step",
     )
     lr_decay_start: float = Field(0.0, ge=0, lt=1, description="cosine: share of max_iterations that stays constant")
     lr_warmup: int = Field(0, ge=0, description="iterations of linear warm-up in front of any schedule")
@@ -343,6 +355,21 @@ class TrainingConfig(Section):
     def rays_per_chunk(self) -> int:
         """`chunk`, or what auto means without a budget."""
         return DEFAULT_CHUNK if self.chunk == "auto" else self.chunk
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_grafs_period(cls, values: Any) -> Any:
+        # GRAF's lr_anneal_every is a list of milestones in a string, or the period of a step schedule
+        if isinstance(values, Mapping) and "lr_schedule" not in values:
+            period = values.get("lr_anneal_every")
+            if isinstance(period, int) and not isinstance(period, bool):
+                return {**values, "lr_schedule": "step"}
+        return values
+
+    @field_validator("monitoring", mode="before")
+    @classmethod
+    def _split_graf_names(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
     @field_validator("lr_anneal_every", mode="before")
     @classmethod
@@ -502,7 +529,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not separator or not key:
             raise ConfigError(f"override {override!r}: expected section.key=value, as in training.batch_size=4")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
         _set(values, key.strip().split("."), value, override)
@@ -517,12 +544,24 @@ def build_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = []
+        found: dict[tuple[str, str], list[str]] = {}  # (key, value) -> what is allowed: one for each kind of value
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
+            key = _key_of(problem["loc"])
             message = str(problem["msg"]).removeprefix("Value error, ")
-            lines.append(f"{key}={problem['input']!r}: {_lower(message)}{_describe_key(key)}" if key else message)
+            found.setdefault((key, repr(problem["input"])), []).append(_lower(message) if key else message)
+        lines = []
+        for (key, value), messages in found.items():
+            text = ", or ".join(dict.fromkeys(messages))
+            lines.append(f"{key}={value}: {text}{_describe_key(key)}" if key else text)
         raise ConfigError("\n".join(lines)) from None
+
+
+def _key_of(location: Sequence[int | str]) -> str:
+    """The key that pydantic's location is in, with a place in a list but without the kinds of value that it tried."""
+    keys, parts = {*_all_keys(), *_sections(Config)}, [str(part) for part in location]
+    length = max((n for n in range(len(parts) + 1) if ".".join(parts[:n]) in keys), default=len(parts))
+    places = [str(part) for part in location[length:] if isinstance(part, int)]
+    return ".".join([*parts[:length], *places])
 
 
 def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:

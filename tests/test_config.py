@@ -153,6 +153,11 @@ def test_a_wrong_type_is_named_with_key_and_value(key, value):
     ("key", "value"),
     [
         ("training.batch_size", 0),
+        ("training.micro_batch_size", 0),
+        ("training.micro_batch_size", -1),
+        ("training.chunk", 0),
+        ("training.empty_cache", 0),
+        ("data.crop", 0),
         ("training.lr_g", 0.0),
         ("training.lr_g", float("nan")),
         ("training.lr_g", float("inf")),
@@ -257,6 +262,64 @@ def test_grafs_comma_list_of_milestones_is_read():
         config = build_config({"training": {"lr_anneal_every": value}})
         assert config.training.lr_anneal_every == (50_000, 100_000)
     assert build_config({"training": {"lr_anneal_every": 100}}).training.lr_anneal_every == (100,)
+
+
+def test_grafs_period_of_a_step_schedule_is_read(write):
+    training = build_config({"training": {"lr_anneal_every": 50_000}}).training
+    assert (training.lr_schedule, training.lr_anneal_every) == ("step", (50_000,))
+    chosen = {"training": {"lr_anneal_every": 50_000, "lr_schedule": "multistep"}}
+    assert build_config(chosen).training.lr_schedule == "multistep"
+
+
+def test_grafs_own_default_file_needs_no_more_than_what_its_errors_say(write):
+    file = write(
+        "graf.yaml",
+        """
+        data: {datadir: data/carla, type: image_folder, imsize: 64, white_bkgd: True, near: 1., far: 6., radius: 3.4,
+               fov: 90., umin: 0., umax: 1., vmin: 0., vmax: 0.45642212862617093}
+        nerf: {use_viewdirs: True, multires: 10, multires_views: 4, N_samples: 64, N_importance: 0, netdepth: 8,
+               netwidth: 256, raw_noise_std: 1., decrease_noise: True}
+        z_dist: {type: gauss, dim: 256, dim_appearance: 128}
+        ray_sampler: {min_scale: 0.25, max_scale: 1., scale_anneal: 0.0025, N_samples: 1024}
+        discriminator: {ndf: 64, hflip: False}
+        training: {outdir: ./results, monitoring: tensorboard, nworkers: 6, batch_size: 8, chunk: 32768, lr_g: 0.0005,
+                   lr_d: 0.0001, lr_anneal: 0.5, lr_anneal_every: "50000,100000,200000", gan_type: standard,
+                   reg_type: real, reg_param: 10., optimizer: rmsprop, model_average_beta: 0.999, save_best: fid,
+                   fid_every: 5000, print_every: 10, sample_every: 500, save_every: 900, backup_every: 50000}
+        """,
+    )
+    training = load_config(file).training
+    assert training.monitoring == ("tensorboard",)
+    assert training.lr_anneal_every == (50_000, 100_000, 200_000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("training.chunk", 0, "training.chunk=0: input should be 'auto', or input should be greater than 0 (rays"),
+        ("data.radius", "far", "data.radius='far': input should be a valid number, unable to parse"),
+        ("training.betas", [0.5, 1.0], "training.betas.1=1.0: input should be less than 1"),
+    ],
+)
+def test_what_several_kinds_of_value_would_allow_is_one_line_under_the_keys_own_name(key, value, message):
+    line, *others = error_of(nested(key, value)).splitlines()
+    assert others == []
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("ccsr", "start", "advice"),
+    [
+        ({"kernel": [0.25, 0.5, 0.25]}, "ccsr.kernel: 3 weights", "even number"),
+        ({"kernel": [0.5, 0.6]}, "ccsr.kernel: the weights sum to 1.1", "make it 1"),
+        ({"weights": "x.pth"}, "ccsr.weights='x.pth'", "ccsr.trunk=conv"),
+        ({"freeze_trunk": True}, "ccsr.freeze_trunk=true", "set ccsr.weights"),
+    ],
+)
+def test_contradictions_of_super_resolution_name_their_keys(ccsr, start, advice):
+    message = error_of({"ccsr": ccsr})
+    assert message.startswith(start)
+    assert advice in message
 
 
 def test_grafs_comma_range_of_distances_is_read():

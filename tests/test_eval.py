@@ -5,18 +5,22 @@ import json
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from graf.evaluation import sampler
 from graf.evaluation.fidelity import read_scores
 from graf.geometry.cameras import median_height
 from graf.runtime.checkpoint import read_checkpoint, save_checkpoint
 
 CLASSES = ("car", "duck", "house", "mug")
 KINDS = ("rgb", "depth", "opacity")
+SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 
 
 @pytest.fixture
@@ -184,6 +188,91 @@ def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
         assert 0 < row["labelled"] < 40
 
 
+def test_another_seed_scores_other_objects(look, monkeypatch, smoke_run):
+    shutil.rmtree(smoke_run.folder / "eval", ignore_errors=True)
+    monkeypatch.chdir(smoke_run.cwd)
+    for seed in ([], ["--seed", 0], ["--seed", 5]):
+        assert look("--fid_kid", *seed)[0] == 0
+    unasked, zero, five = read_scores(smoke_run.folder / "eval" / "scores.jsonl")
+    assert unasked == zero
+    assert (zero["seed"], five["seed"]) == (0, 5)
+    assert zero["fid_offline"] != five["fid_offline"]
+
+
+# ---------------------------------------------------------------- super-resolution
+
+
+@pytest.fixture(scope="module")
+def sharp_run(run_command_line, tmp_path_factory) -> Path:
+    """A run that trained super-resolution for three iterations, 16 -> 32 pixels; its working directory."""
+    cwd = tmp_path_factory.mktemp("sharp")
+    keys = ["data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "training.fid_every=0"]
+    process = run_command_line(
+        "train.py", "--config", str(SMOKE), "--max_iterations", "3", *keys, "training.sample_every=0", cwd=cwd
+    )
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return cwd
+
+
+@pytest.fixture
+def look_sharp(look, sharp_run, monkeypatch):
+    """eval.py on that run, from its working directory: it reads the photographs."""
+    shutil.rmtree(sharp_run / "results" / "smoke" / "eval", ignore_errors=True)
+    monkeypatch.chdir(sharp_run)
+    return partial(look, run_folder=Path("results", "smoke"))
+
+
+def test_pictures_are_super_resolved_beside_bicubic_upsampling(look_sharp):
+    actions = ["--sr", "--grid", "--rotation", "--shape_appearance"]
+    code, stdout, stderr = look_sharp(*actions, "--classes", "mug", "--views", 3, "--frames", 4)
+    assert code == 0, stderr
+    written = {path.name: path for path in written_by(stdout)}
+    assert {f"grid_mug_{kind}.png" for kind in (*KINDS, "sr", "bicubic")} <= set(written)
+    assert {"shape_appearance_mug.png", "shape_appearance_mug_sr.png", "shape_appearance_mug_bicubic.png"} <= set(
+        written
+    )
+    small, sharp, bicubic = (read_pixels(written[f"grid_mug_{kind}.png"]) for kind in ("rgb", "sr", "bicubic"))
+    assert sharp.shape == bicubic.shape
+    assert sharp.shape[0] - small.shape[0] == 16
+    assert not np.array_equal(sharp, bicubic)
+
+
+@pytest.mark.parametrize("strip_pixels", [2**20, 64 * 8 * 4])
+def test_any_resolution_is_rendered_and_sharpened_the_same_in_strips(look_sharp, monkeypatch, strip_pixels):
+    pictures = []
+    for pixels in (2**20, strip_pixels):
+        monkeypatch.setattr(sampler, "STRIP_PIXELS", pixels)
+        code, stdout, stderr = look_sharp("--sr", "--grid", "--classes", "car", "--views", 1, "--resolution", 64)
+        assert code == 0, stderr
+        written = {path.name: path for path in written_by(stdout)}
+        assert read_pixels(written["grid_car_rgb.png"]).shape[0] == 66 + 2 + 18
+        assert read_pixels(written["grid_car_sr.png"]).shape[0] == 130 + 2 + 18
+        pictures.append(read_pixels(written["grid_car_sr.png"]).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_scores_of_a_sharpening_run_cover_render_sharp_and_bicubic_images(look_sharp):
+    code, stdout, stderr = look_sharp("--fid_kid")
+    assert code == 0, stderr
+    rows = json.loads(Path("results", "smoke", "eval", "scores.json").read_text())
+    assert [row["output"] for row in rows] == ["render", "sr", "bicubic"]
+    assert [row["resolution"] for row in rows] == ["16x16", "32x32", "32x32"]
+    for name in ("fid_offline", "sr_fid_offline", "bicubic_kid_offline"):
+        assert f"{name} " in stdout
+
+
+def test_consistency_is_measured_and_written(look_sharp):
+    code, stdout, stderr = look_sharp("--consistency", "--classes", "car", "duck")
+    assert code == 0, stderr
+    (file,) = written_by(stdout)
+    report = json.loads(file.read_text())
+    assert report["objects"] == 2
+    assert report["low_resolution_max"] <= 1e-6
+    assert 0 < report["file_mean"] < 0.1
+    assert report["psnr"] > 0 < report["psnr_bicubic"]
+
+
 # ---------------------------------------------------------------- which run, which checkpoint
 
 
@@ -249,6 +338,25 @@ def test_a_checkpoint_of_another_config_is_refused(look, copied_run):
     assert "use the config in its run folder" in error
 
 
+def test_a_checkpoint_from_elsewhere_that_was_rendered_otherwise_is_refused(look, copied_run, smoke_run):
+    checkpoint = smoke_run.folder / "checkpoints" / "model_best.pt"
+    picture = ["--grid", "--views", 1, "--classes", "car"]
+    assert look("--checkpoint", checkpoint, *picture, run_folder=copied_run)[0] == 0
+    config = copied_run / "config.yaml"
+    config.write_text(config.read_text().replace("density_scale: 1.0", "density_scale: 2.0"))
+    error = error_of(look("--checkpoint", checkpoint, *picture, run_folder=copied_run))
+    assert "a checkpoint of another config" in error
+    assert "nerf.density_scale: 1.0 -> 2.0" in error
+
+
+def test_photographs_without_poses_have_no_held_out_views(look, copied_run):
+    file = copied_run / "checkpoints" / "model_best.pt"
+    contents = torch.load(file, weights_only=True)
+    contents["meta"]["scene"]["poses_known"] = False
+    torch.save(contents, file)
+    assert "--heldout: nobody knows from where" in error_of(look("--heldout", run_folder=copied_run))
+
+
 def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
     checkpoint = copied_run / "checkpoints" / "model_best.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:3000])
@@ -268,6 +376,7 @@ def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
         (["--heights", 0.2, 1.5], "--heights=1.5: expected 0 to 1"),
         (["--chunk", 0], "--chunk=0: expected at least 1"),
         (["--fps", 0], "--fps=0: expected 1"),
+        (["--seed", -1], "--seed=-1: expected 0"),
         (["--num_images", 0], "--num_images=0: expected 2"),
         (["--device", "cuda:97"], "device 'cuda:97' is not available"),
         (["--sr"], "this run has no super-resolution"),

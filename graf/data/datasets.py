@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,14 +42,16 @@ class DataSettings:
     `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
     synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
     every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
-    photograph (transforms, image_folder). `strict` turns skipped photographs into a DataError. Sets that fit
-    `cache_mib` MiB as uint8 are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov`
+    photograph (transforms, image_folder). `strict` turns skipped photographs into a DataError. `crop` is the side of
+    the central square that is used, in pixels, where it is not the largest one. Sets that fit `cache_mib` MiB as uint8
+    are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov`
     (degrees) and the synthetic_* fields act on the synthetic set only.
     """
 
     type: str
     datadir: str | Path
     imsize: int = 64
+    crop: int | None = None
     white_bkgd: bool = True
     v_list: tuple[float, ...] | None = None
     angle_direction: str = "ccw"
@@ -107,9 +110,10 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, index: PhotoIndex, imsize: int, white_bkgd: bool, cache: Tensor | None = None, fov: float | None = None
+        self, index: PhotoIndex, settings: DataSettings, cache: Tensor | None = None, fov: float | None = None
     ) -> None:
         self.index = index
+        self.settings = settings
         self.labels = index.labels
         self.poses = index.poses
         self.poses_known = index.poses_known
@@ -117,38 +121,58 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         self.v_list = index.v_list
         self.paths = index.paths
         self.report = index.report
-        self.imsize = imsize
-        self.white_bkgd = white_bkgd
+        self.imsize = settings.imsize
         self.fov = fov
         self._cache = cache
+        self._reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image and label; raises DataError where a file that was not decoded at opening turns out to be unreadable."""
-        return self._read_pixels(index).float() / 127.5 - 1, self.labels[index]
+        """Image and label.
 
-    def _read_pixels(self, index: int) -> Tensor:
+        A file that was not decoded at opening may turn out to be unreadable: the next one stands in for it, which is
+        reported once, so that a night's training goes on; with `strict`, or when none is left, it is a DataError.
+        """
         if self._cache is not None:
-            return self._cache[index]
+            return self._cache[index].float() / 127.5 - 1, self.labels[index]
+        for number in chain([index], range(index + 1, len(self)), range(index)):  # past the end: an IndexError
+            pixels = self._try_pixels(number)
+            if pixels is not None:
+                return pixels.float() / 127.5 - 1, self.labels[number]
+        raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any more; restore them")
+
+    def _try_pixels(self, number: int) -> Tensor | None:
         try:
             with quiet_decoders():
-                return read_image(self.paths[index], self.imsize, self.white_bkgd)
+                return _read_pixels(self.paths[number], self.settings)
         except UnreadableImage as error:
-            raise DataError(
-                f"{self.paths[index]} cannot be read ({error}); delete or replace it, or raise data.cache_mib so that "
-                f"all photographs are decoded, and bad ones skipped, when the set is opened"
-            ) from error
+            if self.settings.strict:
+                raise DataError(
+                    f"{self.paths[number]} cannot be read ({error}), and data.strict=true makes this an error; repair "
+                    f"or remove it, or set data.strict=false"
+                ) from error
+            if number not in self._reported:
+                self._reported.add(number)
+                logger.warning(
+                    "%s cannot be read (%s): the next photograph stands in for it; repair or remove it, or raise "
+                    "data.cache_mib so that all are decoded when the set is opened",
+                    self.paths[number],
+                    error,
+                )
+            return None
 
     def subset_by(self, indices: Sequence[int]) -> "PhotoDataset":
         """The data set of the photographs at `indices`, in that order."""
         cache = None if self._cache is None else self._cache[torch.as_tensor(indices, dtype=torch.int64)]
-        return PhotoDataset(self.index.select(indices), self.imsize, self.white_bkgd, cache, self.fov)
+        return PhotoDataset(self.index.select(indices), self.settings, cache, self.fov)
 
     def fingerprint(self) -> str:
-        """Hash of file names and sizes, labels, poses, image size and background: equal data sets have equal ones."""
-        digest = hashlib.sha256(f"{self.imsize} {self.white_bkgd} {self.class_names} {self.v_list}".encode())
+        """Hash of file names and sizes, labels, poses, image size, crop and background: the same for equal data."""
+        settings = self.settings
+        how = f"{settings.imsize} {settings.crop} {settings.white_bkgd}"
+        digest = hashlib.sha256(f"{how} {self.class_names} {self.v_list}".encode())
         poses = self.poses if self.poses is not None else [None] * len(self)
         for name, path, label, pose in zip(self.index.names(), self.paths, self.labels.tolist(), poses, strict=True):
             digest.update(f"{name} {path.stat().st_size} {label} {None if pose is None else pose.tolist()}\n".encode())
@@ -174,7 +198,7 @@ def open_dataset(settings: DataSettings) -> PhotoDataset:
         )
     if len(kept) < len(index.paths):
         index = index.select(kept)
-    return PhotoDataset(index, settings.imsize, settings.white_bkgd, cache, _find_fov(index))
+    return PhotoDataset(index, settings, cache, _find_fov(index, settings.crop))
 
 
 def _index_photographs(settings: DataSettings) -> PhotoIndex:
@@ -234,7 +258,7 @@ def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[i
         try:
             size = read_image_size(index.paths[number])
             if cache is not None:
-                cache[number] = read_image(index.paths[number], settings.imsize, settings.white_bkgd)
+                cache[number] = _read_pixels(index.paths[number], settings)
         except UnreadableImage as error:
             return error
         return size
@@ -247,6 +271,10 @@ def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[i
             kept.append(number)
             index.report.sizes[result] += 1
     return kept, cache[kept] if cache is not None and len(kept) < len(index.paths) else cache
+
+
+def _read_pixels(path: Path, settings: DataSettings) -> Tensor:
+    return read_image(path, settings.imsize, settings.white_bkgd, settings.crop)
 
 
 def _map_in_threads(read: Callable[[int], Result], count: int) -> Iterator[Result]:
@@ -269,11 +297,11 @@ def _log_report(index: PhotoIndex, strict: bool) -> None:
     logger.warning(summary)
 
 
-def _find_fov(index: PhotoIndex) -> float | None:
-    """Field of view in degrees across the central square of the photographs, from camera_angle_x across their width."""
+def _find_fov(index: PhotoIndex, crop: int | None) -> float | None:
+    """Field of view in degrees across the square that is used, from camera_angle_x across the photographs' width."""
     if index.camera_angle_x is None:
         return None
-    shares = {min(width, height) / width for width, height in index.report.sizes}
+    shares = {min(width, height, crop or math.inf) / width for width, height in index.report.sizes}
     if len(shares) > 1:
         raise DataError(
             f"{index.root}: photographs of different shapes ({', '.join(f'{w}x{h}' for w, h in index.report.sizes)}) "

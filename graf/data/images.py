@@ -65,11 +65,11 @@ def read_image_size(path: Path) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
-def read_image(path: Path, imsize: int, white_bkgd: bool) -> Tensor:
-    """The photograph as uint8 (3, imsize, imsize). Raises UnreadableImage."""
+def read_image(path: Path, imsize: int, white_bkgd: bool, crop: int | None = None) -> Tensor:
+    """The central square (of `crop` pixels, else the largest) as uint8 (3, imsize, imsize). Raises UnreadableImage."""
     with _open_image(path) as image:
         rgb = _convert_to_rgb(ImageOps.exif_transpose(image), white_bkgd)
-        square = _resize_to_square(rgb, imsize)
+        square = _resize_to_square(rgb, imsize, crop)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
@@ -88,8 +88,8 @@ def _convert_to_rgb(image: Image.Image, white_bkgd: bool) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize_to_square(image: Image.Image, imsize: int) -> Image.Image:
-    side = min(image.size)
+def _resize_to_square(image: Image.Image, imsize: int, crop: int | None) -> Image.Image:
+    side = min(*image.size, crop or max(image.size))
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     if side % imsize == 0:

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -256,16 +256,22 @@ def _list_files(root: Path) -> list[str]:
 
 
 def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list[LabelRow]:
-    """Rows whose file exists; image files beside them that labels.csv leaves out go into the report."""
+    """Rows whose file exists; image files that labels.csv leaves out go into the report, wherever they are.
+
+    But for companions of labelled photographs: depth/a.png and mask/a.png belong to a.png.
+    """
     present = [row for row in rows if (root / row.file).is_file()]
     report.missing += [row.file for row in rows if not (root / row.file).is_file()]
-    labelled = {Path(row.file).as_posix() for row in rows}
-    for folder in sorted({Path("."), *(Path(row.file).parent for row in present)}):
-        for path in sorted((root / folder).iterdir(), key=lambda path: natural_key(path.name)):
-            file = (folder / path.name).as_posix()
-            if not path.is_file() or file in labelled or file == LABELS_FILE:
-                continue
-            (report.unlabelled if path.suffix.lower() in IMAGE_SUFFIXES else report.not_images).append(file)
+    labelled = {PurePosixPath(row.file) for row in rows}
+    folders = {PurePosixPath("."), *(file.parent for file in labelled)}
+    for file in map(PurePosixPath, _list_files(root)):
+        if file in labelled or file == PurePosixPath(LABELS_FILE):
+            continue
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.parent.parent / file.name not in labelled:
+                report.unlabelled.append(str(file))
+        elif file.parent in folders:
+            report.not_images.append(str(file))
     if rows and not present:
         raise DataError(
             f"{root / LABELS_FILE}: none of its {len(rows)} photographs is there ({_list_names(report.missing)}); "

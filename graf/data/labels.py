@@ -71,6 +71,8 @@ def parse_file_name(file: str, pattern: re.Pattern[str]) -> LabelRow | None:
     if match is None:
         return None
     groups = match.groupdict()
+    if not groups["class"] or not groups["angle"]:  # optional in this pattern, and absent in this name
+        return None
     try:
         return LabelRow(file, groups["class"], int(groups.get("height") or 0), wrap_angle(float(groups["angle"])))
     except ValueError as error:
@@ -86,6 +88,15 @@ def read_labels_csv(path: Path) -> list[LabelRow]:
     `file` is relative to the csv's folder, `height` an index into v_list, `angle` degrees. Raises DataError that names
     the file, the line, what was found and what was expected.
     """
+    try:
+        return _read_rows(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8 (in Excel: CSV UTF-8)") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: is not a CSV file ({error}); expected {','.join(LABELS_HEADER)}") from error
+
+
+def _read_rows(path: Path) -> list[LabelRow]:
     rows: list[LabelRow] = []
     seen: dict[str, int] = {}
     with path.open(newline="", encoding="utf-8-sig") as stream:

@@ -45,12 +45,23 @@ class Views:
         """The same objects from cameras moved counter-clockwise around the z axis by `degrees`, one for all or (B,)."""
         turned = torch.as_tensor(degrees, dtype=self.u.dtype, device=self.u.device).expand_as(self.u)
         cos, sin = torch.cos(torch.deg2rad(turned)), torch.sin(torch.deg2rad(turned))
-        rotation = torch.eye(4, dtype=self.poses.dtype, device=self.poses.device).repeat(len(self), 1, 1)
-        rotation[:, 0, 0], rotation[:, 0, 1], rotation[:, 1, 0], rotation[:, 1, 1] = cos, -sin, sin, cos
+        poses = self.poses.clone()  # rows are the world's axes; no matrix product, which TF32 would round
+        x, y = self.poses[:, 0], self.poses[:, 1]
+        poses[:, 0], poses[:, 1] = cos[:, None] * x - sin[:, None] * y, sin[:, None] * x + cos[:, None] * y
         u = torch.remainder(self.u + turned / 360, 1.0)
         labels = self.labels.clone()
         labels[:, 2] = torch.remainder(labels[:, 2] + self.angle_sign * torch.round(turned).long(), 360)
-        return Views(self.class_idx, u, self.v, rotation @ self.poses, labels, self.angle_sign)
+        return Views(self.class_idx, u, self.v, poses, labels, self.angle_sign)
+
+    def mirror(self) -> Views:
+        """The same objects from the mirrored azimuths: cameras reflected in the x-z plane, which u = 0 lies in."""
+        reflection, flip = torch.ones(2, 4, dtype=self.poses.dtype, device=self.poses.device)
+        reflection[1] = -1  # of the world's y axis
+        flip[0] = -1  # of the camera's x axis, so that it stays right-handed
+        labels = self.labels.clone()
+        labels[:, 2] = torch.remainder(-labels[:, 2], 360)
+        poses = reflection[:, None] * self.poses * flip
+        return Views(self.class_idx, torch.remainder(-self.u, 1.0), self.v, poses, labels, self.angle_sign)
 
     def select(self, indices: Tensor) -> Views:
         """The views with these indices."""
@@ -133,7 +144,13 @@ class ViewPool:
 
     def pick(self, uniforms: Tensor) -> Views:
         """One view per row of random numbers `uniforms` (B, NUM_UNIFORMS) in [0, 1)."""
-        views = self.select((uniforms[:, 0] * len(self)).long().clamp(max=len(self) - 1))
+        return self._place(self.select((uniforms[:, 0] * len(self)).long().clamp(max=len(self) - 1)), uniforms)
+
+    def views_of_labels(self, labels: Tensor, uniforms: Tensor) -> Views:
+        """The views of photographs with labels (B, 3): where poses are unknown, drawn ones."""
+        return self._place(self.cameras.views_of_labels(labels), uniforms)
+
+    def _place(self, views: Views, uniforms: Tensor) -> Views:
         if self.ranges is None:
             return views
         u = self.ranges.umin + (self.ranges.umax - self.ranges.umin) * uniforms[:, 1]

@@ -1,7 +1,7 @@
 """The held-out measurement: renders of a labelled view against photographs of it that training never saw.
 
-For each photograph and each of `num_z` fixed latents one render is made at the photograph's own label, one at the
-mirrored azimuth (-angle) and one at +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores
+For each photograph and each of `num_z` fixed latents one render is made from the photograph's own view, one from the
+mirrored azimuth (-angle) and one from +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores
 as well at the wrong azimuths as at the right one; the gates ask for a margin. Blur wins PSNR, so KID must also be lower
 than that of the blurriest sensible answer, the mean of the object's training photographs.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graf.data.views import Views
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
 from graf.evaluation.render import to_uint8
@@ -31,20 +32,21 @@ class HeldoutError(ValueError):
 class HeldoutPhotographs:
     """What the renders are held against.
 
-    images: float (N, 3, H, W) in [-1, 1]; labels: int64 (N, 3) of (class, height, angle in degrees); training_means:
-    {class: float (3, H, W)}, the mean of that object's training photographs; class_names: one per class index.
+    images: float (N, 3, H, W) in [-1, 1]; views: the N that they were taken from, at their true poses where these are
+    known; training_means: {class: float (3, H, W)}, the mean of that object's training photographs; class_names: one
+    per class index.
     """
 
     images: Tensor
-    labels: Tensor
+    views: Views
     training_means: dict[int, Tensor]
     class_names: Sequence[str]
 
     def __post_init__(self) -> None:
-        if len(self.images) < 2 or self.labels.shape != (len(self.images), 3):
+        if len(self.images) < 2 or len(self.views) != len(self.images):
             raise HeldoutError(
-                f"the held-out set has {len(self.images)} images and labels of shape {tuple(self.labels.shape)}: "
-                f"expected at least 2 images with labels (N, 3); set data.heldout_every, for example to 6"
+                f"the held-out set has {len(self.images)} images and {len(self.views)} views: expected at least 2 of "
+                f"each; set data.heldout_every, for example to 6"
             )
         for class_idx in self.classes():
             if class_idx not in self.training_means:
@@ -54,7 +56,7 @@ class HeldoutPhotographs:
 
     def classes(self) -> list[int]:
         """Class indices that occur, ascending."""
-        return sorted(set(self.labels[:, 0].tolist()))
+        return sorted(set(self.views.class_idx.tolist()))
 
 
 @dataclass(frozen=True)
@@ -177,20 +179,6 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10.0 * torch.log10(4.0 / error)
 
 
-def turn_labels(labels: Tensor, degrees: int) -> Tensor:
-    """Labels (N, 3) of the same objects and heights, `degrees` further round."""
-    turned = labels.clone()
-    turned[:, 2] = (turned[:, 2] + degrees) % 360
-    return turned
-
-
-def mirror_labels(labels: Tensor) -> Tensor:
-    """Labels (N, 3) at the azimuths -angle."""
-    mirrored = labels.clone()
-    mirrored[:, 2] = -mirrored[:, 2] % 360
-    return mirrored
-
-
 def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
     """Mean image (C, H, W) of each class in (N, C, H, W) images with (N, 3) labels."""
     return {int(c): images[labels[:, 0] == c].mean(dim=0) for c in labels[:, 0].unique()}
@@ -199,7 +187,7 @@ def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
 @torch.no_grad()
 def measure_heldout(
     photographs: HeldoutPhotographs,
-    render: Callable[[Tensor, int], Tensor],
+    render: Callable[[Views, int], Tensor],
     extractor: Extractor,
     protocol: FidelityProtocol,
     device: torch.device,
@@ -208,11 +196,11 @@ def measure_heldout(
     batch_size: int = 16,
     provenance: dict[str, Plain] | None = None,
 ) -> HeldoutReport:
-    """Render at the held-out labels and compare with the photographs.
+    """Render the held-out views and compare with the photographs.
 
-    `render(labels (B, 3), z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in
-    every call, and labels come on the CPU. 3 num_z N images are rendered, `batch_size` at a time; the num_z N at the
-    photographs' own labels stay in memory as uint8.
+    `render(views, z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in every
+    call. 3 num_z N images are rendered, `batch_size` at a time; the num_z N of the photographs' own views stay in
+    memory as uint8.
 
     KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
     The mean images are treated alike: the mean of the object's training photographs once per photograph and latent, so
@@ -220,20 +208,25 @@ def measure_heldout(
     """
     if num_z < 1 or batch_size < 1:
         raise HeldoutError(f"num_z={num_z}, batch_size={batch_size}: expected at least 1 of each")
-    images, labels = photographs.images.cpu(), photographs.labels.cpu()
+    images, labelled = photographs.images.cpu(), photographs.views
+    labels = labelled.labels.cpu()
 
-    views = {"labelled": labels, "mirrored": mirror_labels(labels), "plus90": turn_labels(labels, 90)}
-    scores_db = {view: torch.empty(num_z, len(labels)) for view in views}
+    views = {
+        "labelled": labelled,
+        "mirrored": labelled.mirror(),
+        "plus90": labelled.turn(90.0 * labelled.angle_sign),  # in the sense of the labels
+    }
+    scores_db = {name: torch.empty(num_z, len(labels)) for name in views}
     renders = []
     for z_index in range(num_z):
         for start in range(0, len(labels), batch_size):
             rows = slice(start, min(start + batch_size, len(labels)))
-            for view, view_labels in views.items():
-                rendered = render(view_labels[rows], z_index).cpu()
+            for name, seen in views.items():
+                rendered = render(seen.images(rows.start, rows.stop), z_index).cpu()
                 if rendered.shape != images[rows].shape:
                     raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images[rows].shape)}")
-                scores_db[view][z_index, rows] = psnr(rendered, images[rows])
-                if view == "labelled":
+                scores_db[name][z_index, rows] = psnr(rendered, images[rows])
+                if name == "labelled":
                     renders.append(to_uint8(rendered))
 
     means = torch.stack([photographs.training_means[int(c)].cpu() for c in labels[:, 0]]).repeat(num_z, 1, 1, 1)

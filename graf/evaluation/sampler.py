@@ -20,6 +20,9 @@ from graf.runtime.amp import Precision
 from graf.runtime.memory import retry_smaller
 from graf.runtime.seeding import Draws
 
+#: pixels of super-resolved output that the trunk works on at once, besides borders: 1024 x 1024
+STRIP_PIXELS = 2**20
+
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
@@ -117,5 +120,8 @@ class Sampler:
 
     def _sharpen(self, rgb: Tensor, view: Views) -> Tensor:
         assert self.ccsr is not None
+        # A CPU that runs out of memory kills instead of raising an error that could be answered with fewer rows.
+        rows = max(1, STRIP_PIXELS // (self.ccsr.scale**2 * rgb.shape[-1]))
+        self.ccsr.rows = min(self.ccsr.rows or rows, rows)
         with eval_mode(self.ccsr), self.precision.autocast():
             return self.ccsr(rgb, view.labels[:, 2], Patches.whole(len(rgb), rgb.device)).image.float().cpu()

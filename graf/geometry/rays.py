@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graf.geometry.cameras import Intrinsics
+from graf.geometry.cameras import Intrinsics, rotate
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def cast_rays(
     y = -grid[..., 1] * (intrinsics.height / (2 * intrinsics.focal))
     camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
     length = camera.norm(dim=-1, keepdim=True)
-    directions = torch.einsum("bij,bnj->bni", poses[:, :3, :3], camera / length)
+    directions = rotate(poses[:, None, :3, :3], camera / length)
     origins = poses[:, None, :3, 3].expand_as(directions)
     near_t, far_t = torch.full_like(length, near), torch.full_like(length, far)
     if bounding_radius is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from graf.models.field import FieldShape
 from graf.models.generator import Generator
 from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.runtime.amp import Precision
-from graf.runtime.logs import info_once
+from graf.runtime.logs import info_once, warn_once
 from graf.runtime.seeding import derive_seed, preserve_rng, seed_everything
 
 
@@ -56,7 +57,28 @@ def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
     """The data set of a configuration. subset: "train", "heldout" or "all"."""
     radius = sum(config.data.radius_range) / 2
     values = config.data.model_dump() | {"radius": radius, "imsize": config.photo_size}
-    return open_dataset(DataSettings.from_mapping(values, subset))
+    photographs = open_dataset(DataSettings.from_mapping(values, subset))
+    if config.ccsr.enabled:
+        _check_resolution(config, photographs)
+    return photographs
+
+
+def _check_resolution(config: Config, photographs: PhotoDataset) -> None:
+    """Photographs that have to be enlarged teach super-resolution their blur: say how many, refuse if all are so."""
+    data, scale, wanted = config.data, config.ccsr.scale, config.photo_size
+    crop = data.crop or math.inf
+    small = {size: count for size, count in photographs.report.sizes.items() if min(*size, crop) < wanted}
+    if not small:
+        return
+    number, total = sum(small.values()), sum(photographs.report.sizes.values())
+    side = max(min(*size, crop) for size in small)
+    text = f"{number} of {total} photographs are smaller than super-resolved images, {wanted} x {wanted} pixels"
+    if number == total:
+        raise ConfigError(
+            f"data.imsize={data.imsize}, ccsr.scale={scale}: {text}, the largest square is {side}; set data.imsize to "
+            f"at most {int(side) // scale}, lower ccsr.scale, or set ccsr.enabled=false"
+        )
+    warn_once(f"{text}: they are enlarged, and super-resolution learns their blur")
 
 
 def check_batch_size(config: Config, num_images: int) -> None:

@@ -39,7 +39,9 @@ def explain_failure(error: Exception) -> str:
             f"ccsr.features or training.batch_size, in eval.py --resolution or --num_images [{_first_line(error)}]"
         )
     if isinstance(error, FORESEEN):
-        return str(error)
+        # A process that loads images sends its error with its traceback, whose last line is the message.
+        lines = str(error).strip().splitlines()
+        return lines[-1].partition(": ")[2] if lines and lines[0].startswith("Caught ") else str(error)
     raise error
 
 

@@ -14,6 +14,7 @@ from graf.config import Config, ConfigError, parse_bytes
 from graf.models.generator import SMALLEST_CHUNK
 from graf.program.assembly import Scene
 from graf.program.rehearsal import Plan, Settings, StepPlanner, configured_settings
+from graf.runtime.amp import choose_precision
 from graf.runtime.device import pick_device
 from graf.runtime.logs import logger
 from graf.runtime.memory import MIB, read_usable_memory
@@ -219,7 +220,11 @@ def describe_margin(device_type: str) -> str:
 
 def describe_plans(config: Config, device_type: str, budget: int | None) -> str:
     """What `train.py --plan` prints: the phases of the configured settings, alternatives, and what fits the budget."""
-    planner, own = StepPlanner(config, device_type=device_type), configured_settings(config)
+    training, own = config.training, configured_settings(config)
+    precision = None  # a GPU that need not be there is taken for one that has the type asked for
+    if device_type == "cpu" or (device_type == "mps" and torch.backends.mps.is_available()):
+        precision = choose_precision(training.use_amp, training.amp_dtype, torch.device(device_type))
+    planner = StepPlanner(config, precision=precision, device_type=device_type)
     plan = planner.predict(own)
     lines = [
         f"Predicted peak of live tensors, batch of {config.training.batch_size}, configured settings: {own}",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graf.config import Config, ConfigError
-from graf.data.views import Cameras
+from graf.data.views import Cameras, Views
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
@@ -27,11 +27,12 @@ from graf.evaluation.sampler import Sampler
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import median_height, ring
 from graf.program import assembly
-from graf.program.runs import RunFolder, newest_run
+from graf.program.runs import RunFolder, describe_changes, newest_run
 from graf.runtime.amp import choose_precision
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.logs import logger, progress_bar, setup_console
+from graf.runtime.memory import prepare_allocator
 
 NUM_HELDOUT_CODES = 8
 
@@ -51,9 +52,14 @@ class Presentation:
     classes: list[int]
     heights: list[float]
 
+    @property
+    def seed(self) -> int:
+        """Seed of the codes that are shown."""
+        return 0 if self.options.seed is None else int(self.options.seed)
+
     def codes(self) -> Tensor:
         """One code per object, (objects, dim_z); the same ones for every class, so that classes compare."""
-        return self.sampler.codes(self.options.seed, range(self.options.objects))
+        return self.sampler.codes(self.seed, range(self.options.objects))
 
     def path(self, name: str) -> Path:
         """A file in the evaluation folder."""
@@ -96,6 +102,9 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
         raise CheckpointError(
             f"{file}: has no description of its scene ({error}); it is not a checkpoint of train.py"
         ) from error
+    if file.resolve().parent != run.checkpoints.resolve():
+        _require_same_renders(checkpoint["meta"].get("config", {}), config, f"{file}", run)
+    prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
@@ -117,6 +126,7 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
     for name, value, low, high in (
         ("--views", options.views, 1, 360),
         ("--frames", options.frames, 2, 100_000),
+        ("--seed", options.seed or 0, 0, 2**31),
         ("--objects", options.objects, 1, 10_000),
         ("--resolution", options.resolution or config.data.imsize, 8, 8192),
         ("--fps", options.fps, 1, 240),
@@ -140,6 +150,34 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
         classes=_choose_classes(options.classes, scene.class_names),
         heights=list(heights),
     )
+
+
+#: keys that decide what a network's renders look like; shapes of tensors tell the others
+RENDERING_KEYS = {
+    "data": ("imsize", "white_bkgd", "near", "far", "radius", "fov", "v_list", "angle_direction"),
+    "nerf": (
+        *("N_samples", "N_importance", "base_frequency", "use_viewdirs", "density", "density_scale", "density_bias"),
+        *("sphere_prior", "prior_radius", "bounding_radius", "background"),
+    ),
+    "z_dist": ("type", "dim", "dim_appearance"),
+    "ccsr": ("enabled", "scale", "view_mode", "trunk", "kernel"),
+}
+
+
+def _require_same_renders(saved: dict[str, Any], config: Config, file: str, run: RunFolder) -> None:
+    """Raise CheckpointError where a checkpoint from elsewhere was trained to be rendered in another way."""
+
+    def select(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            section: {key: values.get(section, {}).get(key) for key in keys} for section, keys in RENDERING_KEYS.items()
+        }
+
+    changes = describe_changes(select(saved), select(config.model_dump(mode="json")))
+    if changes:
+        raise CheckpointError(
+            f"{file}: a checkpoint of another config than {run.config_file} ({', '.join(changes[:3])}); leave out "
+            f"--run, or name the run that it belongs to"
+        )
 
 
 def _choose_classes(names: list[str] | None, known: tuple[str, ...]) -> list[int]:
@@ -211,7 +249,7 @@ def write_elevation(shown: Presentation) -> list[Path]:
 def write_interpolation(shown: Presentation) -> list[Path]:
     """From object to object and back to the first, along straight lines between codes, of every class."""
     count = max(shown.options.objects, 3)
-    corners = shown.sampler.codes(shown.options.seed, range(count))
+    corners = shown.sampler.codes(shown.seed, range(count))
     place = torch.arange(shown.options.frames) * count / shown.options.frames
     start, share = place.long(), (place - place.long())[:, None]
     z = corners[start] * (1 - share) + corners[(start + 1) % count] * share
@@ -222,19 +260,23 @@ def write_interpolation(shown: Presentation) -> list[Path]:
 def write_shape_appearance(shown: Presentation) -> list[Path]:
     """Per class a grid of shape codes (rows) x appearance codes (columns), from azimuth 45 degrees."""
     count, written = max(shown.options.objects, 5), []
-    z, split = shown.sampler.codes(shown.options.seed, range(count)), shown.sampler.generator.field.shape.dim_shape
+    z, split = shown.sampler.codes(shown.seed, range(count)), shown.sampler.generator.field.shape.dim_shape
     codes = torch.cat([z[:, None, :split].expand(-1, count, -1), z[None, :, split:].expand(count, -1, -1)], dim=-1)
     for class_idx in progress_bar(shown.classes, desc="shape x appearance", unit="class"):
         classes = torch.full((count * count,), class_idx)
         views = shown.cameras.views_at(
             classes, torch.full((len(classes),), 0.125), torch.full((len(classes),), shown.heights[0])
         )
-        renders = shown.sampler.render(codes.reshape(count * count, -1), views)
+        renders = shown.sampler.render(codes.reshape(count * count, -1), views, shown.options.sr)
         labels = [str(number) for number in range(count)]
-        picture = draw_showcase(
+        pictures = draw_showcase(
             [renders], count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels]
-        )["rgb"]
-        written.append(save_png(shown.path(f"shape_appearance_{shown.scene.class_names[class_idx]}.png"), picture))
+        )
+        name = f"shape_appearance_{shown.scene.class_names[class_idx]}"
+        for kind in ("rgb", "sr", "bicubic"):
+            if kind in pictures:
+                file = f"{name}.png" if kind == "rgb" else f"{name}_{kind}.png"
+                written.append(save_png(shown.path(file), pictures[kind]))
     return written
 
 
@@ -245,11 +287,14 @@ def write_fid_kid(shown: Presentation) -> list[Path]:
     """
     evaluation = shown.config.evaluation
     photographs = assembly.open_photographs(shown.config)
+    protocol = assembly.build_protocol(shown.config)
+    if shown.options.seed is not None:
+        protocol = replace(protocol, seed=shown.seed)
     task = ScoringTask(
         shown.sampler,
         assembly.build_pool(shown.config, photographs, shown.cameras),
         choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download),
-        assembly.build_protocol(shown.config),
+        protocol,
         shown.options.num_images or evaluation.num_images,
         shown.folder.parent / "feature_cache",
     )
@@ -279,21 +324,23 @@ def write_consistency(shown: Presentation) -> list[Path]:
 
 
 def write_heldout(shown: Presentation) -> list[Path]:
-    """Renders at the labels that training never saw against their photographs; see graf.evaluation.heldout."""
+    """Renders of the views that training never saw against their photographs; see graf.evaluation.heldout."""
+    if not shown.scene.poses_known:
+        raise ConfigError("--heldout: nobody knows from where these photographs were taken (data.type=image_folder)")
     if not shown.config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
-    sets = (assembly.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
-    training, heldout = (
-        _stack(assembly.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in sets
+    training, heldout = (assembly.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
+    means, (images, _) = (
+        _stack(assembly.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in (training, heldout)
     )
-    photographs = HeldoutPhotographs(*heldout, mean_images_by_class(*training), shown.scene.class_names)
-    codes = shown.sampler.codes(shown.options.seed, range(NUM_HELDOUT_CODES))
-    with progress_bar(desc="held-out views", unit="image", total=3 * len(codes) * len(heldout[0])) as bar:
+    views = assembly.build_pool(shown.config, heldout, shown.cameras).views
+    photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), shown.scene.class_names)
+    codes = shown.sampler.codes(shown.seed, range(NUM_HELDOUT_CODES))
+    with progress_bar(desc="held-out views", unit="image", total=3 * len(codes) * len(images)) as bar:
 
-        def render(labels: Tensor, code: int) -> Tensor:
-            bar.update(len(labels))
-            views = shown.cameras.views_of_labels(labels)
-            return shown.sampler.render(codes[code : code + 1].expand(len(labels), -1), views).rgb
+        def render(views: Views, code: int) -> Tensor:
+            bar.update(len(views))
+            return shown.sampler.render(codes[code : code + 1].expand(len(views), -1), views).rgb
 
         report = measure_heldout(
             photographs,

@@ -6,15 +6,18 @@ It knows no network and no image.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graf.config import Config, ConfigError, load_config
-from graf.runtime.checkpoint import CheckpointError, newest_checkpoint
+from graf.runtime.checkpoint import CheckpointError, read_checkpoint
+from graf.runtime.logs import logger, warn_once
 
 BEST_CHECKPOINT = "model_best.pt"
+_NUMBERED = re.compile(r"(?:model|backup)_(\d+)\.pt")
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,40 @@ class RunFolder:
     def choose_checkpoint(self) -> Path:
         """The best checkpoint, else the newest one."""
         best = self.checkpoints / BEST_CHECKPOINT
-        chosen = best if best.is_file() else newest_checkpoint(self.checkpoints)
+        chosen = best if best.is_file() else self.newest_checkpoint()
         if chosen is None:
             raise CheckpointError(
                 f"{self.path}: the run has no checkpoint yet; let train.py run until it saves one (training.save_every)"
             )
         return chosen
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest iteration, whether timed, backup or best: each holds the whole state.
+
+        A folder holds one course of training (`choose_run_folder` sees to it), so that one was also written last.
+        """
+        files = [file for file in self.checkpoints.glob("*.pt") if _is_checkpoint(file)]
+        return max(files, key=lambda file: (_iteration(file), file.stat().st_mtime_ns, file.name), default=None)
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run has saved anything here."""
+        return any(_is_checkpoint(file) for file in self.checkpoints.glob("*.pt"))
+
+
+def _is_checkpoint(file: Path) -> bool:
+    return file.name == BEST_CHECKPOINT or _NUMBERED.fullmatch(file.name) is not None
+
+
+def _iteration(file: Path) -> int:
+    """The iteration of a checkpoint: in its name, else inside; -1 where it cannot be read."""
+    numbered = _NUMBERED.fullmatch(file.name)
+    if numbered:
+        return int(numbered[1])
+    try:
+        return int(read_checkpoint(file)["meta"]["iteration"])
+    except (CheckpointError, KeyError, TypeError) as error:
+        warn_once(f"{error}" if isinstance(error, CheckpointError) else f"{file}: does not tell its iteration")
+        return -1
 
 
 def newest_run(results: Path) -> RunFolder:
@@ -78,26 +109,34 @@ def newest_run(results: Path) -> RunFolder:
 def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | None]:
     """The folder to train in and the checkpoint to continue from, if any.
 
-    resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh, beside an existing run
-    in outdir/expname-2, -3, ...; anything else is the path of a checkpoint.
+    resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh; anything else is the
+    path of a checkpoint. What would mix with, or overwrite, what a run in outdir/expname has made goes beside it, to
+    outdir/expname-2, -3, ...: a fresh start, and a checkpoint that is not that run's newest.
     """
-    folder = config.run_folder
-    if resume == "none":
-        number = 2
-        while any((folder / "checkpoints").glob("*.pt")):
-            folder = config.run_folder.with_name(f"{config.expname}-{number}")
-            number += 1
-        return RunFolder(folder), None
+    folder = RunFolder(config.run_folder)
     if resume == "auto":
-        return RunFolder(folder), _last_written(folder / "checkpoints")
-    if not Path(resume).is_file():
+        return folder, folder.newest_checkpoint()
+    if resume == "none":
+        return _free_folder(config), None
+    file = Path(resume)
+    if not file.is_file():
         raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
-    return RunFolder(folder), Path(resume)
+    newest = folder.newest_checkpoint()
+    inside = file.resolve().parent == folder.checkpoints.resolve()
+    if newest is None or (inside and _iteration(file) >= _iteration(newest)):
+        return folder, file
+    free = _free_folder(config)
+    logger.info("%s holds a run up to %s; what follows %s goes to %s", folder.path, newest.name, file, free.path)
+    return free, file
 
 
-def _last_written(folder: Path) -> Path | None:
-    """The checkpoint that was written last, whether timed, backup or best: each holds the whole state."""
-    return max(folder.glob("*.pt"), key=lambda file: (file.stat().st_mtime_ns, file.name), default=None)
+def _free_folder(config: Config) -> RunFolder:
+    """outdir/expname or, where a run has saved something, the first of -2, -3, ... where none has."""
+    folder, number = RunFolder(config.run_folder), 2
+    while folder.has_checkpoint():
+        folder = RunFolder(config.run_folder.with_name(f"{config.expname}-{number}"))
+        number += 1
+    return folder
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -246,11 +246,6 @@ def list_checkpoints(folder: Path | str) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
 
 
-def newest_checkpoint(folder: Path | str) -> Path | None:
-    """The numbered checkpoint of the highest iteration in `folder`, or None."""
-    return next(reversed(list_checkpoints(folder)), None)
-
-
 def prune_checkpoints(folder: Path | str, keep: int) -> None:
     """Remove all numbered checkpoints but the newest `keep` (at least 1); other files are never touched."""
     if keep < 1:

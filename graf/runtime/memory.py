@@ -142,24 +142,41 @@ def read_usable_memory(device: torch.device) -> int | None:
     return min([available, *_read_control_group()])
 
 
-#: (limit, use) of the control group that the process runs in, bytes: version 2 and version 1
-CONTROL_GROUP_FILES = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+#: where control groups are, and the process's own among them
+CONTROL_GROUPS, OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+#: files of a group by version: limit and use in bytes, and the line of memory.stat that counts reclaimable file pages
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def _read_control_group() -> list[int]:
-    """Bytes that the control group leaves; empty without one, or without a limit."""
+    """Bytes that the process's control group and those around it leave; empty without one, or without a limit."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_CONTROL_GROUPS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return []
     left = []
-    for limit, use in CONTROL_GROUP_FILES:
-        try:
-            text = limit.read_text().strip()
-            if text != "max":  # no limit
-                left.append(max(0, int(text) - int(use.read_text())))
-        except (OSError, ValueError):  # the other version, or none
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
             continue
+        root, files = (CONTROL_GROUPS / "memory", _V1) if controllers else (CONTROL_GROUPS, _V2)
+        own = root / path.lstrip("/")
+        groups = [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+        left += [count for group in groups if (count := _read_group(group, *files)) is not None]
     return left
+
+
+def _read_group(group: Path, limit: str, use: str, reclaimable: str) -> int | None:
+    """Bytes left in one group; None where it has no limit, or is not there (a container sees its own as the root)."""
+    try:
+        most = (group / limit).read_text().strip()
+        if most == "max":
+            return None
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / use).read_text()) - int(statistics.get(reclaimable, 0))
+        return max(0, int(most) - used)
+    except (OSError, ValueError):
+        return None
 
 
 def _read_process_memory() -> dict[str, float]:

@@ -15,7 +15,8 @@ from graf.runtime.memory import MIB, read_memory, reset_peak
 class PhaseMeter:
     """Measures phases, which may be nested: what an inner one needs counts towards the outer one too.
 
-    readings: phase -> quantity -> MiB. CUDA: `peak` and `allocated` (tensors), `reserved` (what the allocator holds);
+    readings: phase -> quantity -> MiB. CUDA: `peak` and `allocated` (tensors), `peak_reserved` and `reserved` (what the
+    allocator holds);
     MPS, which keeps no peak: `current` and `driver`; CPU: `live_peak` (tensors, in watched steps alone) and `rss`
     (of the process).
     """
@@ -31,7 +32,7 @@ class PhaseMeter:
     def watch(self, *owners: nn.Module | torch.optim.Optimizer | Tensor) -> Iterator[None]:
         """On the CPU follow every tensor inside, besides those of `owners`, which existed before.
 
-        It costs about a tenth of a step's time, so a training does it only for the steps that it reports.
+        It looks at every operation, which costs time, so a training does it only for the steps that it reports.
         """
         if self.device.type != "cpu" or self._live is not None:
             yield
@@ -99,7 +100,9 @@ class PhaseMeter:
         reading = self.readings.setdefault(name, {})
         memory = read_memory(self.device)
         if self.device.type == "cuda":
+            most = torch.cuda.max_memory_reserved(self.device) / MIB
             reading |= {"peak": peak / MIB, "allocated": memory["allocated"], "reserved": memory["reserved"]}
+            reading["peak_reserved"] = max(most, memory["reserved"])
         elif self.device.type == "mps":
             reading |= memory
         else:

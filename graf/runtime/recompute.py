@@ -50,15 +50,30 @@ def evaluate_chunks(
             checkpoint(function, number, shared, use_reentrant=False, preserve_rng_state=False)
             for number in range(num_chunks)
         ]
-    else:
-        chunks = [function(number, shared) for number in range(num_chunks)]
-    return _concatenate(chunks)
+        return _ZeroForNone.apply(*_concatenate(chunks))  # type: ignore[no-any-return]
+    return _concatenate([function(number, shared) for number in range(num_chunks)])
 
 
 def _concatenate(chunks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     if len(chunks) == 1:
         return chunks[0]
     return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
+
+
+class _ZeroForNone(torch.autograd.Function):
+    """The tensors themselves; in the backward pass those that nobody used get zeros instead of no gradient.
+
+    Without it what such an output was made from is recomputed with its chunk, never asked for, and kept until the
+    backward pass of all chunks has ended: one number per sample for an unused depth.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Any:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients
 
 
 class _Deferred(torch.autograd.Function):

@@ -136,7 +136,7 @@ class InputSampler:
         patches = place_patches(self._move(draws.uniform("real/patch", 3)), settings.min_scale, settings.max_scale)
         return RealInputs(
             images=images,
-            views=self.pool.cameras.views_of_labels(labels).to(self.device),
+            views=self.pool.views_of_labels(labels, draws.uniform("real/view", NUM_VIEW_UNIFORMS)).to(self.device),
             patches=patches,
             augment=self._move(draws.uniform("real/augment", NUM_UNIFORMS)),
             crop=self._move(draws.uniform("real/crop", 2)),

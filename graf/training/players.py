@@ -29,6 +29,7 @@ class Player:
     scaler: Scaler
     lr: float
     schedule: LearningRateSchedule
+    betas: tuple[float, float]
     skipped: int = 0
 
     @property
@@ -37,9 +38,14 @@ class Player:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def begin(self, iteration: int) -> None:
-        """Set the learning rate of this iteration and drop old gradients."""
+        """Set the learning rate of this iteration and drop old gradients.
+
+        Rates come from the configuration, not from a checkpoint: who resumes with others gets these.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.schedule(iteration)
+            if "betas" in group:
+                group["betas"] = self.betas
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
@@ -61,6 +67,8 @@ class Player:
         if finite:
             clip_gradients(self.parameters, clip, clip_at)
         stepped = optimizer_step(self.scaler, self.optimizer)
+        if stepped and not finite:  # an infinite loss with finite gradients, which no scaler looks at
+            raise DivergenceError(self._describe_divergence(terms, iteration))
         self.scaler.update()
         self.skipped = 0 if stepped else self.skipped + 1
         if self.skipped > MAX_SKIPPED_UPDATES:

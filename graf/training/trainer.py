@@ -386,7 +386,7 @@ class Trainer:
             training.lr_decay_start,
             training.lr_warmup,
         )
-        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule)
+        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, training.betas)
 
 
 def consistency_weight(iteration: int, initial: float, smallest: float, decay: float) -> float:

@@ -236,12 +236,66 @@ def test_sound_folder_logs_nothing(turntable, caplog):
     assert not caplog.records
 
 
-def test_lazy_set_checks_headers_when_opened_and_names_a_truncated_file_later(damaged):
+def test_in_a_lazy_set_the_next_photograph_stands_in_for_a_truncated_one_which_is_reported_once(damaged, caplog):
     dataset = open_dataset(settings(damaged, cache_mib=0))
     assert [name.split(" ")[0] for name in dataset.report.unreadable] == ["obj5__0.png"]
+    caplog.clear()
+    names = [path.name for path in dataset.paths]
+    index = names.index("obj5__30.png")
+    for _ in range(2):
+        image, label = dataset[index]
+        assert torch.equal(image, dataset[index + 1][0])
+        assert torch.equal(label, dataset.labels[index + 1])
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        f"{damaged}/obj5__30.png cannot be read"
+    ]
+    last = dataset.subset_by([index + 1, index])
+    assert torch.equal(last[1][0], last[0][0])  # after the last one comes the first
+
+
+def test_in_a_strict_lazy_set_a_truncated_file_is_an_error(damaged):
+    for name in ("obj5__0.png", "portrait.png"):
+        (damaged / name).unlink()
+    dataset = open_dataset(settings(damaged, cache_mib=0, strict=True))
     index = [path.name for path in dataset.paths].index("obj5__30.png")
-    with pytest.raises(DataError, match=r"obj5__30\.png cannot be read"):
+    with pytest.raises(DataError, match=r"obj5__30\.png cannot be read .*data\.strict"):
         dataset[index]
+
+
+def test_a_lazy_set_that_vanished_says_so(turntable):
+    dataset = open_dataset(settings(turntable, cache_mib=0))
+    for path in dataset.paths:
+        path.unlink()
+    with pytest.raises(DataError, match="none of its 24 photographs can be read any more"):
+        dataset[3]
+
+
+def test_labels_csv_names_what_it_leaves_out_in_any_folder_but_companions(turntable):
+    for folder in ("listed", "new", "depth"):
+        (turntable / folder).mkdir()
+    write_photo(turntable / "listed" / "a.png")
+    for name in ("new/b.png", "new/deep.png", "depth/obj5__0.png"):
+        write_photo(turntable / name)
+    (turntable / "depth" / "scene.json").write_text("{}")
+    rows = [f"{path.name},cup,0,{5 * number}" for number, path in enumerate(sorted(turntable.glob("*.png")))]
+    (turntable / "labels.csv").write_text("\n".join(["file,class,height,angle", *rows, "listed/a.png,cup,0,1"]))
+    report = open_dataset(settings(turntable)).report
+    assert report.unlabelled == ["new/b.png", "new/deep.png"]
+    assert report.not_images == []
+    with pytest.raises(DataError, match=r"new/b\.png"):
+        open_dataset(settings(turntable, strict=True))
+
+
+def test_a_crop_takes_the_central_square_of_that_side(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a__0.png")
+    small = np.full((4, 4, 3), 9, np.uint8)
+    Image.fromarray(small).save(tmp_path / "b__0.png")  # smaller than the crop: the whole of it
+    cropped = open_dataset(settings(tmp_path, crop=16, imsize=16))
+    wanted = torch.from_numpy(pixels[2:18, 7:23]).permute(2, 0, 1).float() / 127.5 - 1
+    assert torch.equal(cropped[0][0], wanted)
+    assert cropped[1][0].unique().numel() == 1
+    assert cropped.fingerprint() != open_dataset(settings(tmp_path, imsize=16)).fingerprint()
 
 
 def test_labels_of_missing_photographs_are_reported(turntable):

@@ -98,6 +98,26 @@ def test_csv_errors_name_file_line_and_value(tmp_path, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,class,height,angle\na.png,Tür,0,0\n".encode("cp1252"), "is not UTF-8 text"),
+        (b"file,class,height,angle\n" + b"x" * 200_000 + b",cup,0,0\n", "is not a CSV file"),
+    ],
+)
+def test_a_file_that_is_no_utf8_table_says_so(tmp_path, content, message):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_labels_csv(path)
+
+
+def test_a_name_without_the_optional_angle_of_its_pattern_has_no_label():
+    pattern = compile_file_pattern(r"(?P<class>[a-z]+)(?:_(?P<angle>\d+))?\.png")
+    assert parse_file_name("cup_20.png", pattern) == LabelRow("cup_20.png", "cup", 0, 20)
+    assert parse_file_name("cup.png", pattern) is None
+
+
 @pytest.mark.parametrize("height", [-1, 2])
 def test_height_outside_v_list_is_an_error(height):
     with pytest.raises(DataError, match=f"cup.png has height {height}, but data.v_list has 2"):

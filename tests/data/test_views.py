@@ -167,3 +167,14 @@ def test_views_are_selected_in_order_and_with_repetition():
     chosen = views.select(indices)
     for name in ("class_idx", "u", "v", "poses", "labels"):
         assert torch.equal(getattr(chosen, name), getattr(views, name)[indices])
+
+
+def test_photographs_take_their_labels_views_and_without_poses_drawn_ones():
+    uniforms = torch.rand(4, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0))
+    known = ViewPool(LABELS[:2], CAMERAS).views_of_labels(LABELS, uniforms)
+    assert torch.equal(known.labels, LABELS)
+    ranges = PoseRanges(0.25, 0.5, 0.1, 0.3, 3.0, 4.0)
+    unknown = ViewPool(LABELS[:2], CAMERAS, ranges=ranges).views_of_labels(LABELS, uniforms)
+    assert torch.equal(unknown.class_idx, LABELS[:, 0])
+    assert_close(unknown.u, 0.25 + 0.25 * uniforms[:, 1])
+    assert len(unknown.labels[:, 2].unique()) > 1  # else one view's latent would restore every photograph

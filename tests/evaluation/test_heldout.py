@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from graf.data.views import Cameras, Views
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol
 from graf.evaluation.heldout import (
@@ -20,13 +22,13 @@ from graf.evaluation.heldout import (
     HeldoutReport,
     mean_images_by_class,
     measure_heldout,
-    mirror_labels,
     psnr,
-    turn_labels,
 )
+from graf.geometry.cameras import Intrinsics, project_points
 
 PHOTO_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "coil100"
 NAMES = ("red", "green", "blue")
+CAMERAS = Cameras(radius=3.5, v_list=(0.3, 0.4, 0.5))
 
 
 def draw_view(label: Tensor, size: int = 16) -> Tensor:
@@ -52,7 +54,8 @@ def make_labels(angles: range) -> Tensor:
 def make_photographs() -> HeldoutPhotographs:
     training = make_labels(range(10, 360, 20))
     heldout = make_labels(range(0, 360, 30))
-    return HeldoutPhotographs(draw_views(heldout), heldout, mean_images_by_class(draw_views(training), training), NAMES)
+    means = mean_images_by_class(draw_views(training), training)
+    return HeldoutPhotographs(draw_views(heldout), CAMERAS.views_of_labels(heldout), means, NAMES)
 
 
 def noise_for(z_index: int) -> Tensor:
@@ -62,8 +65,8 @@ def noise_for(z_index: int) -> Tensor:
 def measure(degrees_off: int = 0, sense: int = 1, num_z: int = 2) -> HeldoutReport:
     """Measure a generator that turns `sense` times the label's angle, plus an offset."""
 
-    def render(labels: Tensor, z_index: int) -> Tensor:
-        turned = labels.clone()
+    def render(views: Views, z_index: int) -> Tensor:
+        turned = views.labels.clone()
         turned[:, 2] = (sense * turned[:, 2] + degrees_off) % 360
         return draw_views(turned) + noise_for(z_index)
 
@@ -85,17 +88,53 @@ def test_psnr_is_ten_log_ten_of_peak_over_error() -> None:
     assert psnr(a, b).tolist() == pytest.approx([0.0, 20.0, math.inf])
 
 
-def test_labels_mirror_and_turn_on_the_ring() -> None:
+@pytest.mark.parametrize("direction", ["ccw", "cw"])
+def test_wrong_views_are_those_of_the_mirrored_and_the_turned_labels(direction: str) -> None:
     labels = torch.tensor([[1, 2, 0], [0, 1, 30], [2, 0, 180], [1, 1, 300]])
-    assert mirror_labels(labels).tolist() == [[1, 2, 0], [0, 1, 330], [2, 0, 180], [1, 1, 60]]
-    assert turn_labels(labels, 90).tolist() == [[1, 2, 90], [0, 1, 120], [2, 0, 270], [1, 1, 30]]
+    mirrored = torch.tensor([[1, 2, 0], [0, 1, 330], [2, 0, 180], [1, 1, 60]])
+    turned = torch.tensor([[1, 2, 90], [0, 1, 120], [2, 0, 270], [1, 1, 30]])
+    cameras = Cameras(3.5, (0.3, 0.4, 0.5), direction)
+    photographs = HeldoutPhotographs(
+        draw_views(labels), cameras.views_of_labels(labels), {c: torch.zeros(3, 16, 16) for c in range(3)}, NAMES
+    )
+    seen: list[Views] = []
+
+    def render(views: Views, z_index: int) -> Tensor:
+        seen.append(views)
+        return draw_views(views.labels)
+
+    extractor = choose_extractor("offline")
+    measure_heldout(photographs, render, extractor, FidelityProtocol(kid_subsets=1), torch.device("cpu"), num_z=1)
+    for views, expected in zip(seen, (labels, mirrored, turned), strict=True):
+        wanted = cameras.views_of_labels(expected)
+        assert torch.equal(views.labels, expected)
+        torch.testing.assert_close(views.poses, wanted.poses, atol=1e-5, rtol=0)
+        torch.testing.assert_close(views.u, wanted.u)
+
+
+def test_photographs_with_true_poses_are_rendered_from_these() -> None:
+    labels = torch.tensor([[0, 0, 10], [0, 1, 200]])
+    rolled = torch.linalg.qr(torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    rolled *= torch.linalg.det(rolled)[:, None, None]  # rotations: the roll too must come through
+    poses = torch.eye(4).repeat(2, 1, 1)
+    poses[:, :3, :3], poses[:, :3, 3] = rolled, torch.tensor([[3.0, 1.0, 2.0], [-3.1, -1.0, 0.5]])
+    views = replace(CAMERAS.views_of_labels(labels), poses=poses)
+    assert torch.equal(views.mirror().mirror().poses, poses)
+    mirrored = views.mirror().poses
+    torch.testing.assert_close(torch.linalg.det(mirrored[:, :3, :3]), torch.ones(2))
+    point = torch.tensor([[0.2, 0.3, -0.1]])
+    pixels, depth = project_points(point, poses, Intrinsics.from_fov(64, 40.0))
+    seen, seen_depth = project_points(point * torch.tensor([1.0, -1.0, 1.0]), mirrored, Intrinsics.from_fov(64, 40.0))
+    torch.testing.assert_close(seen_depth, depth)
+    torch.testing.assert_close(seen[:, 0], 64 - pixels[:, 0])  # the mirror image of the mirrored object
+    torch.testing.assert_close(seen[:, 1], pixels[:, 1])
 
 
 def test_the_report_equals_a_brute_force_measurement() -> None:
     report, photographs = measure(num_z=2), make_photographs()
     for class_idx, row in enumerate(report.objects):
         sums: dict[str, list[float]] = {"labelled": [], "labelled_unmirrored": [], "mirrored": [], "plus90": []}
-        for photo, label in zip(photographs.images, photographs.labels, strict=True):
+        for photo, label in zip(photographs.images, photographs.views.labels, strict=True):
             if label[0] != class_idx:
                 continue
             angle = int(label[2])
@@ -138,8 +177,8 @@ def test_ignoring_the_azimuth_fails_both_azimuth_gates() -> None:
 def test_rendering_the_mean_image_gains_nothing_in_kid() -> None:
     photographs = make_photographs()
 
-    def render(labels: Tensor, z_index: int) -> Tensor:
-        return torch.stack([photographs.training_means[int(c)] for c in labels[:, 0]])
+    def render(views: Views, z_index: int) -> Tensor:
+        return torch.stack([photographs.training_means[int(c)] for c in views.class_idx])
 
     report = measure_heldout(
         photographs, render, choose_extractor("offline"), FidelityProtocol(), torch.device("cpu"), num_z=2
@@ -159,10 +198,11 @@ def test_both_sides_of_the_kid_comparison_are_counted_alike_and_recorded() -> No
 
 def test_a_report_without_two_sided_angles_is_plain_json_and_fails_the_mirror_gate() -> None:
     labels = torch.tensor([[0, 0, 0], [0, 0, 180]])
-    photographs = HeldoutPhotographs(draw_views(labels), labels, {0: draw_view(labels[0])}, ["only"])
+    views = CAMERAS.views_of_labels(labels)
+    photographs = HeldoutPhotographs(draw_views(labels), views, {0: draw_view(labels[0])}, ["only"])
     report = measure_heldout(
         photographs,
-        lambda labels, z_index: draw_views(labels) + noise_for(z_index),
+        lambda views, z_index: draw_views(views.labels) + noise_for(z_index),
         choose_extractor("offline"),
         FidelityProtocol(kid_subsets=2),
         torch.device("cpu"),
@@ -181,18 +221,18 @@ def test_the_table_names_every_object_and_gate() -> None:
 
 
 def test_a_heldout_set_that_cannot_be_measured_says_why() -> None:
-    image, label = torch.zeros(1, 3, 16, 16), torch.tensor([[0, 0, 0]])
+    image, views = torch.zeros(1, 3, 16, 16), CAMERAS.views_of_labels(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(HeldoutError, match=r"data\.heldout_every"):
-        HeldoutPhotographs(image, label, {0: image[0]}, ["one"])
+        HeldoutPhotographs(image, views.images(0, 1), {0: image[0]}, ["one"])
     with pytest.raises(HeldoutError, match="object one has held-out photographs but no training ones"):
-        HeldoutPhotographs(image.repeat(2, 1, 1, 1), label.repeat(2, 1), {}, ["one"])
+        HeldoutPhotographs(image.repeat(2, 1, 1, 1), views, {}, ["one"])
 
 
 def test_renders_of_another_size_are_refused() -> None:
     with pytest.raises(HeldoutError, match="renders are"):
         measure_heldout(
             make_photographs(),
-            lambda labels, z_index: torch.zeros(len(labels), 3, 8, 8),
+            lambda views, z_index: torch.zeros(len(views), 3, 8, 8),
             choose_extractor("offline"),
             FidelityProtocol(),
             torch.device("cpu"),
@@ -216,14 +256,13 @@ def test_real_photographs_of_the_next_angle_pass_and_of_the_mirrored_angle_fail(
     def look_up(labels: Tensor) -> Tensor:
         return torch.stack([views[c, angle] for c, _, angle in labels.tolist()])
 
-    photographs = HeldoutPhotographs(
-        look_up(heldout), heldout, mean_images_by_class(look_up(training), training), names
-    )
+    means = mean_images_by_class(look_up(training), training)
+    photographs = HeldoutPhotographs(look_up(heldout), CAMERAS.views_of_labels(heldout), means, names)
 
     def measure_with(mirrored: bool) -> HeldoutReport:
-        def render(labels: Tensor, z_index: int) -> Tensor:
-            seen = mirror_labels(labels) if mirrored else labels
-            return look_up(turn_labels(seen, (-10, -5, 5, 10)[z_index]))
+        def render(views: Views, z_index: int) -> Tensor:
+            seen = views.mirror() if mirrored else views
+            return look_up(seen.turn((-10.0, -5.0, 5.0, 10.0)[z_index]).labels)
 
         return measure_heldout(
             photographs, render, choose_extractor("offline"), FidelityProtocol(), torch.device("cpu"), num_z=4

@@ -1,11 +1,13 @@
 """From a configuration to objects: weights follow the seed alone, and each key arrives where it acts."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from graf.config import Config, build_config
+from graf.config import Config, ConfigError, build_config
+from graf.models.rrdb import WeightsError
 from graf.program import assembly
 from graf.program.assembly import Scene
 
@@ -101,3 +103,27 @@ def test_without_poses_or_named_heights_grids_stand_in_the_middle_of_the_range()
     assert assembly.describe_scene(config, photographs).v_list == pytest.approx((0.2,))
     named = Config.model_validate({"data": {"type": "image_folder", "v_list": [0.4]}})
     assert assembly.describe_scene(named, photographs).v_list == (0.5,)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [({(64, 80): 3}, "3 of 3"), ({(64, 64): 1, (128, 128): 4}, "1 of 5")])
+def test_photographs_smaller_than_super_resolved_images_are_counted_and_refused_if_all_are(
+    sizes, message, monkeypatch, caplog
+):
+    photographs = SimpleNamespace(report=SimpleNamespace(sizes=Counter(sizes)))
+    monkeypatch.setattr(assembly, "open_dataset", lambda settings: photographs)
+    config = configure(data={"imsize": 32}, ccsr={"enabled": True, "scale": 4})
+    if len(sizes) == 1:
+        with pytest.raises(ConfigError, match=rf"{message} photographs are smaller .* data\.imsize to at most 16"):
+            assembly.open_photographs(config)
+    else:
+        assert assembly.open_photographs(config) is photographs
+        assert f"{message} photographs are smaller" in caplog.text
+    assembly.open_photographs(configure(data={"imsize": 32}, ccsr={"enabled": True, "scale": 2}))
+    assembly.open_photographs(configure(data={"imsize": 128}))  # without super-resolution any size goes
+
+
+def test_a_module_that_is_restored_from_a_checkpoint_needs_no_file_of_weights():
+    config = configure(ccsr={"enabled": True, "trunk": "rrdb", "features": 8, "blocks": 1, "weights": "gone.pth"})
+    assert assembly.build_ccsr(config, pretrained=False) is not None
+    with pytest.raises(WeightsError, match=r"gone\.pth"):
+        assembly.build_ccsr(config)

@@ -284,3 +284,26 @@ def test_what_nobody_foresaw_keeps_its_traceback(train, monkeypatch):
         train()
     with pytest.raises(ZeroDivisionError):
         explain_failure(ZeroDivisionError("a bug"))
+
+
+@pytest.mark.parametrize("nworkers", [0, 1])
+def test_a_damaged_photograph_of_a_strict_set_is_one_line_whoever_reads_it(run_program, read_error, tmp_path, nworkers):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    content = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(content[: len(content) // 2])
+    keys = [
+        "data.type=image_folder",
+        f"data.datadir={folder}",
+        "data.imsize=16",
+        "data.strict=true",
+        "data.cache_mib=0",
+    ]
+    keys += ["data.heldout_every=0", "training.fid_every=0", f"training.nworkers={nworkers}"]
+    assert run_program("train.py", "--config", SMOKE, "--device", "cpu", *keys) == 1
+    error = read_error()
+    assert error.startswith(f"error: {folder}/2.png cannot be read")
+    assert "data.strict=true" in error

@@ -11,6 +11,7 @@ from graf.config import Config, ConfigError, load_config, parse_bytes
 from graf.program import planner, rehearsal
 from graf.program.planner import BudgetError, choose_settings
 from graf.program.rehearsal import Settings, StepPlanner, configured_settings, predict_step
+from graf.runtime.amp import Precision
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
@@ -63,6 +64,33 @@ def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_publishe
     monkeypatch.setattr(rehearsal._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
+def test_of_many_recomputed_chunks_only_their_outputs_stay(strategy):
+    config = small("nerf.netwidth=8", "nerf.netdepth=1", "nerf.N_samples=64", "discriminator.ndf=4")
+    settings = Settings(
+        2, strategy, 16
+    )  # 32 chunks, and 64 samples per ray: were one number of each kept, it would show
+    predicted = StepPlanner(config).predict(settings, between=False).phases["g"].peak
+    measured = benchmark.measure_step(config, settings).plan.phases["g"].peak
+    assert measured == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize(("device_type", "expected"), [("cpu", True), ("cuda", False)])
+def test_a_plan_for_this_machine_assumes_the_precision_that_it_has(monkeypatch, device_type, expected):
+    found = []
+
+    def keep(config: Config, *, precision: Precision | None, device_type: str) -> None:
+        found.append(precision)
+        raise ZeroDivisionError  # the plan itself takes its time
+
+    slow = Precision("cpu", None)  # a CPU without bfloat16
+    monkeypatch.setattr(planner, "choose_precision", lambda *arguments: slow)
+    monkeypatch.setattr(planner, "StepPlanner", keep)
+    with pytest.raises(ZeroDivisionError):
+        planner.describe_plans(small("training.use_amp=true"), device_type, None)
+    assert found == [slow if expected else None]
 
 
 def test_whole_images_are_predicted_in_seconds_and_without_their_memory():

@@ -7,7 +7,7 @@ import pytest
 
 from graf.config import Config, ConfigError
 from graf.program.runs import RunFolder, choose_run_folder, describe_changes, newest_run, write_atomically
-from graf.runtime.checkpoint import CheckpointError
+from graf.runtime.checkpoint import CheckpointError, save_checkpoint
 
 
 def make_run(folder: Path, *checkpoints: str, age: float = 0) -> RunFolder:
@@ -22,17 +22,34 @@ def make_run(folder: Path, *checkpoints: str, age: float = 0) -> RunFolder:
     return run
 
 
+def save_best(run: RunFolder, iteration: int) -> None:
+    save_checkpoint(run.checkpoints / "model_best.pt", {}, {"iteration": iteration})
+
+
 @pytest.fixture
 def config(tmp_path) -> Config:
     return Config.model_validate({"expname": "toys", "training": {"outdir": str(tmp_path)}})
 
 
-@pytest.mark.parametrize("newest", ["model_00001000.pt", "backup_00000200.pt", "model_best.pt"])
-def test_auto_continues_from_what_was_written_last_and_else_begins(config, tmp_path, newest):
+@pytest.mark.parametrize(
+    ("model", "backup", "best"), [(1000, 200, 200), (800, 1000, 200), (800, 200, 1000), (10**8, 200, 200)]
+)
+def test_auto_continues_from_the_highest_iteration_whatever_a_copy_did_to_the_times(
+    config, tmp_path, model, backup, best
+):
     assert choose_run_folder(config, "auto") == (RunFolder(tmp_path / "toys"), None)
-    run = make_run(tmp_path / "toys", "model_00001000.pt", "backup_00000200.pt", "model_best.pt")
-    os.utime(run.checkpoints / newest, (2e9, 2e9))
+    names = [f"model_{model:08d}.pt", f"backup_{backup:08d}.pt", "model_best.pt"]
+    run = make_run(tmp_path / "toys", "model_00000007.pt", *names[:2], "someone elses.pt")
+    save_best(run, best)
+    os.utime(run.checkpoints / "model_00000007.pt", (2e9, 2e9))
+    newest = names[max(range(3), key=(model, backup, best).__getitem__)]
     assert choose_run_folder(config, "auto") == (run, run.checkpoints / newest)
+
+
+def test_a_best_checkpoint_that_cannot_be_read_stands_back_and_says_so(config, tmp_path, caplog):
+    run = make_run(tmp_path / "toys", "model_00000007.pt", "model_best.pt")
+    assert choose_run_folder(config, "auto") == (run, run.checkpoints / "model_00000007.pt")
+    assert "model_best.pt: cannot be read" in caplog.text
 
 
 def test_a_text_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -46,6 +63,15 @@ def test_a_text_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch)
         write_atomically(tmp_path / "config.yaml", "new")
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     assert (tmp_path / "config.yaml").read_text() == "old"
+
+
+def test_what_follows_an_earlier_or_foreign_checkpoint_leaves_the_run_alone(config, tmp_path):
+    run = make_run(tmp_path / "toys", "model_00000300.pt", "backup_00000100.pt")
+    newest, earlier = run.checkpoints / "model_00000300.pt", run.checkpoints / "backup_00000100.pt"
+    foreign = make_run(tmp_path / "other", "model_00000900.pt").checkpoints / "model_00000900.pt"
+    assert choose_run_folder(config, str(newest)) == (run, newest)
+    assert choose_run_folder(config, str(earlier)) == (RunFolder(tmp_path / "toys-2"), earlier)
+    assert choose_run_folder(config, str(foreign)) == (RunFolder(tmp_path / "toys-2"), foreign)
 
 
 @pytest.mark.parametrize("checkpoint", ["model_00000200.pt", "model_best.pt", "backup_00000100.pt"])

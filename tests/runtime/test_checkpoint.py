@@ -24,7 +24,6 @@ from graf.runtime.checkpoint import (
     CheckpointError,
     checkpoint_name,
     list_checkpoints,
-    newest_checkpoint,
     prune_checkpoints,
     read_checkpoint,
     restore,
@@ -482,11 +481,10 @@ def test_checkpoints_are_listed_by_iteration_without_best_backups_and_temporarie
     touch_run(tmp_path)
     iterations = (20, 500, 1000, 99_999_999, 100_000_000)
     assert list_checkpoints(tmp_path) == [tmp_path / checkpoint_name(iteration) for iteration in iterations]
-    assert newest_checkpoint(tmp_path) == tmp_path / checkpoint_name(100_000_000)
 
 
 def test_an_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
+    assert list_checkpoints(tmp_path) == []
     assert list_checkpoints(tmp_path / "absent") == []
 
 

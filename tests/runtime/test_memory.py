@@ -55,16 +55,45 @@ def test_resident_size_follows_an_allocation_and_the_peak_remembers_it() -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
-def test_a_control_group_bounds_what_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, use = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory, "CONTROL_GROUP_FILES", ((limit, use), (tmp_path / "none", tmp_path / "none")))
+@pytest.mark.parametrize(
+    ("entry", "root", "limit_file", "use_file", "pages"),
+    [
+        ("0::/job/step", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:memory:/job/step", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        (
+            "4:cpu,memory:/not/seen/here",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_a_control_group_and_those_around_it_bound_what_is_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, root: str, limit_file: str, use_file: str, pages: str
+) -> None:
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", groups)
+    monkeypatch.setattr(memory, "OWN_CONTROL_GROUPS", own)
     system = memory.read_usable_memory(CPU)
     assert system is not None
-    use.write_text("30000000\n")
-    limit.write_text("40000000\n")
-    assert memory.read_usable_memory(CPU) == 10_000_000
-    limit.write_text("max\n")
+    own.write_text(f"9:pids:/other\n{entry}\n")
+
+    def write(group: str, limit: str, use: int, reclaimable: int) -> None:
+        folder = groups / root / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit_file).write_text(f"{limit}\n")
+        (folder / use_file).write_text(f"{use}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{pages} {reclaimable}\n")
+
+    write("", "max" if not root else str(2**63 - 4096), 30_000_000, 0)
     assert memory.read_usable_memory(CPU) == pytest.approx(system, rel=0.3)
+    write("", "40000000", 30_000_000, 2_000_000)
+    assert memory.read_usable_memory(CPU) == 12_000_000
+    if "job" in entry:
+        write("job", "20000000", 19_000_000, 0)
+        write("job/step", "max" if not root else str(2**63 - 4096), 5, 0)
+        assert memory.read_usable_memory(CPU) == 1_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is restarted through /proc")
@@ -165,3 +194,49 @@ def test_cuda_memory_follows_an_allocation() -> None:
     assert after["allocated"] == before["allocated"]
     assert after["reserved"] < during["reserved"]
     assert after["peak"] == pytest.approx(during["allocated"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="expandable segments exist on Linux")
+@pytest.mark.parametrize(
+    ("version", "already", "expected"),
+    [
+        ("2.9.0+cu130", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.5.1", {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("2.9.0", {"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8"}, {}),
+        ("2.9.0", {"PYTORCH_ALLOC_CONF": ""}, {}),
+    ],
+)
+def test_expandable_segments_are_asked_for_unless_the_user_has_set_anything(
+    monkeypatch: pytest.MonkeyPatch, version: str, already: dict[str, str], expected: dict[str, str]
+) -> None:
+    environment = dict(already)
+    monkeypatch.setattr(memory.os, "environ", environment)
+    monkeypatch.setattr(torch, "__version__", version)
+    memory.prepare_allocator()
+    assert environment == already | expected
+
+
+def test_where_there_is_no_allocation_history_it_is_said_and_nothing_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "graf"), memory.record_allocations(tmp_path / "x.pickle", CPU):
+        pass
+    assert "only CUDA keeps an allocation history, found cpu" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_allocation_history_is_written_even_when_the_run_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda *args, **keys: calls.append(keys.get("enabled", "on"))
+    )
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)
+    with (
+        pytest.raises(ZeroDivisionError),
+        memory.record_allocations(tmp_path / "run" / "x.pickle", torch.device("cuda")),
+    ):
+        raise ZeroDivisionError
+    assert calls == ["on", str(tmp_path / "run" / "x.pickle"), None]
+    assert (tmp_path / "run").is_dir()

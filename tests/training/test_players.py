@@ -18,7 +18,7 @@ def make_player(lr: float = 0.1, schedule: LearningRateSchedule | None = None, s
     network.first, network.second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     scaler = NoOpScaler() if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
     optimizer = torch.optim.SGD(network.parameters(), lr=123.0)
-    return Player("ccsr", "sr", network, optimizer, scaler, lr, schedule or LearningRateSchedule())
+    return Player("ccsr", "sr", network, optimizer, scaler, lr, schedule or LearningRateSchedule(), (0.0, 0.9))
 
 
 def give_loss(player: Player, factor: float = 1.0) -> dict[str, torch.Tensor]:
@@ -135,3 +135,20 @@ def test_an_update_without_gradients_has_norm_zero_and_moves_nothing():
     player.begin(0)
     assert float(player.apply({"loss_sr": torch.tensor(1.0)}, 0, "norm", 1.0)["grad_norm_sr"]) == 0
     assert torch.equal(player.network.first.detach(), torch.ones(2))
+
+
+def test_an_infinite_loss_whose_gradients_are_finite_stops_the_run_with_a_scaler_too():
+    player = make_player(scale=1024.0)
+    player.begin(7)
+    terms = give_loss(player) | {"loss_sr_agreement": torch.tensor(math.inf)}
+    with pytest.raises(DivergenceError, match=r"iteration 7: loss_sr_agreement is not finite"):
+        player.apply(terms, 7, "none", 1.0)
+
+
+def test_adams_decay_rates_are_the_configurations_after_a_resume():
+    player = make_player()
+    player.optimizer = torch.optim.Adam(player.network.parameters(), betas=(0.5, 0.999))
+    before = torch.optim.Adam(player.network.parameters(), betas=(0.1, 0.2)).state_dict()
+    player.optimizer.load_state_dict(before)
+    player.begin(0)
+    assert player.optimizer.param_groups[0]["betas"] == player.betas == (0.0, 0.9)
