@@ -69,9 +69,9 @@ def train(options: argparse.Namespace, started: float) -> None:
     from graf.runtime.checkpoint import read_checkpoint, restore
     from graf.runtime.device import configure_backends, describe_device, pick_device
     from graf.runtime.interrupt import StopRequest
-    from graf.runtime.logs import RunLog, drop_metrics_after, logger, setup_console
+    from graf.runtime.logs import RunLog, drop_rows_after, logger, setup_console
     from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
-    from graf.training.trainer import Hook, Trainer
+    from graf.training.trainer import Hook
 
     setup_console()
     training = config.training
@@ -101,17 +101,7 @@ def train(options: argparse.Namespace, started: float) -> None:
     # Networks and loop
     cameras = assembly.build_cameras(config, scene)
     pool = assembly.build_pool(config, photographs, cameras)
-    ccsr = assembly.build_ccsr(config, pretrained=checkpoint is None)
-    trainer = Trainer(
-        config,
-        assembly.build_generator(config, len(scene.class_names)).to(device),
-        assembly.build_discriminator(config, scene).to(device),
-        assembly.build_caster(config, scene),
-        pool,
-        precision,
-        device,
-        None if ccsr is None else ccsr.to(device),
-    )
+    trainer = assembly.build_trainer(config, scene, pool, precision, device, pretrained=checkpoint is None)
     if checkpoint is not None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
@@ -129,7 +119,7 @@ def train(options: argparse.Namespace, started: float) -> None:
         )
         return
     write_atomically(folder.config_file, config.to_yaml())
-    drop_metrics_after(folder.path / "scores.jsonl", start)  # what is trained again is scored again
+    drop_rows_after(folder.path / "scores.jsonl", start)  # what is trained again is scored again
     loader = make_loader(
         photographs,
         training.batch_size,
@@ -157,9 +147,9 @@ def train(options: argparse.Namespace, started: float) -> None:
         if extractor is not None:
             protocol, count = assembly.build_protocol(config), config.evaluation.num_images
             task = ScoringTask(sampler, pool, extractor, protocol, count, folder.path / "feature_cache")
-            real = assembly.real_images(photographs, ccsr)
+            real = assembly.real_images(photographs, sampler.ccsr)
             consistency = None
-            if ccsr is not None:
+            if sampler.ccsr is not None:
                 consistency = assembly.build_consistency(config, scene, sampler, range(len(scene.class_names)))
             score = hooks.ScoreHook(task, real, config, folder, log, save, caches, consistency)
         between: list[Hook] = [

@@ -2,8 +2,8 @@
 table.
 
 Every variant is trained with the same three seeds on the embedded toys, and measured at high resolution on the same
-renders: KID against true 64-pixel images, agreement with the render, and what super-resolution
-adds to the disagreement of neighbouring views.
+renders: KID against true images, agreement with the render, and what super-resolution adds to the disagreement of
+neighbouring views.
 """
 
 from __future__ import annotations

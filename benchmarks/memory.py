@@ -178,17 +178,9 @@ def build_trainer(config: Config, settings: Settings, device: torch.device) -> T
     """A trainer with these settings and no photographs."""
     scene = imagine_scene(config)
     labels = torch.tensor([(number, 0, 0) for number in range(len(scene.class_names))])
-    ccsr = assembly.build_ccsr(config)
-    trainer = Trainer(
-        config,
-        assembly.build_generator(config, len(scene.class_names)).to(device),
-        assembly.build_discriminator(config, scene).to(device),
-        assembly.build_caster(config, scene),
-        ViewPool(labels, assembly.build_cameras(config, scene)),
-        Precision(device.type, torch.bfloat16 if config.training.use_amp else None),
-        device,
-        None if ccsr is None else ccsr.to(device),
-    )
+    precision = Precision(device.type, torch.bfloat16 if config.training.use_amp else None)
+    pool = ViewPool(labels, assembly.build_cameras(config, scene))
+    trainer = assembly.build_trainer(config, scene, pool, precision, device)
     trainer.micro_batch_size = settings.micro_batch_size
     trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
     return trainer

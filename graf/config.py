@@ -484,6 +484,8 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             "discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder"
         )
+    if data.crop is not None and data.type == "synthetic":
+        problems.append(f"data.crop={data.crop}: the synthetic set is made as it is used; set data.imsize and data.fov")
     if data.type == "synthetic" and training.drop_last and training.batch_size > data.synthetic.count:
         problems.append(batch_too_large(training.batch_size, data.synthetic.count))
     return problems

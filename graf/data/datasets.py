@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from graf.data.errors import DataError
-from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size
+from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, square_side
 from graf.data.index import LoadReport, PhotoIndex, index_image_folder, index_transforms, index_turntable
 from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
 
@@ -44,8 +44,8 @@ class DataSettings:
     every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
     photograph (transforms, image_folder). `strict` turns skipped photographs into a DataError. `crop` is the side of
     the central square that is used, in pixels, where it is not the largest one. Sets that fit `cache_mib` MiB as uint8
-    are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov`
-    (degrees) and the synthetic_* fields act on the synthetic set only.
+    are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the
+    synthetic_* fields act on the synthetic set only.
     """
 
     type: str
@@ -301,7 +301,7 @@ def _find_fov(index: PhotoIndex, crop: int | None) -> float | None:
     """Field of view in degrees across the square that is used, from camera_angle_x across the photographs' width."""
     if index.camera_angle_x is None:
         return None
-    shares = {min(width, height, crop or math.inf) / width for width, height in index.report.sizes}
+    shares = {square_side(size, crop) / size[0] for size in index.report.sizes}
     if len(shares) > 1:
         raise DataError(
             f"{index.root}: photographs of different shapes ({', '.join(f'{w}x{h}' for w, h in index.report.sizes)}) "

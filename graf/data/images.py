@@ -65,6 +65,11 @@ def read_image_size(path: Path) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
+def square_side(size: tuple[int, int], crop: int | None) -> int:
+    """Side in pixels of the central square of a photograph (width, height) that is used: `crop` where it is given."""
+    return min(size) if crop is None else min(*size, crop)
+
+
 def read_image(path: Path, imsize: int, white_bkgd: bool, crop: int | None = None) -> Tensor:
     """The central square (of `crop` pixels, else the largest) as uint8 (3, imsize, imsize). Raises UnreadableImage."""
     with _open_image(path) as image:
@@ -89,7 +94,7 @@ def _convert_to_rgb(image: Image.Image, white_bkgd: bool) -> Image.Image:
 
 
 def _resize_to_square(image: Image.Image, imsize: int, crop: int | None) -> Image.Image:
-    side = min(*image.size, crop or max(image.size))
+    side = square_side(image.size, crop)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     if side % imsize == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from graf.config import Config, ConfigError, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
+from graf.data.images import square_side
 from graf.data.reduction import ReducedPhotographs
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
@@ -34,6 +34,7 @@ from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.seeding import derive_seed, preserve_rng, seed_everything
+from graf.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,15 @@ def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
 def _check_resolution(config: Config, photographs: PhotoDataset) -> None:
     """Photographs that have to be enlarged teach super-resolution their blur: say how many, refuse if all are so."""
     data, scale, wanted = config.data, config.ccsr.scale, config.photo_size
-    crop = data.crop or math.inf
-    small = {size: count for size, count in photographs.report.sizes.items() if min(*size, crop) < wanted}
-    if not small:
+    sides = [square_side(size, data.crop) for size in photographs.report.sizes.elements()]
+    number, total = sum(side < wanted for side in sides), len(sides)
+    if not number:
         return
-    number, total = sum(small.values()), sum(photographs.report.sizes.values())
-    side = max(min(*size, crop) for size in small)
     text = f"{number} of {total} photographs are smaller than super-resolved images, {wanted} x {wanted} pixels"
     if number == total:
         raise ConfigError(
-            f"data.imsize={data.imsize}, ccsr.scale={scale}: {text}, the largest square is {side}; set data.imsize to "
-            f"at most {int(side) // scale}, lower ccsr.scale, or set ccsr.enabled=false"
+            f"data.imsize={data.imsize}, ccsr.scale={scale}: {text}, the largest square is {max(sides)}; set "
+            f"data.imsize to at most {max(sides) // scale}, lower ccsr.scale, or set ccsr.enabled=false"
         )
     warn_once(f"{text}: they are enlarged, and super-resolution learns their blur")
 
@@ -257,6 +256,26 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
         return CCSR(
             trunk, latents, BoxProjection(ccsr.scale) if kernel is None else KernelProjection(ccsr.scale, kernel)
         )
+
+
+def build_trainer(
+    config: Config, scene: Scene, pool: ViewPool, precision: Precision, device: torch.device, pretrained: bool = True
+) -> Trainer:
+    """The networks of a configuration, on `device`, and the trainer that plays them against each other.
+
+    pretrained: as in :func:`build_ccsr`.
+    """
+    ccsr = build_ccsr(config, pretrained)
+    return Trainer(
+        config,
+        build_generator(config, len(scene.class_names)).to(device),
+        build_discriminator(config, scene).to(device),
+        build_caster(config, scene),
+        pool,
+        precision,
+        device,
+        None if ccsr is None else ccsr.to(device),
+    )
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
             f"{file}: has no description of its scene ({error}); it is not a checkpoint of train.py"
         ) from error
     if file.resolve().parent != run.checkpoints.resolve():
-        _require_same_renders(checkpoint["meta"].get("config", {}), config, f"{file}", run)
+        _require_same_renders(checkpoint["meta"].get("config", {}), config, file, run)
     prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)
@@ -164,7 +164,7 @@ RENDERING_KEYS = {
 }
 
 
-def _require_same_renders(saved: dict[str, Any], config: Config, file: str, run: RunFolder) -> None:
+def _require_same_renders(saved: dict[str, Any], config: Config, file: Path, run: RunFolder) -> None:
     """Raise CheckpointError where a checkpoint from elsewhere was trained to be rendered in another way."""
 
     def select(values: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class RunLog:
             raise ValueError(f"monitoring: {unknown[0]!r} is unknown; expected some of {', '.join(MONITORS)}")
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics_path = folder / METRICS_FILE
-        drop_metrics_after(self._metrics_path, start)
+        drop_rows_after(self._metrics_path, start)
         self._tensorboard = _open_tensorboard(folder, start) if "tensorboard" in monitoring else None
         self._wandb = _open_wandb(folder) if "wandb" in monitoring else None
         self._bar = tqdm(
@@ -156,12 +156,12 @@ def _append_line(path: Path, line: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def drop_metrics_after(path: Path, iteration: int) -> None:
-    """Remove from a metrics.jsonl the lines past `iteration`, and lines cut short by a kill; says how many."""
+def drop_rows_after(path: Path, iteration: int) -> None:
+    """Remove from a .jsonl of rows with an iteration those past `iteration`, and any cut short by a kill; says so."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _is_metrics_line_until(line, iteration)]
+    kept = [line for line in lines if _is_row_until(line, iteration)]
     if len(kept) == len(lines):
         return
     temporary = path.with_name(f".{path.name}.tmp")
@@ -170,7 +170,7 @@ def drop_metrics_after(path: Path, iteration: int) -> None:
     logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
 
 
-def _is_metrics_line_until(line: str, iteration: int) -> bool:
+def _is_row_until(line: str, iteration: int) -> bool:
     try:
         return bool(json.loads(line)["iteration"] <= iteration)
     except (json.JSONDecodeError, KeyError, TypeError):

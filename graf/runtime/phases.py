@@ -16,9 +16,8 @@ class PhaseMeter:
     """Measures phases, which may be nested: what an inner one needs counts towards the outer one too.
 
     readings: phase -> quantity -> MiB. CUDA: `peak` and `allocated` (tensors), `peak_reserved` and `reserved` (what the
-    allocator holds);
-    MPS, which keeps no peak: `current` and `driver`; CPU: `live_peak` (tensors, in watched steps alone) and `rss`
-    (of the process).
+    allocator holds); MPS, which keeps no peak: `current` and `driver`; CPU: `live_peak` (tensors, in watched steps
+    alone) and `rss` (of the process).
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from graf.runtime import logs
-from graf.runtime.logs import RunLog, drop_metrics_after, info_once, setup_console, warn_once
+from graf.runtime.logs import RunLog, drop_rows_after, info_once, setup_console, warn_once
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -130,9 +130,9 @@ def test_a_file_with_nothing_to_drop_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1}\n')
     before = path.stat().st_ino, path.stat().st_mtime_ns
-    drop_metrics_after(path, 1)
+    drop_rows_after(path, 1)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
-    drop_metrics_after(tmp_path / "absent.jsonl", 1)
+    drop_rows_after(tmp_path / "absent.jsonl", 1)
     assert not (tmp_path / "absent.jsonl").exists()
 
 
@@ -275,8 +275,12 @@ def test_an_image_of_another_type_or_layout_is_refused(tmp_path: Path, pixels: n
 def test_closing_twice_changes_nothing(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     log = make_log(tmp_path, monitoring=["tensorboard"])
+    log.scalars(1, {"a": 1.0})
     log.close()
+    written = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(written) == 2  # metrics.jsonl and TensorBoard's events
     log.close()
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == written
 
 
 def test_importing_this_room_imports_no_monitor_and_opening_one_adds_no_root_handler(tmp_path: Path) -> None:
