@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; the exit code is 0, or 1 after one line that says what is wrong and what to do."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        from graf.program.presentation import ACTIONS, open_presentation
+        from graf.app.eval_tasks import ACTIONS, open_presentation
 
         presentation = open_presentation(options)
         chosen = [name for name in ACTIONS if getattr(options, name)] or ["grid", "rotation"]
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted; what was written before stays", file=sys.stderr)
         return 130
     except Exception as error:
-        from graf.program.failures import explain_failure
+        from graf.app.failures import explain_failure
 
         print(f"error: {explain_failure(error)}", file=sys.stderr)
         return 1

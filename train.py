@@ -54,17 +54,17 @@ def train(options: argparse.Namespace, started: float) -> None:
 
     config = load_config(options.config, collect_overrides(options))
     if options.plan:
-        from graf.program.planner import print_plan
+        from graf.app.memory_planner import print_plan
 
         print_plan(config)
         return
 
+    from graf.app import builders, hooks
+    from graf.app.runs import choose_run_folder, describe_changes, write_atomically
     from graf.data.loader import make_loader
     from graf.evaluation.extractor import choose_extractor
     from graf.evaluation.scoring import ScoringTask
     from graf.geometry.cameras import median_height
-    from graf.program import assembly, hooks
-    from graf.program.runs import choose_run_folder, describe_changes, write_atomically
     from graf.runtime.amp import choose_precision
     from graf.runtime.checkpoint import read_checkpoint, restore
     from graf.runtime.device import configure_backends, describe_device, pick_device
@@ -87,11 +87,11 @@ def train(options: argparse.Namespace, started: float) -> None:
     folder, checkpoint_file = choose_run_folder(config, options.resume)
     config = config.model_copy(update={"expname": folder.path.name})  # --resume none may have chosen a new one
     checkpoint = None if checkpoint_file is None else read_checkpoint(checkpoint_file)
-    photographs = assembly.open_photographs(config)
-    assembly.check_batch_size(config, len(photographs))
-    scene = assembly.describe_scene(config, photographs)
+    photographs = builders.open_photographs(config)
+    builders.check_batch_size(config, len(photographs))
+    dataset_info = builders.describe_dataset(config, photographs)
     logger.info(
-        "data: %d photographs of %d classes in %s", len(photographs), len(scene.class_names), config.data.datadir
+        "data: %d photographs of %d classes in %s", len(photographs), len(dataset_info.class_names), config.data.datadir
     )
     extractor = None
     if training.fid_every:
@@ -99,17 +99,19 @@ def train(options: argparse.Namespace, started: float) -> None:
         extractor = choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download)
 
     # Networks and loop
-    cameras = assembly.build_cameras(config, scene)
-    pool = assembly.build_pool(config, photographs, cameras)
-    trainer = assembly.build_trainer(config, scene, pool, precision, device, pretrained=checkpoint is None)
+    cameras = builders.build_cameras(config, dataset_info)
+    pose_sampler = builders.build_pose_sampler(config, photographs, cameras)
+    trainer = builders.build_trainer(
+        config, dataset_info, pose_sampler, precision, device, pretrained=checkpoint is None
+    )
     if checkpoint is not None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
         logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
     if training.memory_budget is not None:
-        from graf.program.planner import apply_budget
+        from graf.app.memory_planner import apply_budget
 
-        apply_budget(config, trainer, scene, offline_features=extractor is not None and extractor.suffix != "")
+        apply_budget(config, trainer, dataset_info, offline_features=extractor is not None and extractor.suffix != "")
     start = trainer.progress.iteration
     if start >= training.max_iterations:
         logger.info(
@@ -131,10 +133,12 @@ def train(options: argparse.Namespace, started: float) -> None:
     )
 
     # What happens between steps
-    sampler = assembly.build_sampler(config, scene, precision, device, *trainer.averaged_networks)
-    showcase = hooks.fixed_showcase(sampler, config, len(scene.class_names), scene.v_list[median_height(scene.v_list)])
-    row_labels = [scene.class_names[int(class_idx)] for class_idx in showcase.class_idx]
-    meta = {"config": config.model_dump(mode="json"), "scene": scene.as_meta()}
+    sampler = builders.build_sampler(config, dataset_info, precision, device, *trainer.averaged_networks)
+    showcase = hooks.fixed_showcase(
+        sampler, config, len(dataset_info.class_names), dataset_info.v_list[median_height(dataset_info.v_list)]
+    )
+    row_labels = [dataset_info.class_names[int(class_idx)] for class_idx in showcase.class_idx]
+    meta = {"config": config.model_dump(mode="json"), "scene": dataset_info.as_meta()}
     caches = CacheRelease(training.empty_cache, device)
     save = hooks.CheckpointHook(
         folder, meta, training.save_every, training.backup_every, training.keep_checkpoints, caches
@@ -145,12 +149,14 @@ def train(options: argparse.Namespace, started: float) -> None:
         sample = hooks.SampleHook(sampler, cameras, showcase, folder, log, training.sample_every, row_labels, caches)
         score = None
         if extractor is not None:
-            protocol, count = assembly.build_protocol(config), config.evaluation.num_images
-            task = ScoringTask(sampler, pool, extractor, protocol, count, folder.path / "feature_cache")
-            real = assembly.real_images(photographs, sampler.ccsr)
+            protocol, count = builders.build_protocol(config), config.evaluation.num_images
+            task = ScoringTask(sampler, pose_sampler, extractor, protocol, count, folder.path / "feature_cache")
+            real = builders.real_images(photographs, sampler.ccsr)
             consistency = None
             if sampler.ccsr is not None:
-                consistency = assembly.build_consistency(config, scene, sampler, range(len(scene.class_names)))
+                consistency = builders.build_consistency(
+                    config, dataset_info, sampler, range(len(dataset_info.class_names))
+                )
             score = hooks.ScoreHook(task, real, config, folder, log, save, caches, consistency)
         between: list[Hook] = [
             hooks.LogHook(log, training.print_every, training.batch_size, caches, (start, trainer.progress.seconds)),
@@ -189,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     except Exception as error:
-        from graf.program.failures import explain_failure
+        from graf.app.failures import explain_failure
 
         logging.getLogger("graf").debug("failed", exc_info=error)
         print(f"error: {explain_failure(error)}", file=sys.stderr)

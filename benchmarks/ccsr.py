@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import eval as eval_program
 import train as train_program
 from benchmarks.results import format_table, hardware, write_section
+from graf.app import builders
+from graf.app.eval_tasks import Presentation, open_presentation
 from graf.data.datasets import DataSettings, open_dataset
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.rays import Patches
 from graf.models.ccsr import CCSR, BoxProjection, SuperResolved, ViewLatents, upsample
-from graf.program import assembly
-from graf.program.presentation import Presentation, open_presentation
 
 SCALE = 2
 COMMON = (
@@ -112,7 +112,7 @@ def measure(shown: Presentation, ccsr: CCSR, run: Path) -> dict[str, float]:
     """
     shown = replace(shown, sampler=replace(shown.sampler, ccsr=ccsr))
     row = {"kid": score(shown)}
-    report = assembly.build_consistency(shown.config, shown.scene, shown.sampler, shown.classes).measure()
+    report = builders.build_consistency(shown.config, shown.dataset_info, shown.sampler, shown.classes).measure()
     row |= {key: float(value) for key, value in report.as_dict().items() if value is not None}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     late = [line for line in lines if line["iteration"] > 0.5 * lines[-1]["iteration"]]
@@ -124,14 +124,14 @@ def measure(shown: Presentation, ccsr: CCSR, run: Path) -> dict[str, float]:
 
 
 def score(shown: Presentation) -> float:
-    """KID (offline extractor) of the sharpened images against true high-resolution ones."""
+    """KID (offline extractor) of the super-resolved images against true high-resolution ones."""
     config = shown.config
     settings = DataSettings.from_mapping(config.data.model_dump() | {"imsize": SCALE * config.data.imsize})
     photographs = open_dataset(settings)
-    pool = assembly.build_pool(config, photographs, shown.cameras)
-    protocol, count = assembly.build_protocol(config), config.evaluation.num_images
+    pose_sampler = builders.build_pose_sampler(config, photographs, shown.cameras)
+    protocol, count = builders.build_protocol(config), config.evaluation.num_images
     cache = shown.folder.parent.parent / "feature_cache"
-    task = ScoringTask(shown.sampler, pool, choose_extractor("offline"), protocol, count, cache)
+    task = ScoringTask(shown.sampler, pose_sampler, choose_extractor("offline"), protocol, count, cache)
     return task.score("sr", photographs, photographs.fingerprint()).values["sr_kid_offline"]
 
 

@@ -1,4 +1,4 @@
-"""Is what is learned still the same? `python -m benchmarks.fixed_seed_runs record FILE`, change the code, `... compare FILE`.
+"""Is what is learned still the same? `python -m benchmarks.fixed_seed_runs record FILE`, later `compare FILE`.
 
 Short runs of configs/smoke.yaml with fixed seeds on the CPU, one for each way that a step can go, keep every statistic
 of every step and every state tensor at the end. A change that only moves code leaves all of them equal to the last
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graf.app import builders
 from graf.config import load_config
 from graf.data.loader import make_loader
-from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.runtime.device import configure_backends
 
 SMOKE = Path(__file__).resolve().parents[1] / "configs" / "smoke.yaml"
 CPU = torch.device("cpu")
-SUPER_RESOLUTION = ("ccsr.enabled=true", "ccsr.features=8", "ccsr.blocks=1", "ccsr.agreement=0.3", "data.imsize=16")
-SUPER_RESOLUTION += ("ccsr.supervise_generator=0.5",)
+SUPER_RESOLUTION = (
+    *("ccsr.enabled=true", "ccsr.features=8", "ccsr.blocks=1", "ccsr.agreement=0.3", "data.imsize=16"),
+    "ccsr.supervise_generator=0.5",
+)
 #: name -> overrides of configs/smoke.yaml
 RUNS: dict[str, tuple[str, ...]] = {
     "smoke": (),
@@ -51,11 +53,11 @@ RUNS: dict[str, tuple[str, ...]] = {
 def train(overrides: tuple[str, ...], folder: Path, steps: int, float64: bool) -> dict[str, Any]:
     """Statistics of every step and the state after the last one, of configs/smoke.yaml with these overrides."""
     config = load_config(SMOKE, [f"data.datadir={folder}/{len(overrides)}", "training.batch_size=4", *overrides])
-    photographs = assembly.open_photographs(config)
-    scene = assembly.describe_scene(config, photographs)
-    pool = assembly.build_pool(config, photographs, assembly.build_cameras(config, scene))
+    photographs = builders.open_photographs(config)
+    dataset_info = builders.describe_dataset(config, photographs)
+    pose_sampler = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, dataset_info))
     precision = Precision("cpu", torch.bfloat16 if config.training.use_amp else None)
-    trainer = assembly.build_trainer(config, scene, pool, precision, CPU)
+    trainer = builders.build_trainer(config, dataset_info, pose_sampler, precision, CPU)
     if float64:
         make_float64(trainer)
     loader = make_loader(photographs, config.training.batch_size, nworkers=0, drop_last=True, seed=config.seed)

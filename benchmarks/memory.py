@@ -30,11 +30,11 @@ from torch.nn import functional
 
 import train as train_program
 from benchmarks.results import RESULTS, format_table, hardware, write_section
+from graf.app import builders
+from graf.app.memory_estimator import PhaseRecorder, Plan, Settings, StepPlanner, configured_settings, imagine_dataset
+from graf.app.memory_planner import GIB, USABLE_SHARE, BudgetError, candidate_settings, choose_settings
 from graf.config import CONFIG_FOLDER, Config, load_config
-from graf.data.views import ViewPool
-from graf.program import assembly
-from graf.program.planner import GIB, USABLE_SHARE, BudgetError, candidate_settings, choose_settings
-from graf.program.rehearsal import PhaseRecorder, Plan, Settings, StepPlanner, configured_settings, imagine_scene
+from graf.geometry.views import PoseSampler
 from graf.runtime.amp import Precision, choose_precision
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import MIB, OutOfMemory
@@ -150,7 +150,7 @@ def measure_step(config: Config, settings: Settings, warm_up: bool = True) -> Me
     gc.collect()
     with LiveTensorMeter() as meter:
         trainer = build_trainer(config, settings, CPU)
-        trainer.meter = recorder = PhaseRecorder(meter, trainer)
+        trainer.profiler = recorder = PhaseRecorder(meter, trainer)
         if warm_up:
             step_with_everything(trainer)
         else:
@@ -176,11 +176,11 @@ def make_optimizer_states(trainer: Trainer) -> None:
 
 def build_trainer(config: Config, settings: Settings, device: torch.device) -> Trainer:
     """A trainer with these settings and no photographs."""
-    scene = imagine_scene(config)
-    labels = torch.tensor([(number, 0, 0) for number in range(len(scene.class_names))])
+    dataset_info = imagine_dataset(config)
+    labels = torch.tensor([(number, 0, 0) for number in range(len(dataset_info.class_names))])
     precision = Precision(device.type, torch.bfloat16 if config.training.use_amp else None)
-    pool = ViewPool(labels, assembly.build_cameras(config, scene))
-    trainer = assembly.build_trainer(config, scene, pool, precision, device)
+    pose_sampler = PoseSampler(labels, builders.build_cameras(config, dataset_info))
+    trainer = builders.build_trainer(config, dataset_info, pose_sampler, precision, device)
     trainer.micro_batch_size = settings.micro_batch_size
     trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
     return trainer
@@ -191,7 +191,7 @@ def step_with_everything(trainer: Trainer) -> None:
     trainer.progress.iteration = 0
     side, batch_size = trainer.config.photo_size, trainer.config.training.batch_size
     images = torch.rand(batch_size, 3, side, side, device=trainer.device)
-    labels = trainer.inputs.pool.views.labels
+    labels = trainer.inputs.pose_sampler.views.labels
     trainer.step(images, labels[torch.arange(batch_size) % len(labels)].to(trainer.device))
 
 
@@ -222,7 +222,7 @@ def step_of_program(config: Config, settings: Settings, device: torch.device) ->
         step_with_everything(trainer)
         if Settings(trainer.micro_batch_size, trainer.generator.strategy, trainer.generator.chunk) != settings:
             raise OutOfMemory("these settings do not fit")
-        return max(reading["peak"] for reading in trainer.meter.readings.values()) * MIB
+        return max(reading["peak"] for reading in trainer.profiler.readings.values()) * MIB
 
     return step
 
@@ -273,7 +273,7 @@ class PlainLoop:
     """
 
     def __init__(self, config: Config, measures: Sequence[str] = (), device: torch.device = CPU) -> None:
-        scene, self.device = imagine_scene(config), device
+        dataset_info, self.device = imagine_dataset(config), device
         nerf, self.measures = config.nerf, frozenset(measures)
         self.config, self.batch, self.size = config, config.training.batch_size, config.ray_sampler.patch_size
         self.octaves, self.samples = (nerf.multires, nerf.multires_views), nerf.N_samples
@@ -281,7 +281,7 @@ class PlainLoop:
         self.code = config.z_dist.dim // 2
         self.field = PlainField(nerf.netdepth, nerf.netwidth, points, views, self.code)
         self.average = PlainField(nerf.netdepth, nerf.netwidth, points, views, self.code).requires_grad_(False)
-        self.discriminator = assembly.build_discriminator(config, scene)
+        self.discriminator = builders.build_discriminator(config, dataset_info)
         if device != CPU:  # fake tensors, on which this loop is predicted, cannot be moved
             for network in (self.field, self.average, self.discriminator):
                 network.to(device)

@@ -232,10 +232,10 @@ def test_pictures_are_super_resolved_beside_bicubic_upsampling(look_sharp):
     assert {"shape_appearance_mug.png", "shape_appearance_mug_sr.png", "shape_appearance_mug_bicubic.png"} <= set(
         written
     )
-    small, sharp, bicubic = (read_pixels(written[f"grid_mug_{kind}.png"]) for kind in ("rgb", "sr", "bicubic"))
-    assert sharp.shape == bicubic.shape
-    assert sharp.shape[0] - small.shape[0] == 16
-    assert not np.array_equal(sharp, bicubic)
+    small, sr, bicubic = (read_pixels(written[f"grid_mug_{kind}.png"]) for kind in ("rgb", "sr", "bicubic"))
+    assert sr.shape == bicubic.shape
+    assert sr.shape[0] - small.shape[0] == 16
+    assert not np.array_equal(sr, bicubic)
 
 
 def test_any_resolution_is_rendered_and_sharpened_the_same_in_strips(look_sharp, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from graf.program import hooks
+from graf.app import hooks
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import read_memory
 
@@ -42,7 +42,7 @@ def test_200_steps_with_sampling_scoring_and_checkpoints_leave_nothing_behind(ru
             "training.keep_checkpoints=2",
             "training.print_every=10",
         )
-        config = str(hooks.__file__).replace("graf/program/hooks.py", "configs/smoke.yaml")
+        config = str(hooks.__file__).replace("graf/app/hooks.py", "configs/smoke.yaml")
         assert run_program("train.py", "--config", config, "--max_iterations", STEPS, *keys) == 0
     assert sorted(live) == list(range(EVERY, STEPS + 1, EVERY))
     settled = [live[iteration] for iteration in range(3 * EVERY, STEPS + 1, EVERY)]

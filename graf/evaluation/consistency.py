@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from graf.evaluation.fidelity import Plain, json_value
 from graf.evaluation.heldout import psnr
-from graf.evaluation.render import to_uint8
+from graf.evaluation.pictures import to_uint8
 from graf.geometry.cameras import Intrinsics
 from graf.geometry.warping import DEFAULT_VISIBILITY, SurfaceView, Visibility, warp_between
 from graf.models.ccsr import upsample

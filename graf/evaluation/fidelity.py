@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from graf.evaluation.extractor import Extractor, hash_file
-from graf.evaluation.render import to_uint8
+from graf.evaluation.pictures import to_uint8
 from graf.runtime.logs import info_once, warn_once
-from graf.runtime.seeding import preserve_rng
+from graf.runtime.randomness import preserve_rng
 
 Plain = str | int | float | bool | None
 CACHE_FORMAT = 1  # part of every cache name: raise it when the images handed to the extractor change

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graf.data.views import Cameras, Views
-from graf.evaluation.render import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid, to_uint8
+from graf.evaluation.pictures import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid, to_uint8
 from graf.evaluation.sampler import Renders, Sampler
 from graf.geometry.cameras import ring
+from graf.geometry.views import Cameras, Views
 from graf.models.ccsr import upsample
 
 
@@ -40,23 +40,25 @@ class Showcase:
         return cameras.views_at(self.class_idx[row].expand(self.columns), self.u, self.v)
 
 
-def render_showcase(sampler: Sampler, cameras: Cameras, showcase: Showcase, sharpen: bool = False) -> Iterator[Renders]:
+def render_showcase(
+    sampler: Sampler, cameras: Cameras, showcase: Showcase, super_resolve: bool = False
+) -> Iterator[Renders]:
     """The C views of one object after the other, on the CPU, rendered as they are asked for."""
     for row in range(len(showcase.z)):
         z = showcase.z[row : row + 1].expand(showcase.columns, -1)
-        yield sampler.render(z, showcase.views_of_row(row, cameras), sharpen)
+        yield sampler.render(z, showcase.views_of_row(row, cameras), super_resolve)
 
 
 def colour_showcase(renders: Renders, near: float, far: float) -> dict[str, Tensor]:
-    """What is shown of some views as uint8 (N, 3, H, W): "rgb", "depth", "opacity", if sharp also "sr", "bicubic"."""
+    """What is shown of some views as uint8 (N, 3, H, W): "rgb", "depth", "opacity"; with SR also "sr", "bicubic"."""
     kinds = {
         "rgb": to_uint8(renders.rgb),
         "depth": to_uint8(depth_to_rgb(renders.depth, near, far, renders.opacity)),
         "opacity": to_uint8(opacity_to_rgb(renders.opacity)),
     }
-    if renders.sharp is not None:
-        scale = renders.sharp.shape[-1] // renders.rgb.shape[-1]
-        kinds |= {"sr": to_uint8(renders.sharp), "bicubic": to_uint8(upsample(renders.rgb, scale))}
+    if renders.sr is not None:
+        scale = renders.sr.shape[-1] // renders.rgb.shape[-1]
+        kinds |= {"sr": to_uint8(renders.sr), "bicubic": to_uint8(upsample(renders.rgb, scale))}
     return kinds
 
 
@@ -81,18 +83,24 @@ def draw_showcase(
 
 
 def path_frames(
-    sampler: Sampler, cameras: Cameras, z: Tensor, class_idx: Sequence[int], u: Tensor, v: Tensor, sharpen: bool = False
+    sampler: Sampler,
+    cameras: Cameras,
+    z: Tensor,
+    class_idx: Sequence[int],
+    u: Tensor,
+    v: Tensor,
+    super_resolve: bool = False,
 ) -> Iterator[Picture]:
     """Frames along a path: frame f shows codes z[f] (R, dim_z) of z (F, R, dim_z) from azimuth u[f] and height v[f].
 
-    With `sharpen` a second row shows the super-resolved objects under the bicubically upsampled ones.
+    With `super_resolve` a second row shows the super-resolved objects under the bicubically upsampled ones.
     """
     classes = torch.tensor(list(class_idx))
     for codes, azimuth, height in zip(z, u, v, strict=True):
         views = cameras.views_at(classes, azimuth.expand(len(codes)), height.expand(len(codes)))
-        renders = sampler.render(codes, views, sharpen)
+        renders = sampler.render(codes, views, super_resolve)
         images = renders.rgb
-        if renders.sharp is not None:
-            scale = renders.sharp.shape[-1] // renders.rgb.shape[-1]
-            images = torch.cat([upsample(renders.rgb, scale), renders.sharp])
+        if renders.sr is not None:
+            scale = renders.sr.shape[-1] // renders.rgb.shape[-1]
+            images = torch.cat([upsample(renders.rgb, scale), renders.sr])
         yield tile_grid(images, len(codes))

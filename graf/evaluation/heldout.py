@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from graf.data.views import Views
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
-from graf.evaluation.render import to_uint8
+from graf.evaluation.pictures import to_uint8
+from graf.geometry.views import Views
 
 MARGIN_DB = 0.3
 LEAST_PSNR_DB = 19.0

@@ -10,15 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graf.data.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
-from graf.data.views import ViewPool, Views
 from graf.geometry.rays import Patches, RayCaster
+from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
+from graf.geometry.views import PoseSampler, Views
 from graf.geometry.volume_rendering import RayColours, RaySampling
 from graf.models.ccsr import CCSR
 from graf.models.generator import Generator, rays_to_image
 from graf.runtime.amp import Precision
 from graf.runtime.memory import retry_smaller
-from graf.runtime.seeding import Draws
+from graf.runtime.randomness import Draws
 
 #: pixels of super-resolved output that the trunk works on at once, besides borders: 1024 x 1024
 STRIP_PIXELS = 2**20
@@ -41,24 +41,24 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 class Renders:
     """Images on the CPU: rgb (B, 3, H, W), z-depth (B, 1, H, W) and opacity (B, 1, H, W) in [0, 1].
 
-    sharp: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection
+    sr: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection
     wants it; whoever shows them clips them.
     """
 
     rgb: Tensor
     depth: Tensor
     opacity: Tensor
-    sharp: Tensor | None = None
+    sr: Tensor | None = None
 
     @classmethod
     def join(cls, parts: Sequence[Renders]) -> Renders:
         """All images of several renders, in order."""
-        sharp = [part.sharp for part in parts if part.sharp is not None]
+        sr = [part.sr for part in parts if part.sr is not None]
         return cls(
             torch.cat([part.rgb for part in parts]),
             torch.cat([part.depth for part in parts]),
             torch.cat([part.opacity for part in parts]),
-            torch.cat(sharp) if sharp else None,
+            torch.cat(sr) if sr else None,
         )
 
 
@@ -66,7 +66,7 @@ class Renders:
 class Sampler:
     """Renders views of objects. `resolution`: side of the images, pixels; `uniform_z`: the law of the codes.
 
-    ccsr: sharpens the renders on request; sampling: samples per ray, None for as many as in training.
+    ccsr: super-resolves the renders on request; sampling: samples per ray, None for as many as in training.
     """
 
     generator: Generator
@@ -84,21 +84,23 @@ class Sampler:
         dim_z = self.generator.dim_z
         return draws.uniform("sample/z", dim_z) * 2 - 1 if self.uniform_z else draws.normal("sample/z", dim_z)
 
-    def render(self, z: Tensor, views: Views, sharpen: bool = False) -> Renders:
+    def render(self, z: Tensor, views: Views, super_resolve: bool = False) -> Renders:
         """Render each z (B, dim_z) from its view (B); one image at a time on the device, rays in chunks."""
         with eval_mode(self.generator):
             return Renders.join(
-                [self._render_one(z[i : i + 1], views.images(i, i + 1), sharpen) for i in range(len(views))]
+                [self._render_one(z[i : i + 1], views.images(i, i + 1), super_resolve) for i in range(len(views))]
             )
 
-    def render_random(self, pool: ViewPool, seed: int, indices: range, sharpen: bool = False) -> Renders:
-        """Random objects from random views of the pool; image i depends on (seed, indices[i]) alone."""
-        views = pool.pick(Draws(seed, 0, indices).uniform("sample/view", NUM_VIEW_UNIFORMS))
-        return self.render(self.codes(seed, indices), views, sharpen)
+    def render_random(
+        self, pose_sampler: PoseSampler, seed: int, indices: range, super_resolve: bool = False
+    ) -> Renders:
+        """Random objects from random views of the sampler; image i depends on (seed, indices[i]) alone."""
+        views = pose_sampler.pick(Draws(seed, 0, indices).uniform("sample/view", NUM_VIEW_UNIFORMS))
+        return self.render(self.codes(seed, indices), views, super_resolve)
 
-    def _render_one(self, z: Tensor, view: Views, sharpen: bool) -> Renders:
+    def _render_one(self, z: Tensor, view: Views, super_resolve: bool) -> Renders:
         """One image; where memory runs out, with fewer rays or rows at once, now and from then on."""
-        if sharpen and self.ccsr is None:
+        if super_resolve and self.ccsr is None:
             raise ValueError("this run has no super-resolution; train one with ccsr.enabled=true")
         view = view.to(self.device)
         colours = retry_smaller(
@@ -106,19 +108,19 @@ class Sampler:
         )
         parts = (colours.rgb, colours.depth, colours.opacity)
         rgb, depth, opacity = (rays_to_image(part.float(), self.resolution) for part in parts)
-        sharp = None
-        if sharpen and self.ccsr is not None:
+        sr = None
+        if super_resolve and self.ccsr is not None:
             halve = partial(self.ccsr.halve_rows, self.resolution)
             advice = "lower --resolution, or ccsr.features and ccsr.blocks of the next run"
-            sharp = retry_smaller(lambda: self._sharpen(rgb, view), halve, self.device, advice)
-        return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sharp)
+            sr = retry_smaller(lambda: self._super_resolve(rgb, view), halve, self.device, advice)
+        return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
 
     def _cast(self, z: Tensor, view: Views) -> RayColours:
         rays = self.caster.cast_images(view.poses, self.resolution)
         with self.precision.autocast():
             return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
 
-    def _sharpen(self, rgb: Tensor, view: Views) -> Tensor:
+    def _super_resolve(self, rgb: Tensor, view: Views) -> Tensor:
         assert self.ccsr is not None
         # A CPU that runs out of memory kills instead of raising an error that could be answered with fewer rows.
         rows = max(1, STRIP_PIXELS // (self.ccsr.scale**2 * rgb.shape[-1]))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from graf.data.views import ViewPool
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, RenderedImages, Scores, score_images
 from graf.evaluation.sampler import Sampler
+from graf.geometry.views import PoseSampler
 from graf.models.ccsr import upsample
 from graf.runtime.logs import progress_bar
 from graf.runtime.memory import retry_smaller
@@ -35,7 +35,7 @@ class ScoringTask:
     """
 
     sampler: Sampler
-    pool: ViewPool
+    pose_sampler: PoseSampler
     extractor: Extractor
     protocol: FidelityProtocol
     num_images: int
@@ -49,7 +49,7 @@ class ScoringTask:
         photographs: the real images at the resolution of the output; fingerprint: identifies them in the cache;
         provenance: what else is known of the generator.
         """
-        more: dict[str, Plain] = {"output": output, "poses": self.pool.describe(), **(provenance or {})}
+        more: dict[str, Plain] = {"output": output, "poses": self.pose_sampler.describe(), **(provenance or {})}
         scores = retry_smaller(
             lambda: self._score(output, photographs, fingerprint, more),
             self._halve_batch,
@@ -88,11 +88,13 @@ class ScoringTask:
         return f"evaluation.batch_size {size} -> {size // 2}"
 
     def _render(self, output: str, indices: range) -> torch.Tensor:
-        renders = self.sampler.render_random(self.pool, self.protocol.seed, indices, sharpen=output == "sr")
+        renders = self.sampler.render_random(
+            self.pose_sampler, self.protocol.seed, indices, super_resolve=output == "sr"
+        )
         if output == "render":
             return renders.rgb
         if output == "bicubic":
             assert self.sampler.ccsr is not None
             return upsample(renders.rgb, self.sampler.ccsr.scale)
-        assert renders.sharp is not None
-        return renders.sharp
+        assert renders.sr is not None
+        return renders.sr

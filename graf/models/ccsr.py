@@ -188,10 +188,10 @@ class KernelProjection(nn.Module):
 
 @dataclass(frozen=True)
 class SuperResolved:
-    """`image`: (B, 3, s h, s w), agrees exactly with the render; `free`: the trunk's output before the projection."""
+    """`image`: (B, 3, s h, s w), agrees exactly with the render; `unprojected`: the trunk's output before the projection."""
 
     image: Tensor
-    free: Tensor
+    unprojected: Tensor
 
 
 class CCSR(nn.Module):
@@ -224,10 +224,10 @@ class CCSR(nn.Module):
             render = render if render.dtype == torch.float64 else render.float()
             latent = crop_images(self.latents(angles), patches, render.shape[-1])
             steered = render + latent.to(render.dtype)
-        free = self._run_trunk(steered)
+        unprojected = self._run_trunk(steered)
         with float32_region(device_type):
-            free = free if free.dtype == torch.float64 else free.float()
-            return SuperResolved(self.projection(free, render), free)
+            unprojected = unprojected if unprojected.dtype == torch.float64 else unprojected.float()
+            return SuperResolved(self.projection(unprojected, render), unprojected)
 
     def halve_rows(self, height: int) -> str | None:
         """Let the trunk see half as many rows of images of this height at once; says what changed, None at one row."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from graf.geometry.rays import Rays
 from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling, render_rays
 from graf.models.field import ConditionalField, FieldCodes, FieldShape
-from graf.runtime.recompute import evaluate_chunks
+from graf.runtime.activation_checkpointing import evaluate_chunks
 
 BACKGROUNDS = {"white": 1.0, "black": -1.0}
 #: fewer rays at once save no memory that matters
@@ -20,8 +20,8 @@ class Generator(nn.Module):
 
     background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
     chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept
-    for the backward pass, "dense" | "checkpoint" | "deferred" (graf.runtime.recompute). Both may be changed at any
-    time.
+    for the backward pass, "dense" | "checkpoint" | "deferred" (graf.runtime.activation_checkpointing). Both may be
+    changed at any time.
     """
 
     def __init__(

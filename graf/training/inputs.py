@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graf.data.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
-from graf.data.views import ViewPool, Views
 from graf.geometry.rays import Patches, place_patches
+from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
+from graf.geometry.views import PoseSampler, Views
 from graf.geometry.volume_rendering import RayNoise, RaySampling
 from graf.models.discriminator import PatchCondition
-from graf.runtime.seeding import Draws
+from graf.runtime.randomness import Draws
 from graf.training.augment import NUM_UNIFORMS
 
 
@@ -84,7 +84,7 @@ class StepSettings:
 class InputSampler:
     """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random."""
 
-    pool: ViewPool
+    pose_sampler: PoseSampler
     dim_z: int
     uniform_z: bool
     patch_size: int
@@ -101,7 +101,7 @@ class InputSampler:
             if self.uniform_z
             else draws.normal(f"{purpose}/z", self.dim_z)
         )
-        views = self.pool.pick(draws.uniform(f"{purpose}/view", NUM_VIEW_UNIFORMS))
+        views = self.pose_sampler.pick(draws.uniform(f"{purpose}/view", NUM_VIEW_UNIFORMS))
         places = draws.uniform(f"{purpose}/patch", 3)
         jitter = fine_jitter = density = None
         if self.jitter:
@@ -136,7 +136,9 @@ class InputSampler:
         patches = place_patches(self._move(draws.uniform("real/patch", 3)), settings.min_scale, settings.max_scale)
         return RealInputs(
             images=images,
-            views=self.pool.views_of_labels(labels, draws.uniform("real/view", NUM_VIEW_UNIFORMS)).to(self.device),
+            views=self.pose_sampler.views_of_labels(labels, draws.uniform("real/view", NUM_VIEW_UNIFORMS)).to(
+                self.device
+            ),
             patches=patches,
             augment=self._move(draws.uniform("real/augment", NUM_UNIFORMS)),
             crop=self._move(draws.uniform("real/crop", 2)),

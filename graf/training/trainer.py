@@ -2,7 +2,8 @@
 
 batch -> real patches; z, view -> rays -> fake patches -> D loss (+ gradient penalty) -> D step -> G loss -> G step ->
 detached render -> CCSR loss -> CCSR step -> EMA -> hooks. Schedules are pure functions of the iteration; nothing
-derived is written back anywhere. What the players minimise stands in game.py, how gradients are applied in players.py.
+derived is written back anywhere. What the players minimise stands in objective.py, how gradients are applied in
+players.py.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from graf.config import Config
-from graf.data.views import ViewPool
 from graf.geometry.rays import RayCaster, annealed_min_scale
+from graf.geometry.views import PoseSampler
 from graf.models.ccsr import CCSR
 from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import Stateful
 from graf.runtime.memory import retry_smaller
-from graf.runtime.phases import PhaseMeter
-from graf.runtime.seeding import Draws
+from graf.runtime.memory_profiler import MemoryProfiler
+from graf.runtime.randomness import Draws
 from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage
-from graf.training.game import Game, GameRules, RenderedPatches, SuperResolutionRules, Terms
 from graf.training.inputs import FakeInputs, InputSampler, RealInputs, StepSettings
 from graf.training.losses import MCE_Loss
+from graf.training.objective import GANObjective, LossSettings, RenderedPatches, SuperResolutionRules, Terms
 from graf.training.optim import LearningRateSchedule, build_optimizer
 from graf.training.perceptual import load_perceptual_distance
 from graf.training.players import Player
@@ -94,7 +95,7 @@ class Trainer:
         generator: Generator,
         discriminator: PatchDiscriminator,
         caster: RayCaster,
-        pool: ViewPool,
+        pose_sampler: PoseSampler,
         precision: Precision,
         device: torch.device,
         ccsr: CCSR | None = None,
@@ -109,7 +110,7 @@ class Trainer:
         if ccsr is not None:
             self.sr_average = ModelAverage(ccsr, training.model_average_beta)
             self.sr = self._make_player("ccsr", "sr", ccsr, config.ccsr.lr, precision)
-        self.game = Game(
+        self.objective = GANObjective(
             generator=generator,
             discriminator=discriminator,
             ccsr=ccsr,
@@ -121,7 +122,7 @@ class Trainer:
             perceptual=load_perceptual_distance(device) if ccsr is not None and config.ccsr.perceptual else None,
         )
         self.inputs = InputSampler(
-            pool=pool,
+            pose_sampler=pose_sampler,
             dim_z=generator.dim_z,
             uniform_z=config.z_dist.type == "uniform",
             patch_size=config.ray_sampler.patch_size,
@@ -132,7 +133,7 @@ class Trainer:
         )
         size = training.micro_batch_size
         self.micro_batch_size = training.batch_size if size == "auto" else size
-        self.meter = PhaseMeter(device)
+        self.profiler = MemoryProfiler(device)
         self._was_watched = False
         self._shared: RenderedPatches | None = None
         self.progress = Progress()
@@ -155,8 +156,8 @@ class Trainer:
     @property
     def averaged_networks(self) -> tuple[Generator, CCSR | None]:
         """Generator and CCSR with averaged weights: what samples and scores are made with."""
-        sharpener = None if self.sr_average is None else self.sr_average.module
-        return self.average.module, sharpener  # type: ignore[return-value]
+        ccsr = None if self.sr_average is None else self.sr_average.module
+        return self.average.module, ccsr  # type: ignore[return-value]
 
     @property
     def players(self) -> list[Player]:
@@ -195,7 +196,7 @@ class Trainer:
         if self._was_watched and self.progress.iteration % self.config.training.print_every:
             return self._step(images, labels)
         self._was_watched = True
-        with self.meter.watch(*self.owners):  # one step for every line of the log
+        with self.profiler.watch(*self.owners):  # one step for every line of the log
             return self._step(images, labels)
 
     def _step(self, images: Tensor, labels: Tensor) -> Terms:
@@ -209,7 +210,7 @@ class Trainer:
         if self.config.training.share_fakes and self.micro_batch_size >= len(images):
             self._shared = self._in_phase("render", batch, self._render_shared)
         else:
-            self.meter.forget("render")
+            self.profiler.forget("render")
         statistics = self._in_phase("d", batch, self._accumulate_discriminator)
         statistics = self._apply(self.d, statistics)
         more, renders = self._in_phase("g", batch, self._accumulate_generator)
@@ -220,7 +221,7 @@ class Trainer:
             statistics |= self._apply(self.sr, more)
         del renders
 
-        with self.meter.phase("ema"):
+        with self.profiler.phase("ema"):
             self.average.update(self.generator)
             if self.sr_average is not None and self.ccsr is not None and self._ccsr_is_due:
                 self.sr_average.update(self.ccsr)
@@ -241,7 +242,7 @@ class Trainer:
                 self._by_suffix[name].optimizer.zero_grad(set_to_none=True)
             return accumulate(batch.split(self.micro_batch_size))
 
-        with self.meter.phase(name):
+        with self.profiler.phase(name):
             advice = SR_ADVICE if name == "sr" else ADVICE
             return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device, advice)
 
@@ -261,7 +262,7 @@ class Trainer:
         return None if change is None else f"phase {phase}: {change}"
 
     def _render_shared(self, parts: list[MicroBatch]) -> RenderedPatches | None:
-        return self.game.render_patches(self._draw_fakes(parts[0], "g")) if len(parts) == 1 else None
+        return self.objective.render_patches(self._draw_fakes(parts[0], "g")) if len(parts) == 1 else None
 
     def _accumulate_discriminator(self, parts: list[MicroBatch]) -> Terms:
         training, batch_size = self.config.training, sum(map(len, parts))
@@ -272,15 +273,15 @@ class Trainer:
             fakes = self._draw_fakes(part, "g" if training.share_fakes else "d")
             with torch.no_grad():
                 shared = self._shared
-                render = (self.game.render_patches(fakes) if shared is None else shared.part(part.indices)).rgb
-            losses = self.game.discriminator_terms(reals, fakes, render, batch_size, self._ccsr_is_due)
+                render = (self.objective.render_patches(fakes) if shared is None else shared.part(part.indices)).rgb
+            losses = self.objective.discriminator_terms(reals, fakes, render, batch_size, self._ccsr_is_due)
             loss = losses["loss_d"]
             if "loss_d_class" in losses:
                 loss = loss + self.config.discriminator.class_loss * losses["loss_d_class"]
             self.d.backward(loss)
             if penalty_is_due:
-                with self.meter.phase("r1"):
-                    losses |= self.game.penalty_terms(reals, render, batch_size, self.d.scaler, self._ccsr_is_due)
+                with self.profiler.phase("r1"):
+                    losses |= self.objective.penalty_terms(reals, render, batch_size, self.d.scaler, self._ccsr_is_due)
                     self.d.backward(training.reg_param * training.reg_every * losses["penalty"])
             _accumulate(terms, losses)
         return terms
@@ -298,8 +299,8 @@ class Trainer:
                 fakes = self._draw_fakes(part, "g")
                 # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
                 reuse = self._shared is not None and len(parts) == 1
-                render = self._shared if reuse and self._shared is not None else self.game.render_patches(fakes)
-                losses = self.game.generator_terms(fakes, render.rgb, batch_size, self._ccsr_is_due)
+                render = self._shared if reuse and self._shared is not None else self.objective.render_patches(fakes)
+                losses = self.objective.generator_terms(fakes, render.rgb, batch_size, self._ccsr_is_due)
                 loss = losses["loss_g"]
                 if "loss_g_class" in losses:
                     loss = loss + self.config.discriminator.class_loss * losses["loss_g_class"]
@@ -308,7 +309,7 @@ class Trainer:
                 self.g.backward(loss)
                 renders["here"].append(render.detach())
                 if self._ccsr_is_due and self.config.ccsr.agreement:
-                    renders.setdefault("there", []).append(self.game.render_neighbours(fakes))
+                    renders.setdefault("there", []).append(self.objective.render_neighbours(fakes))
                 _accumulate(terms, losses)
         return terms, {name: RenderedPatches.join(patches) for name, patches in renders.items()}
 
@@ -328,7 +329,9 @@ class Trainer:
                 fakes = self._draw_fakes(part, "g")
                 seen = {name: patches.part(part.indices) for name, patches in renders.items()}
                 reals = self._draw_reals(part) if ccsr.photographs else None
-                losses = self.game.super_resolution_terms(fakes, seen["here"], batch_size, seen.get("there"), reals)
+                losses = self.objective.super_resolution_terms(
+                    fakes, seen["here"], batch_size, seen.get("there"), reals
+                )
                 self.sr.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
                 _accumulate(terms, losses)
         return terms
@@ -394,9 +397,9 @@ def consistency_weight(iteration: int, initial: float, smallest: float, decay: f
     return max(smallest, initial * math.exp(-decay * iteration))
 
 
-def _rules_of(config: Config) -> GameRules:
+def _rules_of(config: Config) -> LossSettings:
     ccsr, training = config.ccsr, config.training
-    return GameRules(
+    return LossSettings(
         gan_type=training.gan_type,
         reg_type=training.reg_type,
         num_views=config.data.num_views,

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graf.data.views import Cameras, Views
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
-from graf.evaluation.render import to_uint8
+from graf.evaluation.pictures import to_uint8
 from graf.evaluation.sampler import Renders
+from graf.geometry.views import Cameras, Views
 
 CAMERAS = Cameras(3.5, (0.2, 0.4))
 SIZE = 4
@@ -20,13 +20,13 @@ class FlatSampler:
     def __init__(self) -> None:
         self.views: list[Views] = []
 
-    def render(self, z: Tensor, views: Views, sharpen: bool = False) -> Renders:
+    def render(self, z: Tensor, views: Views, super_resolve: bool = False) -> Renders:
         self.views.append(views)
         colours = torch.stack([z[:, 0], views.class_idx / 10, views.u * 2 - 1], 1)
         plane = torch.ones(len(z), 1, SIZE, SIZE)
         rgb = colours[:, :, None, None] * plane
-        sharp = -rgb.repeat_interleave(2, -1).repeat_interleave(2, -2) if sharpen else None
-        return Renders(rgb, 3 * plane, 0.5 * plane, sharp)
+        sr = -rgb.repeat_interleave(2, -1).repeat_interleave(2, -2) if super_resolve else None
+        return Renders(rgb, 3 * plane, 0.5 * plane, sr)
 
 
 def tile(picture: np.ndarray, row: int, column: int, size: int = SIZE) -> list[int]:
@@ -60,7 +60,7 @@ def test_objects_are_rows_and_azimuths_columns():
 
 def test_super_resolved_images_are_shown_beside_their_bicubic_counterparts_at_their_own_size():
     showcase = Showcase.around(torch.tensor([[0.1], [-0.6]]), [2, 1], 4, 0.3)
-    pictures = draw_showcase(render_showcase(FlatSampler(), CAMERAS, showcase, sharpen=True), 4, 2.5, 4.5)
+    pictures = draw_showcase(render_showcase(FlatSampler(), CAMERAS, showcase, super_resolve=True), 4, 2.5, 4.5)
     assert set(pictures) == {"rgb", "depth", "opacity", "sr", "bicubic"}
     assert pictures["sr"].shape == pictures["bicubic"].shape == (2 * (2 * SIZE + 2) + 2, 4 * (2 * SIZE + 2) + 2, 3)
     assert (
@@ -71,7 +71,7 @@ def test_super_resolved_images_are_shown_beside_their_bicubic_counterparts_at_th
 
 def test_a_sharpened_path_shows_both_in_two_rows():
     z, u, v = torch.zeros(1, 2, 1), torch.tensor([0.25]), torch.tensor([0.3])
-    (frame,) = path_frames(FlatSampler(), CAMERAS, z, [1, 3], u, v, sharpen=True)
+    (frame,) = path_frames(FlatSampler(), CAMERAS, z, [1, 3], u, v, super_resolve=True)
     assert tile(frame, 0, 1, 2 * SIZE) == colour(0, 3, 0.25)
     assert tile(frame, 1, 1, 2 * SIZE) == to_uint8(torch.tensor([[[0.0]], [[-0.3]], [[0.5]]]))[:, 0, 0].tolist()
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from graf.data.views import Cameras, Views
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol
 from graf.evaluation.heldout import (
@@ -25,6 +24,7 @@ from graf.evaluation.heldout import (
     psnr,
 )
 from graf.geometry.cameras import Intrinsics, project_points
+from graf.geometry.views import Cameras, Views
 
 PHOTO_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data" / "coil100"
 NAMES = ("red", "green", "blue")

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from graf.data.views import Cameras, PoseRanges, ViewPool
 from graf.evaluation.sampler import Sampler, eval_mode
 from graf.geometry.cameras import Intrinsics
 from graf.geometry.rays import RayCaster
+from graf.geometry.views import Cameras, PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import RaySampling
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, ViewLatents
 from graf.models.field import FieldShape
@@ -96,10 +96,10 @@ def test_codes_are_stable_row_by_row_and_differ_between_rows_and_seeds(sampler):
 
 @pytest.mark.parametrize("ranges", [None, PoseRanges(0, 1, 0.1, 0.4, 3.5, 3.5)])
 def test_random_renders_are_stable_image_by_image(sampler, ranges):
-    pool = ViewPool(torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 200]]), CAMERAS, ranges=ranges)
-    together = sampler.render_random(pool, 4, range(6)).rgb
-    assert torch.equal(together[4:], sampler.render_random(pool, 4, range(4, 6)).rgb)
-    assert not torch.equal(together, sampler.render_random(pool, 5, range(6)).rgb)
+    pose_sampler = PoseSampler(torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 200]]), CAMERAS, ranges=ranges)
+    together = sampler.render_random(pose_sampler, 4, range(6)).rgb
+    assert torch.equal(together[4:], sampler.render_random(pose_sampler, 4, range(4, 6)).rgb)
+    assert not torch.equal(together, sampler.render_random(pose_sampler, 5, range(6)).rgb)
     assert len(together.flatten(1).unique(dim=0)) == 6
 
 
@@ -127,8 +127,8 @@ def test_rendering_advances_no_global_generator_and_leaves_the_training_modes(sa
 
 def test_super_resolution_that_the_run_does_not_have_is_refused(sampler):
     with pytest.raises(ValueError, match="no super-resolution"):
-        sampler.render(sampler.codes(0, range(1)), some_views(1), sharpen=True)
-    assert sampler.render(sampler.codes(0, range(1)), some_views(1)).sharp is None
+        sampler.render(sampler.codes(0, range(1)), some_views(1), super_resolve=True)
+    assert sampler.render(sampler.codes(0, range(1)), some_views(1)).sr is None
 
 
 # ---------------------------------------------------------------- running out of memory
@@ -159,28 +159,28 @@ def test_a_device_too_small_for_a_whole_image_renders_it_in_smaller_chunks_from_
 def test_a_device_too_small_to_sharpen_a_whole_image_does_it_strip_by_strip(sampler, small_device, caplog):
     sampler = with_ccsr(sampler)
     z, views = sampler.codes(0, range(2)), some_views(2)
-    expected = sampler.render(z, views, sharpen=True)
+    expected = sampler.render(z, views, super_resolve=True)
     sampler.generator.chunk = 64
     with LiveTensorMeter() as meter:
-        sampler.render(z, views, sharpen=True)
+        sampler.render(z, views, super_resolve=True)
     with caplog.at_level(logging.WARNING, "graf"), small_device(0.9 * meter.peak):
-        found = sampler.render(z, views, sharpen=True)
+        found = sampler.render(z, views, super_resolve=True)
     assert sampler.ccsr.rows in (6, 3, 1)
-    assert_close(found.sharp, expected.sharp, rtol=1e-5, atol=1e-5)
+    assert_close(found.sr, expected.sr, rtol=1e-5, atol=1e-5)
     assert "rows super-resolved at once 12 -> 6" in caplog.text
     assert len(caplog.records) <= 3  # the second image needs no further try
 
 
-@pytest.mark.parametrize("sharpen", [False, True])
-def test_a_device_too_small_for_anything_ends_with_what_to_lower(sampler, monkeypatch, sharpen):
+@pytest.mark.parametrize("super_resolve", [False, True])
+def test_a_device_too_small_for_anything_ends_with_what_to_lower(sampler, monkeypatch, super_resolve):
     sampler = with_ccsr(sampler)
 
     def fail(*_: object, **__: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sampler.ccsr.trunk if sharpen else sampler.generator.field, "forward", fail)
+    monkeypatch.setattr(sampler.ccsr.trunk if super_resolve else sampler.generator.field, "forward", fail)
     with pytest.raises(OutOfMemory, match="smallest size; lower --resolution"):
-        sampler.render(sampler.codes(0, range(1)), some_views(1), sharpen=sharpen)
+        sampler.render(sampler.codes(0, range(1)), some_views(1), super_resolve=super_resolve)
 
 
 def test_eval_mode_ends_with_an_error_too():

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from graf.data.views import Cameras, ViewPool
 from graf.evaluation import scoring
 from graf.evaluation.extractor import OfflineFeatures, choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, RenderedImages, score_images
 from graf.evaluation.sampler import Renders
 from graf.evaluation.scoring import ScoringTask
+from graf.geometry.views import Cameras, PoseSampler
 from graf.runtime.memory import OutOfMemory
-from graf.runtime.seeding import Draws
+from graf.runtime.randomness import Draws
 
 LABELS = torch.tensor([[0, 0, 0], [1, 0, 90], [0, 0, 180]])
-POOL = ViewPool(LABELS, Cameras(3.5, (0.3,)))
+POOL = PoseSampler(LABELS, Cameras(3.5, (0.3,)))
 PROTOCOL = FidelityProtocol(seed=3, batch_size=4, kid_subsets=3, kid_subset_size=8)
 
 
@@ -29,13 +29,15 @@ class NoiseSampler:
         self.asked: list[int] = []
         self.seeds: set[int] = set()
 
-    def render_random(self, pool: ViewPool, seed: int, indices: range, sharpen: bool = False) -> Renders:
-        assert pool is POOL
+    def render_random(
+        self, pose_sampler: PoseSampler, seed: int, indices: range, super_resolve: bool = False
+    ) -> Renders:
+        assert pose_sampler is POOL
         self.asked += list(indices)
         self.seeds.add(seed)
         rgb = Draws(seed, 0, indices).uniform("noise", 3, 16, 16) * 2 - 1
-        sharp = Draws(seed, 0, indices).uniform("sharp", 3, 32, 32) * 2 - 1 if sharpen else None
-        return Renders(rgb, rgb[:, :1], rgb[:, :1], sharp)
+        sr = Draws(seed, 0, indices).uniform("sharp", 3, 32, 32) * 2 - 1 if super_resolve else None
+        return Renders(rgb, rgb[:, :1], rgb[:, :1], sr)
 
 
 @pytest.fixture

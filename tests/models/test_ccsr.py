@@ -258,11 +258,11 @@ def test_the_whole_module_agrees_exactly_with_its_render(make, autocast, dtype, 
         reduced = module.down(found.image)
     handle.remove()
     assert trunk_dtypes == [torch.bfloat16 if autocast else dtype]
-    assert found.image.dtype == found.free.dtype == reduced.dtype == dtype
-    limit = bound * max(1.0, float(found.free.abs().max()), float(render.abs().max()))
+    assert found.image.dtype == found.unprojected.dtype == reduced.dtype == dtype
+    limit = bound * max(1.0, float(found.unprojected.abs().max()), float(render.abs().max()))
     assert (functional.avg_pool2d(found.image, trunk.scale) - render).abs().max() <= limit
     assert (reduced - render).abs().max() <= limit
-    assert (functional.avg_pool2d(found.free, trunk.scale) - render).abs().max() > 1e-3
+    assert (functional.avg_pool2d(found.unprojected, trunk.scale) - render).abs().max() > 1e-3
 
 
 def test_nothing_clamps_the_output():
@@ -273,7 +273,7 @@ def test_nothing_clamps_the_output():
     with torch.no_grad():
         found = make_ccsr(trunk, 16)(render, torch.tensor([30]), Patches.whole(1))
     assert found.image.max() > 2
-    limit = 1e-6 * max(1.0, float(found.free.abs().max()))
+    limit = 1e-6 * max(1.0, float(found.unprojected.abs().max()))
     assert (functional.avg_pool2d(found.image, 2) - render).abs().max() <= limit
 
 
@@ -290,8 +290,8 @@ def test_the_projection_is_exact_behind_a_trunk_of_half_precision():
     render = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         found = make_ccsr(HalfTrunk(), 16)(render, torch.tensor([0, 200]), Patches.whole(2))
-    assert found.image.dtype == found.free.dtype == torch.float32
-    limit = 1e-6 * max(1.0, float(found.free.abs().max()))
+    assert found.image.dtype == found.unprojected.dtype == torch.float32
+    limit = 1e-6 * max(1.0, float(found.unprojected.abs().max()))
     assert (functional.avg_pool2d(found.image, 2) - render).abs().max() <= limit
 
 
@@ -360,7 +360,7 @@ def test_strips_of_any_height_super_resolve_to_the_whole_image(make, rows):
     whole = ccsr(*arguments)
     ccsr.rows = rows
     strips = ccsr(*arguments)
-    assert_close(strips.free, whole.free, atol=1e-12, rtol=0)
+    assert_close(strips.unprojected, whole.unprojected, atol=1e-12, rtol=0)
     assert_close(strips.image, whole.image, atol=1e-12, rtol=0)
 
 

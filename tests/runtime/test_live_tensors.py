@@ -9,8 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from graf.runtime.activation_checkpointing import evaluate_chunks
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes
-from graf.runtime.recompute import evaluate_chunks
 
 FLOAT = 4
 

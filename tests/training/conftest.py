@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graf.app import builders
 from graf.config import Config, load_config
 from graf.data.datasets import PhotoDataset
 from graf.data.loader import make_loader
-from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.training.trainer import Trainer
 
@@ -34,7 +34,7 @@ def smoke_config(toy_folder: Path) -> Callable[..., Config]:
 @pytest.fixture(scope="session")
 def photographs(smoke_config: Callable[..., Config]) -> PhotoDataset:
     """The photographs that configs/smoke.yaml trains on: labels and poses known."""
-    return assembly.open_photographs(smoke_config())
+    return builders.open_photographs(smoke_config())
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
 
     def make(*overrides: str, data: PhotoDataset = photographs, precision: Precision | None = None) -> Trainer:
         config = smoke_config(*overrides)
-        scene = assembly.describe_scene(config, data)
-        ccsr = assembly.build_ccsr(config)
+        dataset_info = builders.describe_dataset(config, data)
+        ccsr = builders.build_ccsr(config)
         if ccsr is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
@@ -52,10 +52,10 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
                     nn.init.normal_(view, std=0.1)
         return Trainer(
             config,
-            assembly.build_generator(config, len(scene.class_names)),
-            assembly.build_discriminator(config, scene),
-            assembly.build_caster(config, scene),
-            assembly.build_pool(config, data, assembly.build_cameras(config, scene)),
+            builders.build_generator(config, len(dataset_info.class_names)),
+            builders.build_discriminator(config, dataset_info),
+            builders.build_caster(config, dataset_info),
+            builders.build_pose_sampler(config, data, builders.build_cameras(config, dataset_info)),
             precision or Precision("cpu", None),
             CPU,
             ccsr,

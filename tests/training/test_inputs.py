@@ -6,16 +6,16 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 
-from graf.data.views import Cameras, PoseRanges, ViewPool
+from graf.geometry.views import Cameras, PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import RaySampling
-from graf.runtime.seeding import Draws
+from graf.runtime.randomness import Draws
 from graf.training.inputs import InputSampler, StepSettings
 
 CAMERAS = Cameras(3.5, (0.2, 0.4))
 LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180], [0, 1, 7]])
 SETTINGS = StepSettings(0.3, 0.8, 0.5)
 SAMPLER = InputSampler(
-    pool=ViewPool(LABELS, CAMERAS),
+    pose_sampler=PoseSampler(LABELS, CAMERAS),
     dim_z=6,
     uniform_z=False,
     patch_size=4,
@@ -42,7 +42,7 @@ def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, torch.Tenso
 @pytest.mark.parametrize("split", [[(0, 1, 2, 3, 4)], [(0,), (1,), (2,), (3,), (4,)], [(0, 1), (2, 3, 4)]])
 @pytest.mark.parametrize("ranges", [None, PoseRanges(0, 1, 0.1, 0.4, 3, 4)])
 def test_a_fake_does_not_depend_on_the_batch_it_is_drawn_in(split, ranges):
-    sampler = replace(SAMPLER, pool=ViewPool(LABELS, CAMERAS, ranges=ranges))
+    sampler = replace(SAMPLER, pose_sampler=PoseSampler(LABELS, CAMERAS, ranges=ranges))
     whole = dict(tensors_of(sampler.draw_fakes(draws(0, 1, 2, 3, 4), "g", SETTINGS)))
     parts = [dict(tensors_of(sampler.draw_fakes(draws(*part), "g", SETTINGS))) for part in split]
     assert len(whole) >= 12

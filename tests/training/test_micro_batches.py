@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from graf.program import assembly
-from graf.program.failures import explain_failure
+from graf.app import builders
+from graf.app.failures import explain_failure
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import OutOfMemory
-from graf.training.game import Game
+from graf.training.objective import GANObjective
 from graf.training.players import Player
 from graf.training.trainer import MicroBatch, Trainer
 
@@ -36,7 +36,7 @@ EVERYTHING = (
 @pytest.fixture(scope="module")
 def photographs(smoke_config):
     """Photographs at the resolution of super-resolution."""
-    return assembly.open_photographs(smoke_config(*EVERYTHING))
+    return builders.open_photographs(smoke_config(*EVERYTHING))
 
 
 @pytest.fixture
@@ -138,9 +138,9 @@ FAULTS = {
 def fault(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> Iterator[list[int]]:
     """Call number `at` of a method of the game runs out of memory, after it has computed its result."""
     calls: list[int] = []
-    original = getattr(Game, method)
+    original = getattr(GANObjective, method)
 
-    def faulty(game: Game, *arguments: Any, **keywords: Any) -> Any:
+    def faulty(game: GANObjective, *arguments: Any, **keywords: Any) -> Any:
         result = original(game, *arguments, **keywords)
         calls.append(len(calls))
         if len(calls) == at:
@@ -148,7 +148,7 @@ def fault(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> Iterator[lis
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(Game, method, faulty)
+        patch.setattr(GANObjective, method, faulty)
         yield calls
 
 
@@ -248,7 +248,7 @@ def test_other_errors_are_not_retried(make_trainer, batch, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(Game, "generator_terms", broken)
+    monkeypatch.setattr(GANObjective, "generator_terms", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         trainer.step(*batch)
     assert trainer.micro_batch_size == 5

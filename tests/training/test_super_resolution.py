@@ -12,20 +12,20 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from graf.data.views import ViewPool
+from graf.app import builders
 from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches
+from graf.geometry.views import PoseSampler
 from graf.geometry.volume_rendering import RayColours
 from graf.geometry.warping import SurfaceView, warp_between
 from graf.models.ccsr import BoxProjection, upsample
 from graf.models.generator import rays_to_image
 from graf.models.rrdb import RRDBTrunk
-from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
-from graf.runtime.seeding import Draws
+from graf.runtime.randomness import Draws
 from graf.training import trainer as trainer_module
-from graf.training.game import RenderedPatches
 from graf.training.inputs import FakeInputs, StepSettings
+from graf.training.objective import RenderedPatches
 from graf.training.perceptual import PerceptualDistance, load_perceptual_distance
 from graf.training.trainer import Trainer, consistency_weight
 
@@ -41,7 +41,7 @@ SIDE, SCALE = 16, 2
 @pytest.fixture(scope="module")
 def photographs(smoke_config):
     """Photographs at the resolution of super-resolution."""
-    return assembly.open_photographs(smoke_config(*TINY))
+    return builders.open_photographs(smoke_config(*TINY))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def views_around(*angles: int) -> set[int]:
 def generate_from(trainer: Trainer, *angles: int) -> None:
     """Generated images take these label angles alone."""
     labels = torch.tensor([[0, 0, angle] for angle in angles])
-    trainer.inputs = replace(trainer.inputs, pool=ViewPool(labels, trainer.inputs.pool.cameras))
+    trainer.inputs = replace(trainer.inputs, pose_sampler=PoseSampler(labels, trainer.inputs.pose_sampler.cameras))
 
 
 def fakes_of(trainer: Trainer, count: int = 3, purpose: str = "g") -> FakeInputs:
@@ -83,7 +83,7 @@ def fakes_of(trainer: Trainer, count: int = 3, purpose: str = "g") -> FakeInputs
 
 def render(trainer: Trainer, fakes: FakeInputs) -> RenderedPatches:
     with torch.no_grad():
-        return trainer.game.render_patches(fakes)
+        return trainer.objective.render_patches(fakes)
 
 
 # ---------------------------------------------------------------- whose weights move
@@ -248,9 +248,9 @@ def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_reso
     grid = patch_grid(fakes.patches, SCALE * SIDE)
     crops = torch.stack([fine[i, :, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
     grids = torch.stack([grid[i, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
-    rays = trainer.game.caster.cast(fakes.views.poses, grids)
+    rays = trainer.objective.caster.cast(fakes.views.poses, grids)
     finer = rays_to_image(trainer.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise).rgb, SIDE)
-    found = trainer.game.generator_terms(fakes, low, 3, sharpen=True)["loss_g_supervision"]
+    found = trainer.objective.generator_terms(fakes, low, 3, super_resolve=True)["loss_g_supervision"]
     assert_close(found, (finer - crops).square().mean(), rtol=1e-4, atol=1e-7)
     assert found > 1e-3
     of_g = torch.autograd.grad(found, list(trainer.generator.parameters()), retain_graph=True)
@@ -295,13 +295,13 @@ def test_consistency_is_taken_before_the_projection_after_which_it_would_be_zero
     fakes = fakes_of(trainer)
     low = render(trainer, fakes)
     with torch.no_grad():
-        image, free = trainer.game.super_resolve(low.rgb, fakes.views, fakes.patches)
-        found = trainer.game.super_resolution_terms(fakes, low, 3)["loss_sr_consistency"]
-    assert image.dtype == free.dtype == found.dtype == torch.float32
-    expected = (functional.avg_pool2d(free, SCALE) - low.rgb).square().mean()
+        image, unprojected = trainer.objective.super_resolve(low.rgb, fakes.views, fakes.patches)
+        found = trainer.objective.super_resolution_terms(fakes, low, 3)["loss_sr_consistency"]
+    assert image.dtype == unprojected.dtype == found.dtype == torch.float32
+    expected = (functional.avg_pool2d(unprojected, SCALE) - low.rgb).square().mean()
     assert_close(found, expected)
     assert found > 1e-4
-    limit = 1e-6 * max(1.0, float(free.abs().max()))
+    limit = 1e-6 * max(1.0, float(unprojected.abs().max()))
     assert (functional.avg_pool2d(image, SCALE) - low.rgb).abs().max() <= limit
 
 
@@ -354,7 +354,7 @@ def test_super_resolved_crops_are_slices_that_lie_where_they_say(make_trainer, f
     fakes = replace(fakes, crop=crop, patches=place_patches(torch.rand(5, 3), 0.3, 0.9))
     x, y = patch_grid(fakes.patches, factor * SIDE).unbind(-1)
     image = torch.stack([x, y, torch.rand_like(x)], 1)
-    found, condition = trainer.game._crop_super_resolved(image, fakes)
+    found, condition = trainer.objective._crop_super_resolved(image, fakes)
     corner = torch.floor(crop * ((factor - 1) * SIDE + 1)).long()
     assert corner[:2].tolist() == [[0, 0], [(factor - 1) * SIDE] * 2]
     for i, (left, top) in enumerate(corner.tolist()):
@@ -373,7 +373,7 @@ def test_real_crops_show_the_photographs_where_they_say(make_trainer):
         Draws(0, 0, range(4)), photograph.repeat(4, 1, 1, 1), torch.tensor([[0, 0, 10]] * 4), StepSettings(0.4, 0.9, 0)
     )
     reals = replace(reals, patches=Patches(reals.patches.scale, reals.patches.centre.clamp(-0.05, 0.05)))
-    found, condition = trainer.game.real_crops(reals)
+    found, condition = trainer.objective.real_crops(reals)
     assert found.shape == (4, 3, SIDE, SIDE)
     assert_close(condition.patches.scale, reals.patches.scale / SCALE)
     assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-5, rtol=0)
@@ -387,10 +387,10 @@ def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_tra
     ((images, labels),) = batches(1, size=4, data=photographs)
     assert images.shape == (4, 3, 32, 32)
     reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), images, labels, StepSettings(0.5, 1.0, 0))
-    found, condition = trainer.game.real_patches(reals)
+    found, condition = trainer.objective.real_patches(reals)
     assert_close(found, crop_images(functional.avg_pool2d(images, SCALE), reals.patches, SIDE), atol=1e-6, rtol=0)
     assert condition.patches is reals.patches
-    whole, _ = trainer.game.real_patches(replace(reals, patches=Patches.whole(4)))
+    whole, _ = trainer.objective.real_patches(replace(reals, patches=Patches.whole(4)))
     assert_close(whole, functional.avg_pool2d(images, SCALE), atol=1e-6, rtol=0)
 
 
@@ -411,7 +411,7 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
             "forward",
             lambda patches, said: calls.append((patches, said)) or forward(patches, said),
         )
-        terms = trainer.game.discriminator_terms(reals, fakes, low, 3, sharpen=True)
+        terms = trainer.objective.discriminator_terms(reals, fakes, low, 3, super_resolve=True)
     assert [tuple(patches.shape) for patches, _ in calls] == [(3, 3, SIDE, SIDE)] * 4
     _, (fake, said_low), (_, said_real), (fine_fake, said_fine) = calls
     with torch.no_grad():
@@ -430,7 +430,7 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
     assert_close(terms["d_real"], torch.sigmoid(on_real[0]).mean())
     assert_close(terms["d_real_sr"], torch.sigmoid(on_fine_real[0]).mean())
     assert_close(terms["d_fake_sr"], torch.sigmoid(on_fine_fake[0]).mean())
-    class_loss = sum(trainer.game._class_loss(on[1], reals.views).mean() for on in (on_real, on_fine_real))
+    class_loss = sum(trainer.objective._class_loss(on[1], reals.views).mean() for on in (on_real, on_fine_real))
     assert_close(terms["loss_d_class"].detach(), class_loss)
     terms["loss_d"].backward()
     assert all(parameter.grad is None for parameter in trainer.ccsr.parameters())
@@ -440,7 +440,7 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
         point = patches.detach().clone().requires_grad_(True)
         return torch.autograd.grad(forward(point, said)[0].sum(), point)[0].square().sum() / 3
 
-    penalty = trainer.game.penalty_terms(reals, low, 3, trainer.d.scaler, sharpen=True)["penalty"]
+    penalty = trainer.objective.penalty_terms(reals, low, 3, trainer.d.scaler, super_resolve=True)["penalty"]
     assert_close(penalty.detach(), r1(*calls[0]) + r1(*calls[2]), rtol=1e-4, atol=1e-7)
 
 
@@ -449,10 +449,10 @@ def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
     fakes = fakes_of(trainer)
     low = render(trainer, fakes)
     with torch.no_grad():
-        image, _ = trainer.game.super_resolve(low.rgb, fakes.views, fakes.patches)
-        logits, _ = trainer.discriminator(*trainer.game._crop_super_resolved(image, fakes))
+        image, _ = trainer.objective.super_resolve(low.rgb, fakes.views, fakes.patches)
+        logits, _ = trainer.discriminator(*trainer.objective._crop_super_resolved(image, fakes))
     assert_close(
-        trainer.game.super_resolution_terms(fakes, low, 3)["loss_sr"].detach(), functional.softplus(-logits).mean()
+        trainer.objective.super_resolution_terms(fakes, low, 3)["loss_sr"].detach(), functional.softplus(-logits).mean()
     )
 
 
@@ -500,7 +500,7 @@ def make_scene(make_trainer):
         trainer = make_trainer("ccsr.agreement=1", "ccsr.agreement_degrees=45", "data.imsize=16")
         generate_from(trainer, 0)
         fakes = replace(fakes_of(trainer, 2), patches=Patches.whole(2), turn=torch.full((2,), turn))
-        return replace(trainer.game, generator=Ball(paint, radius)), fakes
+        return replace(trainer.objective, generator=Ball(paint, radius)), fakes
 
     return make
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from graf.app import builders
 from graf.config import Config
 from graf.geometry.rays import crop_images
 from graf.models.discriminator import PatchCondition
 from graf.models.generator import rays_to_image
-from graf.program import assembly
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.training import losses
@@ -286,7 +286,7 @@ def test_the_class_targets_are_class_height_and_nearest_azimuth_bin(make_trainer
     trainer.step(torch.rand(10, 3, 32, 32), labels)
     assert targets[0][:, :2].tolist() == labels[:, :2].tolist()
     assert targets[0][:, 2].tolist() == [0, 0, 1, 1, 1, 2, 4, 7, 0, 0]
-    own = {tuple(label) for label in trainer.inputs.pool.views.labels.tolist()}
+    own = {tuple(label) for label in trainer.inputs.pose_sampler.views.labels.tolist()}
     bins = {(c, h, (angle * 8 + 180) // 360 % 8) for c, h, angle in own}
     assert {tuple(target) for target in targets[1].tolist()} <= bins
 
@@ -375,7 +375,7 @@ def faces(tmp_path: Path, smoke_config):
         *("data.umin=0.1", "data.umax=0.3", "data.vmin=0.3", "data.vmax=0.4"),
     )
     config: Config = smoke_config(*overrides)
-    return assembly.open_photographs(config), overrides
+    return builders.open_photographs(config), overrides
 
 
 def test_photographs_without_poses_train_with_mirrors_and_sampled_cameras(make_trainer, batches, monkeypatch, faces):

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graf.app.runs import BEST_CHECKPOINT, RunFolder
 from graf.config import Config
-from graf.data.views import Cameras
+from graf.evaluation.consistency_task import ConsistencyTask
 from graf.evaluation.fidelity import is_better, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
-from graf.evaluation.render import save_png
-from graf.evaluation.rings import ConsistencyTask
+from graf.evaluation.pictures import save_png
 from graf.evaluation.sampler import Sampler
 from graf.evaluation.scoring import ScoringTask
-from graf.program.runs import BEST_CHECKPOINT, RunFolder
+from graf.geometry.views import Cameras
 from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
@@ -62,13 +62,13 @@ class LogHook:
         memory = read_memory(trainer.device)
         memory.pop("peak", None)  # of what came after the last phase; those of the phases follow
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
-        scalars |= trainer.meter.scalars()
+        scalars |= trainer.profiler.scalars()
         scalars["seconds_release_cache"] = self.caches.take_seconds()
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
         shown["MiB"] = next(iter(memory.values()), float("nan"))
-        if trainer.meter.worst is not None:
-            name, peak = trainer.meter.worst
+        if trainer.profiler.worst is not None:
+            name, peak = trainer.profiler.worst
             shown[f"peak ({name})"] = peak
         self.log.progress(progress.iteration, shown)
 
@@ -90,14 +90,14 @@ class SampleHook:
         iteration = trainer.progress.iteration
         early = self.every > 0 and iteration in EARLY_SAMPLES and iteration < self.every
         if early or is_due(iteration, self.every):
-            with trainer.meter.watch(*trainer.owners), trainer.meter.phase("sample"):
+            with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("sample"):
                 self.write(iteration)
             self.caches.after_phase()
 
     def write(self, iteration: int) -> None:
         """Render and save the grids of this iteration."""
         caster = self.sampler.caster
-        rows = render_showcase(self.sampler, self.cameras, self.showcase, sharpen=self.sampler.ccsr is not None)
+        rows = render_showcase(self.sampler, self.cameras, self.showcase, super_resolve=self.sampler.ccsr is not None)
         columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
         grids = draw_showcase(rows, self.showcase.columns, caster.near, caster.far, self.row_labels, columns)
         for name, picture in grids.items():
@@ -133,7 +133,7 @@ class ScoreHook:
         if iteration == self._last:
             return
         self._last = iteration
-        with trainer.meter.watch(*trainer.owners), trainer.meter.phase("score"):
+        with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("score"):
             self._score(trainer)
 
     def _score(self, trainer: Trainer) -> None:
@@ -192,7 +192,7 @@ class CheckpointHook:
     def save(self, trainer: Trainer, name: str) -> None:
         """Write one checkpoint file of the whole training state."""
         meta = self.meta | {"iteration": trainer.progress.iteration}
-        with trainer.meter.phase("save"):
+        with trainer.profiler.phase("save"):
             save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
         self.caches.after_phase()
 

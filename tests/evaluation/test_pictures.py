@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from graf.evaluation import render
-from graf.evaluation.render import (
+from graf.evaluation import pictures
+from graf.evaluation.pictures import (
     Picture,
     depth_to_rgb,
     label_grid,
@@ -152,7 +152,7 @@ def test_a_video_that_could_not_be_finished_is_removed(tmp_path: Path) -> None:
 
 def test_without_ffmpeg_a_gif_is_written_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(render, "warn_once", lambda message, key=None: said.append(message))
+    monkeypatch.setattr(pictures, "warn_once", lambda message, key=None: said.append(message))
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # an import of it now fails
     path = write_video(tmp_path / "turn.mp4", make_frames(4), fps=10)
     assert path.name == "turn.gif"

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graf.app import builders
+from graf.app.runs import RunFolder, describe_changes, newest_run
 from graf.config import Config, ConfigError
-from graf.data.views import Cameras, Views
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
-from graf.evaluation.render import Picture, save_png, write_video
+from graf.evaluation.pictures import Picture, save_png, write_video
 from graf.evaluation.sampler import Sampler
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import median_height, ring
-from graf.program import assembly
-from graf.program.runs import RunFolder, describe_changes, newest_run
+from graf.geometry.views import Cameras, Views
 from graf.runtime.amp import choose_precision
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device
@@ -43,7 +43,7 @@ class Presentation:
 
     options: argparse.Namespace
     config: Config
-    scene: assembly.Scene
+    dataset_info: builders.DatasetInfo
     cameras: Cameras
     sampler: Sampler
     folder: Path
@@ -96,11 +96,11 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
     file = Path(options.checkpoint) if options.checkpoint else run.choose_checkpoint()
     checkpoint = read_checkpoint(file)
     try:
-        scene = assembly.Scene(**checkpoint["meta"]["scene"])
+        dataset_info = builders.DatasetInfo(**checkpoint["meta"]["scene"])
         iteration = int(checkpoint["meta"]["iteration"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: has no description of its scene ({error}); it is not a checkpoint of train.py"
+            f"{file}: has no description of its data set ({error}); it is not a checkpoint of train.py"
         ) from error
     if file.resolve().parent != run.checkpoints.resolve():
         _require_same_renders(checkpoint["meta"].get("config", {}), config, file, run)
@@ -108,8 +108,8 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
     device = pick_device(options.device)
     configure_backends(device)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
-    generator = assembly.build_generator(config, len(scene.class_names)).to(device)
-    ccsr = assembly.build_ccsr(config, pretrained=False)
+    generator = builders.build_generator(config, len(dataset_info.class_names)).to(device)
+    ccsr = builders.build_ccsr(config, pretrained=False)
     networks = {"average": AveragedNetwork(generator)}
     if ccsr is not None:
         networks["average_ccsr"] = AveragedNetwork(ccsr.to(device))
@@ -122,7 +122,7 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
     logger.info("%s, iteration %d, on %s", file, iteration, describe_device(device))
     if options.sr and ccsr is None:
         raise ConfigError("--sr: this run has no super-resolution; train one with ccsr.enabled=true")
-    heights = options.heights or [scene.v_list[median_height(scene.v_list)]]
+    heights = options.heights or [dataset_info.v_list[median_height(dataset_info.v_list)]]
     for name, value, low, high in (
         ("--views", options.views, 1, 360),
         ("--frames", options.frames, 2, 100_000),
@@ -135,19 +135,19 @@ def open_presentation(options: argparse.Namespace) -> Presentation:
     ):
         if not low <= value <= high:
             raise ConfigError(f"{name}={value}: expected {low} to {high}")
-    sampler = assembly.build_sampler(config, scene, precision, device, generator, ccsr)
+    sampler = builders.build_sampler(config, dataset_info, precision, device, generator, ccsr)
     if options.resolution is not None:
         sampler = replace(sampler, resolution=options.resolution)
     return Presentation(
         options=options,
         config=config,
-        scene=scene,
-        cameras=assembly.build_cameras(config, scene),
+        dataset_info=dataset_info,
+        cameras=builders.build_cameras(config, dataset_info),
         sampler=sampler,
         folder=run.evaluation,
         checkpoint=str(file),
         iteration=iteration,
-        classes=_choose_classes(options.classes, scene.class_names),
+        classes=_choose_classes(options.classes, dataset_info.class_names),
         heights=list(heights),
     )
 
@@ -208,7 +208,9 @@ def write_grids(shown: Presentation) -> list[Path]:
         )
         rows = [f"{number}  v {height:g}" for height in shown.heights for number in range(len(z))]
         for name, picture in draw_showcase(renders, views, caster.near, caster.far, rows, columns).items():
-            written.append(save_png(shown.path(f"grid_{shown.scene.class_names[class_idx]}_{name}.png"), picture))
+            written.append(
+                save_png(shown.path(f"grid_{shown.dataset_info.class_names[class_idx]}_{name}.png"), picture)
+            )
     return written
 
 
@@ -238,7 +240,7 @@ def write_rotation(shown: Presentation) -> list[Path]:
 def write_elevation(shown: Presentation) -> list[Path]:
     """From the lowest to the highest camera of the collection and back, from azimuth 45 degrees."""
     z, classes = _all_objects(shown)
-    low, high = max(shown.scene.v_list), min(shown.scene.v_list)
+    low, high = max(shown.dataset_info.v_list), min(shown.dataset_info.v_list)
     if low - high < 0.05:  # one height: show what the field has learned around it
         low, high = min(low + 0.15, 0.5), max(high - 0.15, 0.0)
     swing = 0.5 - 0.5 * torch.cos(2 * torch.pi * torch.arange(shown.options.frames) / shown.options.frames)
@@ -272,7 +274,7 @@ def write_shape_appearance(shown: Presentation) -> list[Path]:
         pictures = draw_showcase(
             [renders], count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels]
         )
-        name = f"shape_appearance_{shown.scene.class_names[class_idx]}"
+        name = f"shape_appearance_{shown.dataset_info.class_names[class_idx]}"
         for kind in ("rgb", "sr", "bicubic"):
             if kind in pictures:
                 file = f"{name}.png" if kind == "rgb" else f"{name}_{kind}.png"
@@ -286,13 +288,13 @@ def write_fid_kid(shown: Presentation) -> list[Path]:
     With super-resolution also of its output, and of bicubic upsampling, against the high-resolution photographs.
     """
     evaluation = shown.config.evaluation
-    photographs = assembly.open_photographs(shown.config)
-    protocol = assembly.build_protocol(shown.config)
+    photographs = builders.open_photographs(shown.config)
+    protocol = builders.build_protocol(shown.config)
     if shown.options.seed is not None:
         protocol = replace(protocol, seed=shown.seed)
     task = ScoringTask(
         shown.sampler,
-        assembly.build_pool(shown.config, photographs, shown.cameras),
+        builders.build_pose_sampler(shown.config, photographs, shown.cameras),
         choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download),
         protocol,
         shown.options.num_images or evaluation.num_images,
@@ -302,7 +304,7 @@ def write_fid_kid(shown: Presentation) -> list[Path]:
         "iteration": shown.iteration,
         "ema": shown.config.training.model_average_beta > 0,
     }
-    real = assembly.real_images(photographs, shown.sampler.ccsr)
+    real = builders.real_images(photographs, shown.sampler.ccsr)
     if "sr" in real:
         real["bicubic"] = real["sr"]
     rows = []
@@ -318,23 +320,23 @@ def write_consistency(shown: Presentation) -> list[Path]:
     """How well super-resolved views agree with their renders, each other and, on synthetic data, the truth."""
     if shown.sampler.ccsr is None:
         raise ConfigError("--consistency: this run has no super-resolution; train one with ccsr.enabled=true")
-    report = assembly.build_consistency(shown.config, shown.scene, shown.sampler, shown.classes).measure()
+    report = builders.build_consistency(shown.config, shown.dataset_info, shown.sampler, shown.classes).measure()
     print(report.text())
     return [_write_json(shown.path("consistency.json"), {"iteration": shown.iteration, **report.as_dict()})]
 
 
 def write_heldout(shown: Presentation) -> list[Path]:
     """Renders of the views that training never saw against their photographs; see graf.evaluation.heldout."""
-    if not shown.scene.poses_known:
+    if not shown.dataset_info.poses_known:
         raise ConfigError("--heldout: nobody knows from where these photographs were taken (data.type=image_folder)")
     if not shown.config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
-    training, heldout = (assembly.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
+    training, heldout = (builders.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
     means, (images, _) = (
-        _stack(assembly.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in (training, heldout)
+        _stack(builders.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in (training, heldout)
     )
-    views = assembly.build_pool(shown.config, heldout, shown.cameras).views
-    photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), shown.scene.class_names)
+    views = builders.build_pose_sampler(shown.config, heldout, shown.cameras).views
+    photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), shown.dataset_info.class_names)
     codes = shown.sampler.codes(shown.seed, range(NUM_HELDOUT_CODES))
     with progress_bar(desc="held-out views", unit="image", total=3 * len(codes) * len(images)) as bar:
 
@@ -346,7 +348,7 @@ def write_heldout(shown: Presentation) -> list[Path]:
             photographs,
             render,
             choose_extractor("offline"),
-            assembly.build_protocol(shown.config),
+            builders.build_protocol(shown.config),
             shown.sampler.device,
             num_z=len(codes),
             provenance={"iteration": shown.iteration},

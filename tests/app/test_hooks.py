@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from graf.program import hooks
-from graf.program.runs import RunFolder
+from graf.app import hooks
+from graf.app.runs import RunFolder
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog
 from graf.runtime.memory import CacheRelease
-from graf.runtime.phases import PhaseMeter
+from graf.runtime.memory_profiler import MemoryProfiler
 from graf.training.trainer import Progress
 
 CPU = torch.device("cpu")
@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 def trainer_at(iteration: int, seconds: float = 0.0) -> SimpleNamespace:
     """What the hooks use of a Trainer."""
-    meter = PhaseMeter(CPU)
+    meter = MemoryProfiler(CPU)
     meter.readings["d"] = {"live_peak": 12.0}
     return SimpleNamespace(
         progress=Progress(iteration, seconds),
         device=CPU,
-        meter=meter,
+        profiler=meter,
         owners=[],
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,

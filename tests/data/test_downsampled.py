@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from graf.data.reduction import ReducedPhotographs
+from graf.data.downsampled import DownsampledPhotographs
 from graf.models.ccsr import BoxProjection, KernelProjection
 
 
@@ -28,7 +28,7 @@ class Photographs(Dataset):
 @pytest.mark.parametrize("scale", [2, 4])
 def test_reduced_photographs_are_block_means_with_the_same_labels(scale):
     photographs = Photographs()
-    reduced = ReducedPhotographs(photographs, BoxProjection(scale).down, f"box{scale}")
+    reduced = DownsampledPhotographs(photographs, BoxProjection(scale).down, f"box{scale}")
     assert len(reduced) == 3
     for index in range(3):
         image, label = reduced[index]
@@ -39,7 +39,7 @@ def test_reduced_photographs_are_block_means_with_the_same_labels(scale):
 def test_reduction_is_that_of_the_projection_and_leaves_no_graph():
     project, photographs = KernelProjection(2, (0.125, 0.375, 0.375, 0.125)), Photographs()
     photographs.images.requires_grad_(True)
-    image, _ = ReducedPhotographs(photographs, project.down, "binomial")[2]
+    image, _ = DownsampledPhotographs(photographs, project.down, "binomial")[2]
     assert not image.requires_grad
     assert torch.equal(image, project.down(photographs.images.detach()[2:3])[0])
 
@@ -47,7 +47,7 @@ def test_reduction_is_that_of_the_projection_and_leaves_no_graph():
 def test_the_fingerprint_tells_photographs_and_reductions_apart():
     def names(projection, name):
         photographs = Photographs()
-        return photographs.fingerprint(), ReducedPhotographs(photographs, projection.down, name).fingerprint()
+        return photographs.fingerprint(), DownsampledPhotographs(photographs, projection.down, name).fingerprint()
 
     full, box = names(BoxProjection(2), "box2")
     _, other = names(BoxProjection(4), "box4")

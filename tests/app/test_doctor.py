@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from graf.data.doctor import draw_cameras, main, outline_sphere
+from graf.app.doctor import draw_cameras, main, outline_sphere
 from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
 
 PICTURES = {"contact_sheet.png", "cameras.png", "overlay.png"}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from graf.data.views import Cameras, Views
 from graf.evaluation.consistency import ConsistencyReport, Ring, TrueViews, measure_consistency
 from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import ring
 from graf.geometry.rays import Patches
+from graf.geometry.views import Cameras, Views
 from graf.geometry.warping import SurfaceView
 
 #: (class index, views, side of the renders, side of the super-resolved images) -> what a true object looks like
@@ -45,11 +45,11 @@ class ConsistencyTask:
     def _render_ring(self, class_idx: int) -> Ring:
         z = self.sampler.codes(self.seed, range(1)).expand(self.num_views, -1)
         views = self.cameras.views_at(torch.full((self.num_views,), class_idx), *ring(self.num_views, self.v))
-        renders = self.sampler.render(z, views, sharpen=True)
-        assert renders.sharp is not None
+        renders = self.sampler.render(z, views, super_resolve=True)
+        assert renders.sr is not None
         surface = SurfaceView.from_render(
             renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), self.sampler.caster
         )
-        low, high = renders.rgb.shape[-1], renders.sharp.shape[-1]
+        low, high = renders.rgb.shape[-1], renders.sr.shape[-1]
         truth = None if self.truth is None else self.truth(class_idx, views, low, high)
-        return Ring(surface, renders.sharp, truth)
+        return Ring(surface, renders.sr, truth)

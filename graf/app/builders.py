@@ -14,17 +14,17 @@ from torch import Tensor
 
 from graf.config import Config, ConfigError, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
+from graf.data.downsampled import DownsampledPhotographs
 from graf.data.images import square_side
-from graf.data.reduction import ReducedPhotographs
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
-from graf.data.views import Cameras, PoseRanges, ViewPool, Views
 from graf.evaluation.consistency import TrueViews
+from graf.evaluation.consistency_task import ConsistencyTask
 from graf.evaluation.fidelity import FidelityProtocol
-from graf.evaluation.rings import ConsistencyTask
 from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics, median_height
 from graf.geometry.rays import RayCaster
+from graf.geometry.views import Cameras, PoseRanges, PoseSampler, Views
 from graf.geometry.volume_rendering import RaySampling
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, UnitRange, ViewLatents
 from graf.models.discriminator import DiscriminatorShape, PatchDiscriminator
@@ -33,12 +33,12 @@ from graf.models.generator import Generator
 from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once, warn_once
-from graf.runtime.seeding import derive_seed, preserve_rng, seed_everything
+from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Scene:
+class DatasetInfo:
     """What the photographs say about the world; a checkpoint carries it, so that renders need no photographs.
 
     fov in degrees; poses_known: whether every photograph has a known camera.
@@ -50,7 +50,7 @@ class Scene:
     poses_known: bool
 
     def as_meta(self) -> dict[str, Any]:
-        """Plain values for a checkpoint; `Scene(**meta)` reads them back."""
+        """Plain values for a checkpoint; `DatasetInfo(**meta)` reads them back."""
         return asdict(self)
 
 
@@ -86,8 +86,8 @@ def check_batch_size(config: Config, num_images: int) -> None:
         raise ConfigError(batch_too_large(config.training.batch_size, num_images))
 
 
-def describe_scene(config: Config, dataset: PhotoDataset) -> Scene:
-    """The scene of a data set."""
+def describe_dataset(config: Config, dataset: PhotoDataset) -> DatasetInfo:
+    """What the photographs of a data set say about the world."""
     fov = config.data.fov
     if dataset.fov is not None and abs(dataset.fov - fov) > 1e-3:
         info_once(f"data.fov={fov}: the data set states {dataset.fov:.3f} degrees, which is used instead")
@@ -95,38 +95,38 @@ def describe_scene(config: Config, dataset: PhotoDataset) -> Scene:
     v_list = tuple(dataset.v_list)
     if not dataset.poses_known and config.data.v_list is None:  # nothing names a height: show the middle of the range
         v_list = ((config.data.vmin + config.data.vmax) / 2,)
-    return Scene(tuple(dataset.class_names), v_list, fov, dataset.poses_known)
+    return DatasetInfo(tuple(dataset.class_names), v_list, fov, dataset.poses_known)
 
 
-def build_cameras(config: Config, scene: Scene) -> Cameras:
+def build_cameras(config: Config, dataset_info: DatasetInfo) -> Cameras:
     """How labels become cameras."""
-    return Cameras(sum(config.data.radius_range) / 2, tuple(scene.v_list), config.data.angle_direction)
+    return Cameras(sum(config.data.radius_range) / 2, tuple(dataset_info.v_list), config.data.angle_direction)
 
 
-def build_caster(config: Config, scene: Scene) -> RayCaster:
+def build_caster(config: Config, dataset_info: DatasetInfo) -> RayCaster:
     """The camera model and the range in which rays are sampled."""
     data = config.data
-    intrinsics = Intrinsics.from_fov(data.imsize, scene.fov)
+    intrinsics = Intrinsics.from_fov(data.imsize, dataset_info.fov)
     return RayCaster(intrinsics, data.near, data.far, config.nerf.bounding_radius)
 
 
-def build_pool(config: Config, dataset: PhotoDataset, cameras: Cameras) -> ViewPool:
+def build_pose_sampler(config: Config, dataset: PhotoDataset, cameras: Cameras) -> PoseSampler:
     """The distribution of classes and cameras from which generated images take theirs."""
     data = config.data
     ranges = None if dataset.poses_known else PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
-    return ViewPool(dataset.labels, cameras, poses=dataset.poses, ranges=ranges)
+    return PoseSampler(dataset.labels, cameras, poses=dataset.poses, ranges=ranges)
 
 
 def build_sampler(
     config: Config,
-    scene: Scene,
+    dataset_info: DatasetInfo,
     precision: Precision,
     device: torch.device,
     generator: Generator,
     ccsr: CCSR | None = None,
 ) -> Sampler:
-    """Renders whole images at the generator's resolution, and sharpens them where there is a `ccsr`."""
-    caster, uniform_z = build_caster(config, scene), config.z_dist.type == "uniform"
+    """Renders whole images at the generator's resolution, and super-resolves them where there is a `ccsr`."""
+    caster, uniform_z = build_caster(config, dataset_info), config.z_dist.type == "uniform"
     sampling = None
     if config.evaluation.N_samples is not None:
         sampling = RaySampling(config.evaluation.N_samples, config.nerf.N_importance)
@@ -139,29 +139,33 @@ def real_images(photographs: PhotoDataset, ccsr: CCSR | None) -> dict[str, Any]:
         return {"render": photographs}
     projection = copy.deepcopy(ccsr.projection).cpu()
     name = f"{type(projection).__name__}{projection.scale}{getattr(projection, 'taps', '')}"
-    return {"render": ReducedPhotographs(photographs, projection.down, name), "sr": photographs}
+    return {"render": DownsampledPhotographs(photographs, projection.down, name), "sr": photographs}
 
 
-def build_consistency(config: Config, scene: Scene, sampler: Sampler, classes: Sequence[int]) -> ConsistencyTask:
+def build_consistency(
+    config: Config, dataset_info: DatasetInfo, sampler: Sampler, classes: Sequence[int]
+) -> ConsistencyTask:
     """The consistency measurement of a run: one object per class, median height; synthetic data know the truth."""
     synthetic = config.data.type == "synthetic" and config.data.synthetic.instances == 1
     return ConsistencyTask(
         sampler=sampler,
-        cameras=build_cameras(config, scene),
+        cameras=build_cameras(config, dataset_info),
         classes=classes,
-        v=scene.v_list[median_height(scene.v_list)],
+        v=dataset_info.v_list[median_height(dataset_info.v_list)],
         seed=config.evaluation.seed,
-        truth=partial(_render_truth, config, scene) if synthetic else None,
+        truth=partial(_render_truth, config, dataset_info) if synthetic else None,
     )
 
 
-def _render_truth(config: Config, scene: Scene, class_idx: int, views: Views, low: int, high: int) -> TrueViews:
+def _render_truth(
+    config: Config, dataset_info: DatasetInfo, class_idx: int, views: Views, low: int, high: int
+) -> TrueViews:
     """A synthetic object as it really looks: colours at `high`, depth and mask at `low` resolution."""
     known = config.data.synthetic
-    toy = CLASS_NAMES.index(scene.class_names[class_idx])
+    toy = CLASS_NAMES.index(dataset_info.class_names[class_idx])
 
     def render(side: int) -> tuple[Tensor, Tensor, Tensor]:
-        intrinsics = Intrinsics.from_fov(side, scene.fov)
+        intrinsics = Intrinsics.from_fov(side, dataset_info.fov)
         return render_views(toy, views.poses, intrinsics, seed=known.seed, white_bkgd=config.data.white_bkgd)
 
     images, _, _ = render(high)
@@ -208,22 +212,22 @@ def build_generator(config: Config, num_classes: int) -> Generator:
     return generator
 
 
-def build_discriminator(config: Config, scene: Scene) -> PatchDiscriminator:
+def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscriminator:
     """The discriminator of a configuration, with weights that depend on config.seed alone."""
     discriminator = config.discriminator
     groups: tuple[int, ...] = ()
     if discriminator.class_loss > 0:
-        groups = (len(scene.class_names),)
-        if scene.poses_known:
-            groups += (len(scene.v_list), config.data.num_views)
+        groups = (len(dataset_info.class_names),)
+        if dataset_info.poses_known:
+            groups += (len(dataset_info.v_list), config.data.num_views)
     shape = DiscriminatorShape(
         size=config.ray_sampler.patch_size,
         ndf=discriminator.ndf,
         max_channels=discriminator.max_channels,
         norm=discriminator.norm,
         spectral=discriminator.spectral_norm,
-        num_classes=len(scene.class_names),
-        condition_pose=scene.poses_known,
+        num_classes=len(dataset_info.class_names),
+        condition_pose=dataset_info.poses_known,
         azimuth_harmonics=discriminator.azimuth_harmonics,
         condition_maps=discriminator.condition_maps,
         label_groups=groups,
@@ -259,7 +263,12 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
 
 
 def build_trainer(
-    config: Config, scene: Scene, pool: ViewPool, precision: Precision, device: torch.device, pretrained: bool = True
+    config: Config,
+    dataset_info: DatasetInfo,
+    pose_sampler: PoseSampler,
+    precision: Precision,
+    device: torch.device,
+    pretrained: bool = True,
 ) -> Trainer:
     """The networks of a configuration, on `device`, and the trainer that plays them against each other.
 
@@ -268,10 +277,10 @@ def build_trainer(
     ccsr = build_ccsr(config, pretrained)
     return Trainer(
         config,
-        build_generator(config, len(scene.class_names)).to(device),
-        build_discriminator(config, scene).to(device),
-        build_caster(config, scene),
-        pool,
+        build_generator(config, len(dataset_info.class_names)).to(device),
+        build_discriminator(config, dataset_info).to(device),
+        build_caster(config, dataset_info),
+        pose_sampler,
         precision,
         device,
         None if ccsr is None else ccsr.to(device),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from graf.runtime.activation_checkpointing import evaluate_chunks
 from graf.runtime.live_tensors import LiveTensorMeter
-from graf.runtime.recompute import evaluate_chunks
 
 RAYS, SAMPLES = 64, 256
 

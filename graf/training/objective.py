@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from graf.data.views import Views
 from graf.geometry.rays import Patches, RayCaster, crop_images, subdivide_patches
+from graf.geometry.views import Views
 from graf.geometry.warping import SurfaceView, warp_between
 from graf.models.ccsr import CCSR, upsample
 from graf.models.discriminator import PatchCondition, PatchDiscriminator
@@ -40,7 +40,7 @@ class SuperResolutionRules:
 
 
 @dataclass(frozen=True)
-class GameRules:
+class LossSettings:
     """Which losses are played for; num_views: azimuth bins of the class loss."""
 
     gan_type: str = "standard"
@@ -76,14 +76,14 @@ class RenderedPatches:
 
 
 @dataclass(frozen=True)
-class Game:
+class GANObjective:
     """Networks and rules; `ccsr` is None in a game without super-resolution."""
 
     generator: Generator
     discriminator: PatchDiscriminator
     ccsr: CCSR | None
     caster: RayCaster
-    rules: GameRules
+    rules: LossSettings
     patch_size: int
     precision: Precision
     class_criterion: losses.MCE_Loss
@@ -103,21 +103,21 @@ class Game:
         return RenderedPatches(rgb, depth, opacity)
 
     def super_resolve(self, render: Tensor, views: Views, patches: Patches) -> tuple[Tensor, Tensor]:
-        """CCSR's output (B, 3, s K, s K) and the trunk's free output before the projection."""
+        """CCSR's output (B, 3, s K, s K) and the trunk's output before the projection."""
         assert self.ccsr is not None
         with self.precision.autocast():
             resolved = self.ccsr(render, views.labels[:, 2], patches)
-        return resolved.image, resolved.free
+        return resolved.image, resolved.unprojected
 
     # ------------------------------------------------------------------------------------------------ discriminator
 
     def discriminator_terms(
-        self, reals: RealInputs, fakes: FakeInputs, render: Tensor, batch_size: int, sharpen: bool = False
+        self, reals: RealInputs, fakes: FakeInputs, render: Tensor, batch_size: int, super_resolve: bool = False
     ) -> Terms:
-        """D's loss on real and generated patches; with `sharpen` also on high-resolution crops."""
+        """D's loss on real and generated patches; with `super_resolve` also on high-resolution crops."""
         real, fake = self.real_patches(reals), (render.detach(), fakes.condition)
         terms = self._decide(real, reals, fake, fakes.augment_d, batch_size)
-        if sharpen:
+        if super_resolve:
             with torch.no_grad():
                 image, _ = self.super_resolve(render.detach(), fakes.views, fakes.patches)
             crops = self._crop_super_resolved(image, fakes)
@@ -145,11 +145,11 @@ class Game:
         return terms
 
     def penalty_terms(
-        self, reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler, sharpen: bool = False
+        self, reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler, super_resolve: bool = False
     ) -> Terms:
         """The gradient penalty on D (R1 or WGAN-GP) at its augmented input; R1 also on high-resolution crops."""
         penalty = self._penalise(self.real_patches(reals), reals, render.detach(), scaler)
-        if sharpen:
+        if super_resolve:
             penalty = penalty + self._penalise(self.real_crops(reals), reals, render.detach(), scaler)
         return {"penalty": penalty.sum() / batch_size}
 
@@ -178,15 +178,15 @@ class Game:
 
     # ------------------------------------------------------------------------------------------------ generator
 
-    def generator_terms(self, fakes: FakeInputs, render: Tensor, batch_size: int, sharpen: bool = False) -> Terms:
-        """G's loss; D must be frozen. With supervision, also the distance of a finer render to the sharpened one."""
+    def generator_terms(self, fakes: FakeInputs, render: Tensor, batch_size: int, super_resolve: bool = False) -> Terms:
+        """G's loss; D must be frozen. With supervision, also the distance of a finer render to SR."""
         patches = augment_patches(render, self.rules.augmentation, fakes.augment_g)
         with self.precision.autocast():
             logits, label_logits = self.discriminator(patches, fakes.condition)
         terms = {"loss_g": losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size}
         if label_logits is not None:
             terms["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
-        if sharpen and self.rules.super_resolution.supervision:
+        if super_resolve and self.rules.super_resolution.supervision:
             terms["loss_g_supervision"] = self._supervision(fakes, render.detach()).sum() / batch_size
         return terms
 
@@ -216,13 +216,13 @@ class Game:
         """CCSR's terms on detached renders and, for the agreement, those of `neighbours`; D must be frozen.
 
         With `reals` also how well their photographs are restored from their own reductions. The consistency term is
-        taken on the free output: after the projection it is zero and teaches nothing.
+        taken on the output before the projection: after the projection it is zero and teaches nothing.
         """
         assert self.ccsr is not None
         rules = self.rules.super_resolution
-        image, free = self.super_resolve(render.rgb, fakes.views, fakes.patches)
+        image, unprojected = self.super_resolve(render.rgb, fakes.views, fakes.patches)
         with float32_region(image.device.type):
-            distance = (self.ccsr.down(free) - render.rgb).square().mean((1, 2, 3))
+            distance = (self.ccsr.down(unprojected) - render.rgb).square().mean((1, 2, 3))
         terms = {"loss_sr_consistency": distance.sum() / batch_size}
         if rules.adversarial:
             crops, condition = self._crop_super_resolved(image, fakes)
@@ -262,8 +262,8 @@ class Game:
         here = self._surface(image, render, fakes.views, fakes.patches)
         there = self._surface(other_image, neighbours, views, fakes.patches)
         warped, mask = warp_between(here, there, self.caster.intrinsics)
-        sharp, plain = (here.image - warped).abs().chunk(2, dim=1)
-        excess = ((sharp - plain).clamp(min=0) * mask).sum((1, 2, 3))
+        sr, plain = (here.image - warped).abs().chunk(2, dim=1)
+        excess = ((sr - plain).clamp(min=0) * mask).sum((1, 2, 3))
         return excess / (3 * mask.sum((1, 2, 3))).clamp(min=1)
 
     def _surface(self, image: Tensor, render: RenderedPatches, views: Views, patches: Patches) -> SurfaceView:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks import memory as benchmark
+from graf.app import memory_estimator, memory_planner
+from graf.app.memory_estimator import Settings, StepPlanner, configured_settings, predict_step
+from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
-from graf.program import planner, rehearsal
-from graf.program.planner import BudgetError, choose_settings
-from graf.program.rehearsal import Settings, StepPlanner, configured_settings, predict_step
 from graf.runtime.amp import Precision
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -61,7 +61,7 @@ def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_publishe
     config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
     settings = Settings(2, strategy, 256)  # 8 chunks
     few = StepPlanner(config).predict(settings, between=False).peak
-    monkeypatch.setattr(rehearsal._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
+    monkeypatch.setattr(memory_estimator._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
 
@@ -86,10 +86,10 @@ def test_a_plan_for_this_machine_assumes_the_precision_that_it_has(monkeypatch, 
         raise ZeroDivisionError  # the plan itself takes its time
 
     slow = Precision("cpu", None)  # a CPU without bfloat16
-    monkeypatch.setattr(planner, "choose_precision", lambda *arguments: slow)
-    monkeypatch.setattr(planner, "StepPlanner", keep)
+    monkeypatch.setattr(memory_planner, "choose_precision", lambda *arguments: slow)
+    monkeypatch.setattr(memory_planner, "StepPlanner", keep)
     with pytest.raises(ZeroDivisionError):
-        planner.describe_plans(small("training.use_amp=true"), device_type, None)
+        memory_planner.describe_plans(small("training.use_amp=true"), device_type, None)
     assert found == [slow if expected else None]
 
 
@@ -144,15 +144,17 @@ def test_a_budget_that_nothing_fits_names_what_is_needed_and_the_keys():
 
 def test_a_gpu_budget_leaves_room_for_what_is_not_seen():
     step = StepPlanner(small())
-    share, fixed = planner.MARGINS["cuda"]
+    share, fixed = memory_planner.MARGINS["cuda"]
     plan = step.predict(Settings(2, "dense", 4096))
-    assert planner.with_margin(plan.peak, "cuda") == pytest.approx((1 + share) * plan.peak + fixed * 2**20, abs=1)
-    assert planner.with_margin(plan.peak, "cpu") == plan.peak
+    assert memory_planner.with_margin(plan.peak, "cuda") == pytest.approx(
+        (1 + share) * plan.peak + fixed * 2**20, abs=1
+    )
+    assert memory_planner.with_margin(plan.peak, "cpu") == plan.peak
 
 
 def test_recomputation_splitting_and_small_chunks_cost_time():
     config = small("training.batch_size=8")
-    cost = {s: planner.relative_cost(config, s) for s in planner.candidate_settings(config)}
+    cost = {s: memory_planner.relative_cost(config, s) for s in memory_planner.candidate_settings(config)}
     assert list(cost.values()) == sorted(cost.values())
     assert cost[Settings(8, "dense", 4096)] == min(cost.values())
     assert cost[Settings(8, "dense", 4096)] < cost[Settings(4, "dense", 4096)] < cost[Settings(4, "dense", 64)]
@@ -173,11 +175,11 @@ def test_an_unreadable_budget_names_the_key_and_the_form(text):
 
 
 def test_auto_asks_the_device_and_takes_most(monkeypatch):
-    monkeypatch.setattr(planner, "read_usable_memory", lambda device: 1000)
-    assert planner.resolve_budget("auto", torch.device("cpu")) == 1000 * planner.USABLE_SHARE
-    monkeypatch.setattr(planner, "read_usable_memory", lambda device: None)
+    monkeypatch.setattr(memory_planner, "read_usable_memory", lambda device: 1000)
+    assert memory_planner.resolve_budget("auto", torch.device("cpu")) == 1000 * memory_planner.USABLE_SHARE
+    monkeypatch.setattr(memory_planner, "read_usable_memory", lambda device: None)
     with pytest.raises(BudgetError, match="name a budget"):
-        planner.resolve_budget("auto", torch.device("cpu"))
+        memory_planner.resolve_budget("auto", torch.device("cpu"))
 
 
 def test_the_plan_is_printed_without_a_run(run_program, capsys, tmp_path):

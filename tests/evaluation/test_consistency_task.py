@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from graf.data.views import Cameras
 from graf.evaluation.consistency import TrueViews
-from graf.evaluation.rings import ConsistencyTask
+from graf.evaluation.consistency_task import ConsistencyTask
 from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics, angles_from_pose
 from graf.geometry.rays import RayCaster
+from graf.geometry.views import Cameras
 from graf.geometry.volume_rendering import RayColours
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, ViewLatents
 from graf.models.generator import rays_to_image

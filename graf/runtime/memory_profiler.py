@@ -12,7 +12,7 @@ from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import MIB, read_memory, reset_peak
 
 
-class PhaseMeter:
+class MemoryProfiler:
     """Measures phases, which may be nested: what an inner one needs counts towards the outer one too.
 
     readings: phase -> quantity -> MiB. CUDA: `peak` and `allocated` (tensors), `peak_reserved` and `reserved` (what the

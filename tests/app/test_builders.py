@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from graf.app import builders
+from graf.app.builders import DatasetInfo
 from graf.config import Config, ConfigError, build_config
 from graf.models.rrdb import WeightsError
-from graf.program import assembly
-from graf.program.assembly import Scene
 
-SCENE = Scene(("car", "mug"), (0.2, 0.4), 30.0, True)
+SCENE = DatasetInfo(("car", "mug"), (0.2, 0.4), 30.0, True)
 SMALL = {
     "nerf": {"netdepth": 2, "netwidth": 16, "N_samples": 4, "multires": 2, "multires_views": 1},
     "z_dist": {"dim": 8, "dim_appearance": 3},
@@ -28,7 +28,7 @@ def configure(**sections: dict[str, object] | int) -> Config:
 
 
 def weights_of(config: Config) -> list[torch.Tensor]:
-    networks = assembly.build_generator(config, 2), assembly.build_discriminator(config, SCENE)
+    networks = builders.build_generator(config, 2), builders.build_discriminator(config, SCENE)
     return [parameter.detach() for network in networks for parameter in network.parameters()]
 
 
@@ -43,8 +43,8 @@ def test_weights_depend_on_the_seed_alone_and_no_global_number_is_drawn():
 
 
 def test_the_generators_weights_do_not_depend_on_the_discriminators_keys():
-    first = assembly.build_generator(configure(), 2).state_dict()
-    other = assembly.build_generator(configure(discriminator={"ndf": 8}), 2).state_dict()
+    first = builders.build_generator(configure(), 2).state_dict()
+    other = builders.build_generator(configure(discriminator={"ndf": 8}), 2).state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
@@ -52,8 +52,8 @@ def test_the_generators_weights_do_not_depend_on_the_discriminators_keys():
     ("poses_known", "class_loss", "groups"), [(True, 1, (2, 2, 8)), (False, 1, (2,)), (True, 0, ()), (False, 0, ())]
 )
 def test_the_label_head_covers_what_is_known(poses_known, class_loss, groups):
-    scene = Scene(("car", "mug"), (0.2, 0.4), 30.0, poses_known)
-    discriminator = assembly.build_discriminator(configure(discriminator={"class_loss": class_loss}), scene)
+    dataset_info = DatasetInfo(("car", "mug"), (0.2, 0.4), 30.0, poses_known)
+    discriminator = builders.build_discriminator(configure(discriminator={"class_loss": class_loss}), dataset_info)
     assert tuple(discriminator.shape.label_groups) == groups
     assert discriminator.shape.condition_pose is poses_known
 
@@ -63,9 +63,9 @@ def test_the_label_head_covers_what_is_known(poses_known, class_loss, groups):
 )
 def test_what_a_ray_that_meets_nothing_sees(background, white, expected):
     config = configure(nerf={"background": background, "bounding_radius": 0.1}, data={"white_bkgd": white})
-    generator = assembly.build_generator(config, 2)
-    views = assembly.build_cameras(config, SCENE).views_of_labels(torch.tensor([[1, 0, 30]]))
-    rays = assembly.build_caster(config, SCENE).cast_images(views.poses, 16)
+    generator = builders.build_generator(config, 2)
+    views = builders.build_cameras(config, SCENE).views_of_labels(torch.tensor([[1, 0, 30]]))
+    rays = builders.build_caster(config, SCENE).cast_images(views.poses, 16)
     with torch.no_grad():
         colours = generator(torch.zeros(1, 8), views.class_idx, rays)
     corner = colours.rgb[0, 0]
@@ -74,14 +74,14 @@ def test_what_a_ray_that_meets_nothing_sees(background, white, expected):
 
 
 def test_codes_split_into_shape_and_appearance():
-    generator = assembly.build_generator(configure(), 2)
+    generator = builders.build_generator(configure(), 2)
     assert generator.dim_z == 8
     assert (generator.field.shape.dim_shape, generator.field.shape.dim_appearance) == (5, 3)
 
 
 def test_a_scene_survives_the_checkpoint():
     meta = SCENE.as_meta()
-    assert Scene(**meta) == SCENE
+    assert DatasetInfo(**meta) == SCENE
 
 
 def test_the_data_sets_own_field_of_view_wins(caplog):
@@ -89,20 +89,20 @@ def test_the_data_sets_own_field_of_view_wins(caplog):
         fov, class_names, v_list, poses_known = 41.5, ["a"], (0.3,), True
 
     with caplog.at_level("INFO", "graf"):
-        scene = assembly.describe_scene(configure(), Photographs())  # type: ignore[arg-type]
-    assert scene == Scene(("a",), (0.3,), 41.5, True)
+        dataset_info = builders.describe_dataset(configure(), Photographs())  # type: ignore[arg-type]
+    assert dataset_info == DatasetInfo(("a",), (0.3,), 41.5, True)
     assert (
-        assembly.build_caster(configure(), scene).intrinsics.focal
-        != assembly.build_caster(configure(), SCENE).intrinsics.focal
+        builders.build_caster(configure(), dataset_info).intrinsics.focal
+        != builders.build_caster(configure(), SCENE).intrinsics.focal
     )
 
 
 def test_without_poses_or_named_heights_grids_stand_in_the_middle_of_the_range():
     photographs = SimpleNamespace(class_names=["face"], v_list=(0.5,), fov=None, poses_known=False)
     config = Config.model_validate({"data": {"type": "image_folder", "vmin": 0.1, "vmax": 0.3}})
-    assert assembly.describe_scene(config, photographs).v_list == pytest.approx((0.2,))
+    assert builders.describe_dataset(config, photographs).v_list == pytest.approx((0.2,))
     named = Config.model_validate({"data": {"type": "image_folder", "v_list": [0.4]}})
-    assert assembly.describe_scene(named, photographs).v_list == (0.5,)
+    assert builders.describe_dataset(named, photographs).v_list == (0.5,)
 
 
 @pytest.mark.parametrize(("sizes", "message"), [({(64, 80): 3}, "3 of 3"), ({(64, 64): 1, (128, 128): 4}, "1 of 5")])
@@ -110,20 +110,20 @@ def test_photographs_smaller_than_super_resolved_images_are_counted_and_refused_
     sizes, message, monkeypatch, caplog
 ):
     photographs = SimpleNamespace(report=SimpleNamespace(sizes=Counter(sizes)))
-    monkeypatch.setattr(assembly, "open_dataset", lambda settings: photographs)
+    monkeypatch.setattr(builders, "open_dataset", lambda settings: photographs)
     config = configure(data={"imsize": 32}, ccsr={"enabled": True, "scale": 4})
     if len(sizes) == 1:
         with pytest.raises(ConfigError, match=rf"{message} photographs are smaller .* data\.imsize to at most 16"):
-            assembly.open_photographs(config)
+            builders.open_photographs(config)
     else:
-        assert assembly.open_photographs(config) is photographs
+        assert builders.open_photographs(config) is photographs
         assert f"{message} photographs are smaller" in caplog.text
-    assembly.open_photographs(configure(data={"imsize": 32}, ccsr={"enabled": True, "scale": 2}))
-    assembly.open_photographs(configure(data={"imsize": 128}))  # without super-resolution any size goes
+    builders.open_photographs(configure(data={"imsize": 32}, ccsr={"enabled": True, "scale": 2}))
+    builders.open_photographs(configure(data={"imsize": 128}))  # without super-resolution any size goes
 
 
 def test_a_module_that_is_restored_from_a_checkpoint_needs_no_file_of_weights():
     config = configure(ccsr={"enabled": True, "trunk": "rrdb", "features": 8, "blocks": 1, "weights": "gone.pth"})
-    assert assembly.build_ccsr(config, pretrained=False) is not None
+    assert builders.build_ccsr(config, pretrained=False) is not None
     with pytest.raises(WeightsError, match=r"gone\.pth"):
-        assembly.build_ccsr(config)
+        builders.build_ccsr(config)

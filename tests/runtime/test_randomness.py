@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from graf.runtime.seeding import Draws, derive_seed, make_generator, preserve_rng, seed_everything
+from graf.runtime.randomness import Draws, derive_seed, make_generator, preserve_rng, seed_everything
 
 
 def test_derived_seeds_are_these_on_every_platform_and_in_every_process() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from graf.app.runs import RunFolder, choose_run_folder, describe_changes, newest_run, write_atomically
 from graf.config import Config, ConfigError
-from graf.program.runs import RunFolder, choose_run_folder, describe_changes, newest_run, write_atomically
 from graf.runtime.checkpoint import CheckpointError, save_checkpoint
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from graf.data.views import NUM_UNIFORMS, Cameras, PoseRanges, ViewPool, Views
 from graf.geometry.cameras import angles_from_pose, pose_from_angles
+from graf.geometry.views import NUM_UNIFORMS, Cameras, PoseRanges, PoseSampler, Views
 
 CAMERAS = Cameras(3.5, (0.2, 0.4), "ccw")
 LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180]])
@@ -37,9 +37,9 @@ def test_a_view_between_heights_is_labelled_with_the_nearest_and_rendered_where_
 
 
 def test_a_labelled_pool_gives_its_own_views_each_equally_often():
-    pool = ViewPool(LABELS, CAMERAS)
+    pose_sampler = PoseSampler(LABELS, CAMERAS)
     uniforms = torch.stack([torch.arange(400) / 400, torch.rand(400), torch.rand(400), torch.rand(400)], 1)
-    views = pool.pick(uniforms)
+    views = pose_sampler.pick(uniforms)
     own = CAMERAS.views_of_labels(LABELS)
     index = torch.arange(400) // 100
     assert torch.equal(views.labels, LABELS[index])
@@ -48,13 +48,13 @@ def test_a_labelled_pool_gives_its_own_views_each_equally_often():
 
 
 def test_the_largest_uniform_still_picks_a_view():
-    assert ViewPool(LABELS, CAMERAS).pick(torch.full((1, NUM_UNIFORMS), 1.0)).labels.tolist() == [[1, 0, 180]]
+    assert PoseSampler(LABELS, CAMERAS).pick(torch.full((1, NUM_UNIFORMS), 1.0)).labels.tolist() == [[1, 0, 180]]
 
 
 def test_a_pool_with_true_poses_renders_at_them_and_keeps_the_labels():
     u, v = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.15, 0.25, 0.35, 0.45])
     poses = pose_from_angles(u, v, 4.2)
-    views = ViewPool(LABELS, CAMERAS, poses=poses).select([3, 1])
+    views = PoseSampler(LABELS, CAMERAS, poses=poses).select([3, 1])
     assert torch.equal(views.poses, poses[[3, 1]])
     assert torch.equal(views.labels, LABELS[[3, 1]])
     assert torch.equal(views.class_idx, LABELS[[3, 1], 0])
@@ -65,15 +65,15 @@ def test_a_render_at_a_true_pose_is_described_as_its_photograph_is(direction):
     """Photographs reach the discriminator with their labels' u and v; other ones on renders would give these away."""
     cameras = Cameras(3.5, (0.2, 0.4), direction)
     poses = pose_from_angles(torch.rand(4), torch.rand(4), 3.5)
-    renders, photographs = ViewPool(LABELS, cameras, poses=poses).select(range(4)), cameras.views_of_labels(LABELS)
+    renders, photographs = PoseSampler(LABELS, cameras, poses=poses).select(range(4)), cameras.views_of_labels(LABELS)
     assert torch.equal(renders.u, photographs.u)
     assert torch.equal(renders.v, photographs.v)
 
 
 def test_a_pool_without_poses_draws_them_from_its_ranges_and_classes_from_its_images():
     ranges = PoseRanges(0.25, 0.5, 0.1, 0.3, 3.0, 4.0)
-    pool = ViewPool(LABELS, CAMERAS, ranges=ranges)
-    views = pool.pick(torch.rand(4000, NUM_UNIFORMS))
+    pose_sampler = PoseSampler(LABELS, CAMERAS, ranges=ranges)
+    views = pose_sampler.pick(torch.rand(4000, NUM_UNIFORMS))
     assert 0.25 <= views.u.min() < 0.26
     assert 0.49 < views.u.max() <= 0.5
     assert 0.1 <= views.v.min() < 0.11
@@ -88,15 +88,15 @@ def test_a_pool_without_poses_draws_them_from_its_ranges_and_classes_from_its_im
 
 
 def test_ranges_that_end_at_a_full_turn_stay_below_it():
-    pool = ViewPool(LABELS, CAMERAS, ranges=PoseRanges(0.0, 1.0, 0.0, 1.0, 3.5, 3.5))
-    views = pool.pick(torch.tensor([[0.0, 1.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]]))
+    pose_sampler = PoseSampler(LABELS, CAMERAS, ranges=PoseRanges(0.0, 1.0, 0.0, 1.0, 3.5, 3.5))
+    views = pose_sampler.pick(torch.tensor([[0.0, 1.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.5]]))
     assert views.u.tolist() == [0.0, 0.0]
     assert views.v.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("indices", [[2, 0, 2], torch.tensor([2, 0, 2])])
 def test_select_takes_views_in_order_and_with_repetition(indices):
-    views = ViewPool(LABELS, CAMERAS).select(indices)
+    views = PoseSampler(LABELS, CAMERAS).select(indices)
     assert len(views) == 3
     assert torch.equal(views.labels, LABELS[[2, 0, 2]])
 
@@ -110,10 +110,10 @@ def test_slices_take_the_same_part_of_everything():
 
 
 def test_the_pool_says_where_its_poses_come_from():
-    assert ViewPool(LABELS, CAMERAS).describe() == "the 4 views of the data set, equally likely"
+    assert PoseSampler(LABELS, CAMERAS).describe() == "the 4 views of the data set, equally likely"
     ranges = PoseRanges(0.0, 0.5, 0.1, 0.3, 3.0, 4.0)
     expected = "u in [0.0, 0.5], v in [0.1, 0.3], radius in [3.0, 4.0], uniform"
-    assert ViewPool(LABELS, CAMERAS, ranges=ranges).describe() == expected
+    assert PoseSampler(LABELS, CAMERAS, ranges=ranges).describe() == expected
 
 
 @pytest.mark.parametrize("direction", ["ccw", "cw"])
@@ -146,7 +146,7 @@ def test_each_view_can_turn_by_its_own_angle_and_back():
 
 def test_turning_moves_true_poses_around_the_z_axis_wherever_they_look():
     poses = torch.linalg.qr(torch.randn(4, 4, 4)).Q
-    views = ViewPool(LABELS, CAMERAS, poses=poses).select(range(4))
+    views = PoseSampler(LABELS, CAMERAS, poses=poses).select(range(4))
     turned = views.turn(90.0)
     assert_close(turned.poses[:, 0], -poses[:, 1], atol=1e-6, rtol=0)
     assert_close(turned.poses[:, 1], poses[:, 0], atol=1e-6, rtol=0)
@@ -171,10 +171,10 @@ def test_views_are_selected_in_order_and_with_repetition():
 
 def test_photographs_take_their_labels_views_and_without_poses_drawn_ones():
     uniforms = torch.rand(4, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0))
-    known = ViewPool(LABELS[:2], CAMERAS).views_of_labels(LABELS, uniforms)
+    known = PoseSampler(LABELS[:2], CAMERAS).views_of_labels(LABELS, uniforms)
     assert torch.equal(known.labels, LABELS)
     ranges = PoseRanges(0.25, 0.5, 0.1, 0.3, 3.0, 4.0)
-    unknown = ViewPool(LABELS[:2], CAMERAS, ranges=ranges).views_of_labels(LABELS, uniforms)
+    unknown = PoseSampler(LABELS[:2], CAMERAS, ranges=ranges).views_of_labels(LABELS, uniforms)
     assert torch.equal(unknown.class_idx, LABELS[:, 0])
     assert_close(unknown.u, 0.25 + 0.25 * uniforms[:, 1])
     assert len(unknown.labels[:, 2].unique()) > 1  # else one view's latent would restore every photograph

@@ -1,6 +1,7 @@
 """Chooses the fastest settings that fit a memory budget, and says in words what a configuration needs.
 
-What settings need is predicted in rehearsal.py; here they are compared, with a margin for what a prediction cannot see.
+What settings need is predicted in memory_estimator.py; here they are compared, with a margin for what a prediction
+cannot see.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import time
 import torch
 from torch import Tensor
 
+from graf.app.builders import DatasetInfo
+from graf.app.memory_estimator import Plan, Settings, StepPlanner, configured_settings
 from graf.config import Config, ConfigError, parse_bytes
 from graf.models.generator import SMALLEST_CHUNK
-from graf.program.assembly import Scene
-from graf.program.rehearsal import Plan, Settings, StepPlanner, configured_settings
+from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import pick_device
 from graf.runtime.logs import logger
 from graf.runtime.memory import MIB, read_usable_memory
-from graf.runtime.recompute import STRATEGIES
 from graf.training.trainer import Trainer
 
 GIB = 2**30
@@ -175,7 +176,7 @@ def resolve_budget(text: str, device: torch.device) -> int:
     return round(USABLE_SHARE * usable)
 
 
-def apply_budget(config: Config, trainer: Trainer, scene: Scene, offline_features: bool) -> Plan | None:
+def apply_budget(config: Config, trainer: Trainer, dataset_info: DatasetInfo, offline_features: bool) -> Plan | None:
     """Give a trainer what training.memory_budget asks for, and say so in one line; None without a budget."""
     if config.training.memory_budget is None:
         return None
@@ -185,7 +186,7 @@ def apply_budget(config: Config, trainer: Trainer, scene: Scene, offline_feature
     if offline_features:
         evaluation = config.evaluation.model_copy(update={"feature_extractor": "offline"})
         config = config.model_copy(update={"evaluation": evaluation})
-    plan = choose_settings(StepPlanner(config, scene, trainer.game.precision, device.type), budget)
+    plan = choose_settings(StepPlanner(config, dataset_info, trainer.objective.precision, device.type), budget)
     trainer.micro_batch_size = plan.settings.micro_batch_size
     for generator in (trainer.generator, trainer.average.module):
         generator.strategy = plan.settings.strategy  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class ReducedPhotographs(Dataset[tuple[Tensor, Tensor]]):
+class DownsampledPhotographs(Dataset[tuple[Tensor, Tensor]]):
     """A data set of (image, label) whose images are reduced by `down` ((B, 3, s h, s w) -> (B, 3, h, w)), as CCSR
     reduces them.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graf.geometry.cameras import angle_label, label_angles, pose_from_angles
 
-#: random numbers that `ViewPool.pick` takes per view
+#: random numbers that `PoseSampler.pick` takes per view
 NUM_UNIFORMS = 4
 
 
@@ -116,7 +116,7 @@ class PoseRanges:
     radius_max: float
 
 
-class ViewPool:
+class PoseSampler:
     """The distribution of (class, camera) of a collection, from which generated images take their views.
 
     Labelled collections give their own views, all equally likely, so that a discriminator sees no angle on one side

@@ -4,7 +4,8 @@ The real networks, optimisers and trainer run one real step on fake tensors, whi
 (torch's FakeTensorMode), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
 neither photographs nor a GPU are needed. Small control tensors (labels, poses, an image's random numbers) are real,
 since code branches on them. Of many equal chunks of rays the first and last two are run and the others accounted for
-with what these have needed; of many equal parts of a batch, two are run. What fits a budget is chosen in planner.py.
+with what these have needed; of many equal parts of a batch, two are run. What fits a budget is chosen in
+memory_planner.py.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import inception_v3
 
+from graf.app import builders
+from graf.app.builders import DatasetInfo
 from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
-from graf.data.views import PoseRanges, ViewPool
 from graf.evaluation.consistency import Ring, TrueViews, measure_ring
+from graf.evaluation.consistency_task import ConsistencyTask
 from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
-from graf.evaluation.rings import ConsistencyTask
 from graf.evaluation.sampler import Renders, Sampler
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring
 from graf.geometry.rays import Patches, Rays
+from graf.geometry.views import PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling
 from graf.geometry.warping import SurfaceView
 from graf.models.field import FieldCodes
 from graf.models.generator import Generator
-from graf.program import assembly
-from graf.program.assembly import Scene
 from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
-from graf.runtime.phases import PhaseMeter
+from graf.runtime.memory_profiler import MemoryProfiler
 from graf.training.trainer import Trainer
 
 #: tensors up to this many elements are real
@@ -270,7 +271,7 @@ class _UncomputedChunk(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------- prediction
 
 
-class PhaseRecorder(PhaseMeter):
+class PhaseRecorder(MemoryProfiler):
     """Takes the place of the trainer's meter: what lived at the peak of each phase."""
 
     def __init__(self, meter: LiveTensorMeter, trainer: Trainer) -> None:
@@ -314,11 +315,11 @@ class PhaseRecorder(PhaseMeter):
         )
 
 
-def imagine_scene(config: Config) -> Scene:
-    """A scene without photographs: what the configuration knows, else one class, which hardly matters to memory."""
+def imagine_dataset(config: Config) -> DatasetInfo:
+    """A data set without photographs: what the configuration knows, else one class, which hardly matters to memory."""
     data = config.data
     names = data.classes or (tuple(CLASS_NAMES) if data.type == "synthetic" else ("object",))
-    return Scene(tuple(names), data.v_list or DEFAULT_V_LIST, data.fov, data.type != "image_folder")
+    return DatasetInfo(tuple(names), data.v_list or DEFAULT_V_LIST, data.fov, data.type != "image_folder")
 
 
 class StepPlanner:
@@ -330,7 +331,7 @@ class StepPlanner:
     def __init__(
         self,
         config: Config,
-        scene: Scene | None = None,
+        dataset_info: DatasetInfo | None = None,
         precision: Precision | None = None,
         device_type: str = "cpu",
     ) -> None:
@@ -338,7 +339,7 @@ class StepPlanner:
         # Everything that ever happens in a step shall happen in the one that is rehearsed, which is iteration 0.
         ccsr = config.ccsr.model_copy(update={"start_iteration": 0, "perceptual": 0.0, "weights": None})
         self.config = config.model_copy(update={"ccsr": ccsr})
-        self.scene = imagine_scene(config) if scene is None else scene
+        self.dataset_info = imagine_dataset(config) if dataset_info is None else dataset_info
         self.rehearsal = _Rehearsal()
         self._steps: dict[Settings, dict[str, PhasePeak]] = {}
         self._between: dict[tuple[str, int], PhasePeak] = {}
@@ -347,10 +348,10 @@ class StepPlanner:
         if precision is not None:
             dtype = None if precision.dtype is None else torch.bfloat16
         self.precision = Precision("cpu", dtype)
-        labels = torch.tensor([(number, 0, 0) for number in range(len(self.scene.class_names))])
-        cameras, data = assembly.build_cameras(self.config, self.scene), config.data
+        labels = torch.tensor([(number, 0, 0) for number in range(len(self.dataset_info.class_names))])
+        cameras, data = builders.build_cameras(self.config, self.dataset_info), config.data
         ranges = PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
-        self.pool = ViewPool(labels, cameras, ranges=None if self.scene.poses_known else ranges)
+        self.pose_sampler = PoseSampler(labels, cameras, ranges=None if self.dataset_info.poses_known else ranges)
         with self.rehearsal.building():
             self.trainer = self._build_trainer()
         with self.rehearsal.running() as meter:
@@ -363,17 +364,17 @@ class StepPlanner:
             self._drop_gradients()
 
     def _build_trainer(self) -> Trainer:
-        config, scene = self.config, self.scene
-        generator = assembly.build_generator(config, len(scene.class_names))
+        config, dataset_info = self.config, self.dataset_info
+        generator = builders.build_generator(config, len(dataset_info.class_names))
         return Trainer(
             config,
             _FewChunks.adopt(generator, self.rehearsal),
-            assembly.build_discriminator(config, scene),
-            assembly.build_caster(config, scene),
-            self.pool,
+            builders.build_discriminator(config, dataset_info),
+            builders.build_caster(config, dataset_info),
+            self.pose_sampler,
             self.precision,
             torch.device("cpu"),
-            assembly.build_ccsr(config, pretrained=False),
+            builders.build_ccsr(config, pretrained=False),
         )
 
     def predict(self, settings: Settings, between: bool = True) -> Plan:
@@ -390,11 +391,11 @@ class StepPlanner:
         trainer.generator.strategy, trainer.generator.chunk = settings.strategy, settings.chunk
         with self.rehearsal.running() as meter:
             recorder = PhaseRecorder(meter, trainer)
-            trainer.meter = recorder  # type: ignore[assignment]
+            trainer.profiler = recorder  # type: ignore[assignment]
             meter.reset_peak()
             side = self.config.photo_size
             images = torch.zeros(training.batch_size, 3, side, side)
-            labels = self.pool.views.labels[torch.arange(training.batch_size) % len(self.pool)]
+            labels = self.pose_sampler.views.labels[torch.arange(training.batch_size) % len(self.pose_sampler)]
             # The second part of a batch meets the first one's gradients; further ones only add their renders.
             count = min(training.batch_size, 2 * settings.micro_batch_size)
             recorder.extra_renders = training.batch_size - count
@@ -433,11 +434,11 @@ class StepPlanner:
     def _sample(self) -> None:
         """One image for a grid or a score, beside what waits meanwhile; on the CPU also a grid's row being coloured."""
         generator, ccsr = self.trainer.averaged_networks
-        sampler: Sampler = assembly.build_sampler(
-            self.config, self.scene, self.precision, torch.device("cpu"), generator, ccsr
+        sampler: Sampler = builders.build_sampler(
+            self.config, self.dataset_info, self.precision, torch.device("cpu"), generator, ccsr
         )
         waiting = self._reserve(max(self._waiting()))
-        sampler.render_random(self.pool, 0, range(1), sharpen=ccsr is not None)
+        sampler.render_random(self.pose_sampler, 0, range(1), super_resolve=ccsr is not None)
         del waiting
         if self.device_type == "cpu":
             training = self.config.training
@@ -493,9 +494,9 @@ class StepPlanner:
 
     def _imagine_renders(self, count: int) -> Renders:
         side, fine = self.config.data.imsize, self.config.photo_size
-        sharp = torch.empty(count, 3, fine, fine) if self.config.ccsr.enabled else None
+        sr = torch.empty(count, 3, fine, fine) if self.config.ccsr.enabled else None
         plane = (count, 1, side, side)
-        return Renders(torch.empty(count, 3, side, side), torch.empty(plane), torch.empty(plane), sharp)
+        return Renders(torch.empty(count, 3, side, side), torch.empty(plane), torch.empty(plane), sr)
 
     @staticmethod
     def _reserve(count: int) -> Tensor:
@@ -522,15 +523,15 @@ class StepPlanner:
         # of a view: the render, the surface's depth, SR, the truth; made of it: bicubic and clipped SR
         bytes_of_view = self._bytes_rendered + 4 * (side**2 + 3 * fine**2 + 2 * side**2) + 4 * 2 * 3 * fine**2
         others = self._reserve((ConsistencyTask.num_views - 2) * bytes_of_view)
-        renders, caster = self._imagine_renders(2), assembly.build_caster(self.config, self.scene)
-        assert renders.sharp is not None
+        renders, caster = self._imagine_renders(2), builders.build_caster(self.config, self.dataset_info)
+        assert renders.sr is not None
         plane = (2, 1, side, side)
-        truth = TrueViews(torch.empty_like(renders.sharp), torch.empty(plane), torch.empty(plane))
-        poses = self.pool.cameras.views_at(torch.zeros(2).long(), *ring(2, 0.25)).poses
+        truth = TrueViews(torch.empty_like(renders.sr), torch.empty(plane), torch.empty(plane))
+        poses = self.pose_sampler.cameras.views_at(torch.zeros(2).long(), *ring(2, 0.25)).poses
         surface = SurfaceView.from_render(renders.rgb, renders.depth, renders.opacity, poses, Patches.whole(2), caster)
         ccsr = self.trainer.averaged_networks[1]
         assert ccsr is not None
-        measure_ring(Ring(surface, renders.sharp, truth), caster.intrinsics, down=ccsr.down)
+        measure_ring(Ring(surface, renders.sr, truth), caster.intrinsics, down=ccsr.down)
         del others
 
     def _extract_features(self) -> None:
@@ -546,8 +547,11 @@ class StepPlanner:
 
 
 def predict_step(
-    config: Config, settings: Settings | None = None, scene: Scene | None = None, precision: Precision | None = None
+    config: Config,
+    settings: Settings | None = None,
+    dataset_info: DatasetInfo | None = None,
+    precision: Precision | None = None,
 ) -> Plan:
     """The peaks of a configuration's step, by default with its own settings. Needs no photographs and no GPU."""
-    planner = StepPlanner(config, scene, precision)
+    planner = StepPlanner(config, dataset_info, precision)
     return planner.predict(configured_settings(config) if settings is None else settings)

@@ -1,4 +1,4 @@
-"""Look at a data set before training: `python -m graf.data.doctor --config configs/x.yaml [section.key=value ...]`.
+"""Look at a data set before training: `python -m graf.app.doctor --config configs/x.yaml [section.key=value ...]`.
 
 Prints what the set holds and what is wrong with it, and draws a contact sheet, the cameras, and photographs with the
 projected unit sphere and axes, from which radius, field of view, elevation and the sense of rotation can be checked:
@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from graf.app.builders import build_cameras, build_pose_sampler, describe_dataset, open_photographs
 from graf.config import Config, ConfigError, DataConfig, load_config
 from graf.data.datasets import DataError, PhotoDataset
-from graf.data.views import NUM_UNIFORMS
 from graf.geometry.cameras import Intrinsics, project_points
-from graf.program.assembly import build_cameras, build_pool, describe_scene, open_photographs
+from graf.geometry.views import NUM_UNIFORMS
 
 RED, GREEN, BLUE, GREY, ORANGE = (225, 40, 40), (30, 160, 60), (40, 90, 230), (130, 130, 130), (240, 140, 20)
 AXIS_COLOURS = (RED, GREEN, BLUE)
@@ -51,7 +51,7 @@ class Inspection:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the doctor; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m graf.data.doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m graf.app.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/default.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--out", default="doctor", help="folder of the pictures (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
@@ -71,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def inspect_data(config: Config) -> Inspection:
     """Open all photographs of a config, held-out ones included, and find their cameras."""
     dataset = open_photographs(config, "all")
-    scene = describe_scene(config, dataset)
-    cameras = build_cameras(config, scene)
-    pool = build_pool(config, dataset, cameras)
+    dataset_info = describe_dataset(config, dataset)
+    cameras = build_cameras(config, dataset_info)
+    pose_sampler = build_pose_sampler(config, dataset, cameras)
     if dataset.poses_known:
-        views = pool.select(range(len(dataset)))
+        views = pose_sampler.select(range(len(dataset)))
     else:
-        views = pool.pick(torch.rand(SAMPLED_POSES, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0)))
-    return Inspection(config.data, dataset, views.poses, cameras.radius, scene.fov)
+        views = pose_sampler.pick(torch.rand(SAMPLED_POSES, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0)))
+    return Inspection(config.data, dataset, views.poses, cameras.radius, dataset_info.fov)
 
 
 def describe(inspection: Inspection) -> list[str]:

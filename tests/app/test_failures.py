@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from graf.app import builders
+from graf.app.failures import explain_failure
 from graf.models.generator import Generator
-from graf.program import assembly
-from graf.program.failures import explain_failure
 from graf.runtime.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -75,7 +75,7 @@ def test_a_batch_too_big_for_the_data_set_is_a_config_error_before_anything_is_b
 
 
 def test_a_batch_too_big_for_a_folder_is_found_before_the_networks_are_built(train, read_error, tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "build_generator", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(builders, "build_generator", lambda *_: pytest.fail("built"))
     assert train("training.batch_size=45") == 1  # 48 photographs, of which 6 are held out
     assert "training.batch_size=45: the data set has 42 images" in read_error()
     assert not (tmp_path / "results").exists()
@@ -93,7 +93,7 @@ OUT_OF_MEMORY = {
     [
         (Generator, "forward", "even at the smallest size; lower ray_sampler.N_samples", ["nerf.netwidth"]),
         (
-            assembly,
+            builders,
             "build_generator",
             "where nothing can be halved; in training lower",
             ["nerf.netwidth", "batch_size"],
@@ -182,7 +182,7 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_was_saved(train, r
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assembly, "open_photographs", interrupt)
+    monkeypatch.setattr(builders, "open_photographs", interrupt)
     assert train() == 130
     assert "interrupted before" in read_error()
 
@@ -279,7 +279,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(train, read_error, tmp_path
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(train, monkeypatch):
-    monkeypatch.setattr(assembly, "build_pool", lambda *_: 1 / 0)
+    monkeypatch.setattr(builders, "build_pose_sampler", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train()
     with pytest.raises(ZeroDivisionError):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graf.runtime import memory
-from graf.runtime.phases import PhaseMeter
+from graf.runtime.memory_profiler import MemoryProfiler
 
 CPU = torch.device("cpu")
 #: float32 numbers in a MiB
@@ -14,7 +14,7 @@ MIB = memory.MIB // 4
 
 def test_a_watched_phase_reports_its_own_peak_and_what_existed_before():
     network = nn.Linear(1, MIB // 2)  # weights and bias: 1 MiB
-    meter = PhaseMeter(CPU)
+    meter = MemoryProfiler(CPU)
     with meter.watch(network):
         kept = torch.ones(2 * MIB)
         with meter.phase("first"):
@@ -28,7 +28,7 @@ def test_a_watched_phase_reports_its_own_peak_and_what_existed_before():
 
 
 def test_an_inner_phase_counts_towards_the_outer_one_and_reports_its_largest_occurrence():
-    meter = PhaseMeter(CPU)
+    meter = MemoryProfiler(CPU)
     with meter.watch(), meter.phase("outer"):
         torch.ones(4 * MIB)
         for size in (5, 2):
@@ -45,7 +45,7 @@ def test_an_inner_phase_counts_towards_the_outer_one_and_reports_its_largest_occ
 
 
 def test_a_phase_that_fails_is_closed():
-    meter = PhaseMeter(CPU)
+    meter = MemoryProfiler(CPU)
     with meter.watch():
         with pytest.raises(KeyError), meter.phase("outer"), meter.phase("inner"):
             raise KeyError
@@ -55,7 +55,7 @@ def test_a_phase_that_fails_is_closed():
 
 
 def test_without_watching_only_the_processs_size_is_read():
-    meter = PhaseMeter(CPU)
+    meter = MemoryProfiler(CPU)
     with meter.phase("step"):
         torch.ones(MIB)
     assert set(meter.readings["step"]) <= {"rss"}
@@ -67,7 +67,7 @@ def test_without_watching_only_the_processs_size_is_read():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cudas_peak_is_that_of_the_phase():
     device = torch.device("cuda:0")
-    meter = PhaseMeter(device)
+    meter = MemoryProfiler(device)
     memory.release_cache(device)
     before = torch.cuda.memory_allocated(device) / memory.MIB
     with meter.phase("outer"):
