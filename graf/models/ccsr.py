@@ -188,7 +188,7 @@ class KernelProjection(nn.Module):
 
 @dataclass(frozen=True)
 class SuperResolved:
-    """`image`: (B, 3, s h, s w), agrees exactly with the render; `unprojected`: the trunk's output before the projection."""
+    """`image` (B, 3, s h, s w) agrees exactly with the render; `unprojected`: the output before the projection."""
 
     image: Tensor
     unprojected: Tensor
