@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graf.base.errors import UserError
 from graf.evaluation.fidelity import Plain, json_value
 from graf.evaluation.heldout import psnr
 from graf.evaluation.pictures import to_uint8
@@ -30,7 +31,7 @@ SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 Down = Callable[[Tensor], Tensor]
 
 
-class ConsistencyError(ValueError):
+class ConsistencyError(UserError):
     """Images that cannot be measured against each other; the message says what was found and expected."""
 
 

@@ -23,6 +23,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from graf.base.errors import UserError
 from graf.runtime.logs import info_once, warn_once
 
 INCEPTION = "inception-v3-compat"
@@ -40,7 +41,7 @@ OFFLINE_DIMENSIONS = 2 * sum(STAGE_CHANNELS) + 2 * 3 + 3 * LAYOUT_SIZE**2
 TEXTURE_GAIN = 3.0  # gives texture about as much variance between photographs as the thumbnail has
 
 
-class ExtractorError(RuntimeError):
+class ExtractorError(UserError):
     """No usable feature extractor; the message says where it was looked for and what to do."""
 
 

@@ -21,6 +21,7 @@ import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graf.base.errors import UserError
 from graf.evaluation.extractor import Extractor, hash_file
 from graf.evaluation.pictures import to_uint8
 from graf.runtime.logs import info_once, warn_once
@@ -32,7 +33,7 @@ CACHE_FORMAT = 1  # part of every cache name: raise it when the images handed to
 COMPARABLE = ("extractor", "extractor_hash", "n_real", "n_fake", "resolution", "kid_subset_size")
 
 
-class FidelityError(ValueError):
+class FidelityError(UserError):
     """Images that cannot be scored; the message says what was found and what is needed."""
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graf.base.errors import UserError
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
 from graf.evaluation.pictures import to_uint8
@@ -24,7 +25,7 @@ LEAST_PSNR_DB = 19.0
 Gate = tuple[str, float, float, bool]
 
 
-class HeldoutError(ValueError):
+class HeldoutError(UserError):
     """A held-out set that cannot be measured; the message says what is missing and what to do."""
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from graf.base.errors import UserError
 from graf.runtime.logs import logger
 from graf.runtime.memory import is_out_of_memory
 
@@ -26,7 +27,7 @@ INITIAL_SCALE = 0.1
 WRAPPERS = ("params_ema", "params", "state_dict")
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of published weights that cannot be read or does not fit; the message names it and says what to do."""
 
 

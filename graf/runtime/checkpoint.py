@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from graf.base.errors import UserError
 from graf.runtime.amp import Scaler
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.memory import MIB, is_out_of_memory
@@ -34,7 +35,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written, read or used; the message is one line that says what to do."""
 
 

@@ -12,10 +12,12 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 
+from graf.base.errors import UserError
+
 Transferable = TypeVar("Transferable", bound="torch.Tensor | Sequence[torch.Tensor]")
 
 
-class DeviceError(RuntimeError):
+class DeviceError(UserError):
     """A device was asked for that this machine or this build of torch does not have."""
 
 

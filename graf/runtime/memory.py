@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from graf.base.errors import UserError
 from graf.runtime.logs import info_once, logger
 
 Result = TypeVar("Result")
@@ -214,7 +215,7 @@ def reset_peak(device: torch.device) -> None:
     info_once(f"the memory peak cannot be restarted here ({reason}): it counts from the start of the process")
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(UserError):
     """Memory ran out and nothing is left to make smaller."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, optimizer_step
 from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
 
@@ -14,7 +15,7 @@ from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfi
 MAX_SKIPPED_UPDATES = 100
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(UserError):
     """A loss or gradient is not finite; the message names the first offending tensor."""
 
 

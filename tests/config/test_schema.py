@@ -1,21 +1,10 @@
-"""The configuration: what stops the program before anything is built, inheritance, overrides, and the round trip."""
-
-from pathlib import Path
+"""What stands in a configuration: defaults and descriptions, and what stops the program before anything is built."""
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
-from graf.config import (
-    CONFIG_FOLDER,
-    PATCH_SIZES,
-    RETIRED_KEYS,
-    Config,
-    ConfigError,
-    _all_keys,
-    build_config,
-    load_config,
-)
+from graf.config import CONFIG_FOLDER, PATCH_SIZES, Config, ConfigError, build_config, load_config
+from graf.config.loading import RETIRED_KEYS, _all_keys
 from graf.models import discriminator
 
 
@@ -30,15 +19,6 @@ def error_of(values: dict) -> str:
     with pytest.raises(ConfigError) as caught:
         build_config(values)
     return str(caught.value)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write_file(name: str, text: str) -> Path:
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        return tmp_path / name
-
-    return write_file
 
 
 # ----------------------------------------------------------------------------------------------------------- definition
@@ -332,158 +312,3 @@ def test_grafs_comma_range_of_distances_is_read():
         config = build_config({"data": {"type": "image_folder", "radius": value}})
         assert config.data.radius_range == (9.5, 10.5)
     assert Config().data.radius_range == (3.5, 3.5)
-
-
-# --------------------------------------------------------------------------------------------------------- inherit_from
-
-
-def test_a_file_lies_over_the_chain_it_inherits_from_key_by_key(write):
-    write("first.yaml", "seed: 1\ndata: {near: 1.0, synthetic: {count: 20, seed: 5}}\ntraining: {batch_size: 3}")
-    write("second.yaml", "inherit_from: first.yaml\nseed: 2\ndata: {synthetic: {count: 30}}")
-    config = load_config(write("third.yaml", "inherit_from: second.yaml\nexpname: third\ndata: {far: 9}"))
-    assert (config.expname, config.seed, config.training.batch_size) == ("third", 2, 3)
-    assert (config.data.near, config.data.far) == (1.0, 9.0)
-    assert (config.data.synthetic.count, config.data.synthetic.seed) == (30, 5)
-
-
-def test_a_list_replaces_the_inherited_list(write):
-    write("parent.yaml", "data: {v_list: [0.1, 0.2, 0.3]}")
-    assert load_config(write("child.yaml", "inherit_from: parent.yaml\ndata: {v_list: [0.4]}")).data.v_list == (0.4,)
-
-
-def test_a_parent_is_found_from_the_working_directory_too(write, tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
-    write("parent.yaml", "seed: 7")
-    child = write("runs/child.yaml", "inherit_from: parent.yaml")
-    monkeypatch.chdir(tmp_path)
-    assert load_config(child).seed == 7
-
-
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_circle_is_named(write, length):
-    for i in range(length):
-        write(f"c{i}.yaml", f"inherit_from: c{(i + 1) % length}.yaml")
-    with pytest.raises(ConfigError, match=r"inherit_from goes in a circle: .*c0.yaml -> .*c0.yaml"):
-        load_config(write("c0.yaml", f"inherit_from: c{1 % length}.yaml"))
-
-
-def test_a_missing_parent_is_named_with_the_file_that_asks_for_it(write):
-    with pytest.raises(ConfigError, match=r"child.yaml: inherit_from nowhere.yaml: no such file"):
-        load_config(write("child.yaml", "inherit_from: nowhere.yaml"))
-
-
-# ---------------------------------------------------------------------------------------------------------- files, YAML
-
-
-def test_a_missing_file_is_answered_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"--config configs/defalt.yaml: no such file; did you mean .*default.yaml"):
-        load_config("configs/defalt.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "expected a mapping of sections, found list"), ("5", "found int")],
-)
-def test_a_file_that_is_no_configuration_is_named(write, text, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_config(write("bad.yaml", text))
-    assert "bad.yaml" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"bad.yaml: cannot be read"):
-        load_config(tmp_path / "bad.yaml")
-
-
-def test_an_empty_file_is_the_defaults(write):
-    assert load_config(write("empty.yaml", "# nothing\n")) == Config()
-
-
-@pytest.mark.parametrize(("text", "value"), [("5e-4", 5e-4), ("1e1", 10.0), ("2.5E-3", 2.5e-3), ("1.e-2", 0.01)])
-def test_exponents_without_a_dot_are_numbers(write, text, value):
-    assert load_config(write("a.yaml", f"training: {{lr_g: {text}}}")).training.lr_g == value
-    assert load_config(write("b.yaml", ""), [f"training.lr_g={text}"]).training.lr_g == value
-
-
-# ------------------------------------------------------------------------------------------------------------ overrides
-
-
-def test_overrides_reach_every_depth_and_type(write):
-    path = write("a.yaml", "training: {batch_size: 2, lr_g: 1}")
-    overrides = [
-        "training.batch_size=4",
-        "seed=9",
-        "data.synthetic.count=12",
-        "training.use_amp=true",
-        "data.v_list=[0.1, 0.2]",
-        "nerf.bounding_radius=null",
-        "expname=a-b",
-    ]
-    config = load_config(path, overrides)
-    assert (config.training.batch_size, config.training.lr_g, config.seed) == (4, 1.0, 9)
-    assert (config.data.synthetic.count, config.training.use_amp) == (12, True)
-    assert (config.data.v_list, config.nerf.bounding_radius, config.expname) == ((0.1, 0.2), None, "a-b")
-
-
-def test_the_last_override_wins_and_overrides_beat_files(write):
-    path = write("a.yaml", "seed: 1")
-    assert load_config(path, ["seed=2", "seed=3"]).seed == 3
-
-
-def test_the_value_of_an_override_may_hold_an_equals_sign(write):
-    path = write("a.yaml", "")
-    assert load_config(path, ["data.datadir=runs/a=b"]).data.datadir == "runs/a=b"
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("training.batch_size", "expected section.key=value"),
-        ("=3", "expected section.key=value"),
-        ("training.batch_size=[1", "the value is not YAML"),
-        ("expname.x=3", "expname is a value, not a section"),
-        ("training.batchsize=3", "did you mean training.batch_size"),
-        ("training.batch_size=0", "greater than or equal to 1"),
-        ("training.monitor_every=5", "use training.print_every"),
-    ],
-)
-def test_a_wrong_override_is_named(write, override, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(write("a.yaml", "expname: x"), [override])
-
-
-# ----------------------------------------------------------------------------------------------------------- round trip
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"training": {"lr_g": 1e-7, "betas": [0.1, 0.9], "max_minutes": 0.5, "monitoring": []}},
-        {"expname": "1e3", "data": {"datadir": "5e-4"}},  # strings that look like numbers
-        {"data": {"classes": ["14", "1e5", "null", "yes", "Größe: 1", "-"], "datadir": "~/a b"}},
-        {"data": {"file_pattern": r"(?P<class>\w+)__(?P<angle>\d+)\.png", "v_list": [0, 0.1, 1]}},
-        {"nerf": {"bounding_radius": 1, "background": "learned"}, "evaluation": {"inception_weights": "a#b"}},
-    ],
-)
-def test_the_resolved_configuration_is_a_configuration_file(write, values):
-    config = build_config(values)
-    assert load_config(write("resolved.yaml", config.to_yaml())) == config
-
-
-def test_the_resolved_file_lists_every_key():
-    written = yaml.safe_load(Config().to_yaml())
-
-    def leaves(values: dict, prefix: str = "") -> set[str]:
-        found = set()
-        for name, value in values.items():
-            found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-        return found
-
-    assert leaves(written) == set(_all_keys())
-
-
-def test_the_run_folder_is_outdir_and_name():
-    assert build_config({"expname": "a", "training": {"outdir": "x/y"}}).run_folder == Path("x/y/a")

@@ -1,34 +1,21 @@
-"""One frozen, typed, validated configuration out of YAML files with `inherit_from` and command-line overrides.
+"""Every key of a configuration: its type, default, range and meaning, and which values contradict each other.
 
-Key names follow GRAF's configuration files where they exist. Every key is described where it is defined. Whatever is
-wrong with a configuration is found here, before anything is built, and reported with the key, the value, what is
-allowed and the nearest valid key. Only composition roots and the trainer unpack a Config; everything else takes plain
-arguments.
+Key names follow GRAF's configuration files where they exist. Only composition roots and the trainer unpack a Config;
+everything else takes plain arguments.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 PATCH_SIZES = (16, 32, 64, 128, 256)
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 #: rays per chunk where neither chunk nor memory_budget say otherwise
 DEFAULT_CHUNK = 4096
@@ -36,36 +23,8 @@ DEFAULT_CHUNK = 4096
 _BYTES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 2**10, "m": 2**20, "g": 2**30}
 _BYTES |= {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 
-#: GRAF keys that have no meaning here, and what to use instead.
-RETIRED_KEYS = {
-    "data.orthographic": "only perspective cameras exist here: remove it",
-    "data.augmentation": "use discriminator.augment",
-    "nerf.i_embed": "use nerf.multires=0 for no positional encoding",
-    "training.netchunk": "use training.chunk (rays rendered at once)",
-    "nerf.netdepth_fine": "one network serves coarse and importance samples: remove it",
-    "nerf.netwidth_fine": "one network serves coarse and importance samples: remove it",
-    "nerf.perturb": "use nerf.jitter",
-    "training.take_model_average": "use training.model_average_beta (0 for none)",
-    "training.lr_anneal_end": "use training.lr_anneal_every",
-    "training.equalize_lr": "not supported: remove it",
-    "training.model_file": "runs continue from their newest checkpoint: remove it, or use --resume PATH",
-    "training.model_average_reinit": "not supported: remove it",
-    "training.restart_every": "not supported: remove it",
-    "training.video_every": "eval.py renders videos: remove it",
-    "training.n_test_samples_with_same_shape_code": "use eval.py --shape_appearance: remove it",
-    "training.monitor_every": "use training.print_every",
-    "discriminator.nc": "images always have three channels: remove it",
-    "discriminator.type": "there is one discriminator: remove it",
-    "discriminator.imsize": "the patch size is sqrt(ray_sampler.N_samples): remove it",
-}
-
-
 #: a decay rate of Adam
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message has one line per problem."""
 
 
 class Section(BaseModel):
@@ -430,7 +389,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that `load_config` reads back to an equal Config."""
-        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120))
+        return str(yaml.dump(self.model_dump(mode="json"), Dumper=YamlDumper, sort_keys=False, width=120))
 
 
 def _contradictions(config: Config) -> list[str]:
@@ -520,169 +479,17 @@ def batch_too_large(batch_size: int, num_images: int) -> str:
     )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and everything it inherits from, apply `section.key=value` overrides, validate.
-
-    Raises ConfigError with one line per problem.
-    """
-    values = read_yaml(Path(path))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override {override!r}: expected section.key=value, as in training.batch_size=4")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
-        _set(values, key.strip().split("."), value, override)
-    return build_config(values)
-
-
-def build_config(values: Mapping[str, Any]) -> Config:
-    """Validate a nested mapping. Raises ConfigError with one line per problem."""
-    unknown = list(_unknown_keys(values, Config, ()))
-    if unknown:
-        raise ConfigError("\n".join(unknown))
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        found: dict[tuple[str, str], list[str]] = {}  # (key, value) -> what is allowed: one for each kind of value
-        for problem in error.errors():
-            key = _key_of(problem["loc"])
-            message = str(problem["msg"]).removeprefix("Value error, ")
-            found.setdefault((key, repr(problem["input"])), []).append(_lower(message) if key else message)
-        lines = []
-        for (key, value), messages in found.items():
-            text = ", or ".join(dict.fromkeys(messages))
-            lines.append(f"{key}={value}: {text}{_describe_key(key)}" if key else text)
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _key_of(location: Sequence[int | str]) -> str:
-    """The key that pydantic's location is in, with a place in a list but without the kinds of value that it tried."""
-    keys, parts = {*_all_keys(), *_sections(Config)}, [str(part) for part in location]
-    length = max((n for n in range(len(parts) + 1) if ".".join(parts[:n]) in keys), default=len(parts))
-    places = [str(part) for part in location[length:] if isinstance(part, int)]
-    return ".".join([*parts[:length], *places])
-
-
-def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file as a nested dict, laid over the files named by its `inherit_from`, unvalidated."""
-    path = _find(path, f"{_seen[-1]}: inherit_from" if _seen else "--config")
-    if path in _seen:
-        raise ConfigError(f"{path}: inherit_from goes in a circle: {' -> '.join(map(str, (*_seen, path)))}")
-    try:
-        values = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
-    parent = values.pop("inherit_from", None)
-    if parent is None:
-        return values
-    beside = path.parent / str(parent)
-    return _merge(read_yaml(beside if beside.exists() else Path(str(parent)), (*_seen, path)), values)
-
-
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML takes `5e-4` (no dot) for a string."""
 
 
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around strings that `_Loader` would read as floats."""
+class YamlDumper(yaml.SafeDumper):
+    """Puts quotes around strings that `YamlLoader` would read as floats."""
 
 
-for _resolver in (_Loader, _Dumper):
+for _resolver in (YamlLoader, YamlDumper):
     _resolver.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
         list("-+0123456789."),
     )
-
-
-def _find(path: Path, asked_by: str) -> Path:
-    if path.is_file():
-        return path.resolve()
-    known = sorted(str(file) for file in CONFIG_FOLDER.glob("*.yaml"))
-    nearest = difflib.get_close_matches(str(path), known, n=1, cutoff=0.3)
-    raise ConfigError(f"{asked_by} {path}: no such file" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
-        values[key] = dict(inner or {})
-        values = values[key]
-    values[keys[-1]] = value
-
-
-def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """The fields of a model; those that are sections with their own model."""
-    fields: dict[str, type[BaseModel] | None] = {}
-    for name, info in model.model_fields.items():
-        kind: Any = info.annotation
-        fields[name] = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return fields
-
-
-def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
-    """Every key with its dots -> its description."""
-    keys: dict[str, str] = {}
-    for name, section in _sections(model).items():
-        if section is not None:
-            keys |= _all_keys(section, f"{prefix}{name}.")
-        else:
-            keys[prefix + name] = model.model_fields[name].description or ""
-    return keys
-
-
-def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
-    problems = []
-    fields = _sections(model)
-    for name, value in values.items():
-        key = ".".join((*prefix, str(name)))
-        if name not in fields:
-            if key in RETIRED_KEYS:
-                problems.append(f"{key}={value!r}: {RETIRED_KEYS[key]}")
-                continue
-            keys = [*_all_keys(), *(name for name, section in _sections(Config).items() if section)]
-            problems.append(f"{key}={value!r}: unknown key; did you mean {_nearest(key, keys)}?")
-            continue
-        section = fields[name]
-        if section is not None and isinstance(value, Mapping):
-            problems += _unknown_keys(value, section, (*prefix, str(name)))
-    return problems
-
-
-def _nearest(key: str, keys: Sequence[str]) -> str:
-    """The most similar key; a key that is right but for its section counts as nearest."""
-    last = key.rpartition(".")[2]
-    same_name = [other for other in keys if other.rpartition(".")[2] == last]
-    if same_name:
-        return same_name[0]
-    return max(keys, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
-
-
-def _describe_key(key: str) -> str:
-    description = _all_keys().get(key)
-    return f" ({description})" if description else ""
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -1,0 +1,17 @@
+"""The configuration of a run: `schema` says what may stand in it, `loading` reads it."""
+
+from graf.config.loading import CONFIG_FOLDER, ConfigError, build_config, load_config
+from graf.config.schema import DEFAULT_CHUNK, PATCH_SIZES, Config, DataConfig, batch_too_large, parse_bytes
+
+__all__ = [
+    "CONFIG_FOLDER",
+    "DEFAULT_CHUNK",
+    "PATCH_SIZES",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "batch_too_large",
+    "build_config",
+    "load_config",
+    "parse_bytes",
+]
