@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import eval as eval_program
 import train as train_program
 from benchmarks.results import format_table, hardware, write_section
 from graf.app import builders
+from graf.app import eval_command as eval_program
 from graf.app.eval_tasks import Presentation, open_presentation
 from graf.data.datasets import DataSettings, open_dataset
 from graf.evaluation.extractor import choose_extractor

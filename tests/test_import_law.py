@@ -19,8 +19,10 @@ LAW = {
     "training": {"base", "runtime", "geometry", "data", "models"},
     "evaluation": {"base", "runtime", "geometry", "data", "models"},
 }
-#: the room that holds the parts of train.py and eval.py, and so may join all others; none may import it
+#: the room that holds the commands and their parts, and so may join all others; none may import it
 COMPOSITION_ROOM = "app"
+#: `python -m graf`
+ENTRY_POINT = "__main__"
 #: besides the composition room, the only file that unpacks the Config
 CONFIG_READER = "training.trainer"
 DEVICE_MODULES = {"cuda", "mps", "amp", "distributed"}
@@ -33,7 +35,7 @@ def module_name(path: Path) -> str:
 
 
 def is_composition_root(module: str) -> bool:
-    return module.partition(".")[0] == COMPOSITION_ROOM
+    return module.partition(".")[0] in (COMPOSITION_ROOM, ENTRY_POINT)
 
 
 def imported_modules(source: str, package: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Look at a data set before training: `python -m graf.app.doctor --config configs/x.yaml [section.key=value ...]`.
+"""Look at a data set before training: `graf doctor --config configs/x.yaml [section.key=value ...]`.
 
 Prints what the set holds and what is wrong with it, and draws a contact sheet, the cameras, and photographs with the
 projected unit sphere and axes, from which radius, field of view, elevation and the sense of rotation can be checked:
@@ -8,9 +8,7 @@ the object should fill the sphere, and its front should keep to the red axis.
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +19,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from graf.app.builders import build_cameras, build_pose_sampler, describe_dataset, open_photographs
-from graf.config import Config, ConfigError, DataConfig, load_config
-from graf.data.datasets import DataError, PhotoDataset
+from graf.app.failures import ErrorLog, run_command
+from graf.config import Config, DataConfig, load_config
+from graf.data.datasets import PhotoDataset
 from graf.geometry.cameras import Intrinsics, project_points
 from graf.geometry.views import NUM_UNIFORMS
+from graf.runtime.logs import setup_console
 
 RED, GREEN, BLUE, GREY, ORANGE = (225, 40, 40), (30, 160, 60), (40, 90, 230), (130, 130, 130), (240, 140, 20)
 AXIS_COLOURS = (RED, GREEN, BLUE)
@@ -51,21 +51,23 @@ class Inspection:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the doctor; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m graf.app.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/default.yaml", help="YAML file (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="graf doctor", description="Look at a data set before training.")
+    parser.add_argument(
+        "--config", default="default", help="YAML file, or name of a shipped configuration (default: %(default)s)"
+    )
     parser.add_argument("--out", default="doctor", help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
+    options = parser.parse_intermixed_args(arguments)
+
+    def command(errors: ErrorLog) -> None:
+        setup_console()
         inspection = inspect_data(load_config(options.config, options.overrides))
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print("\n".join(describe(inspection)))
-    for path in write_pictures(inspection, Path(options.out)):
-        print(f"wrote {path}")
-    return 0
+        print("\n".join(describe(inspection)))
+        for path in write_pictures(inspection, Path(options.out)):
+            print(f"wrote {path}")
+
+    return run_command(command, debug=options.debug, interrupted="interrupted")
 
 
 def inspect_data(config: Config) -> Inspection:
@@ -259,7 +261,3 @@ def _dot(
 ) -> None:
     x, y = centre.tolist()
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=outline)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,49 +1,82 @@
-"""Failures as a person meets them: one line for what is foreseen; anything else is a bug and keeps its traceback."""
+"""How a command ends: one line for whatever went wrong, and a traceback kept for what nobody foresaw."""
 
 from __future__ import annotations
 
-from graf.config import ConfigError
-from graf.data.errors import DataError
-from graf.evaluation.consistency import ConsistencyError
-from graf.evaluation.extractor import ExtractorError
-from graf.evaluation.fidelity import FidelityError
-from graf.evaluation.heldout import HeldoutError
-from graf.models.rrdb import WeightsError
-from graf.runtime.checkpoint import CheckpointError
-from graf.runtime.device import DeviceError
-from graf.runtime.memory import OutOfMemory, is_out_of_memory
-from graf.training.players import DivergenceError
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-FORESEEN = (
-    ConfigError,
-    DataError,
-    ExtractorError,
-    FidelityError,
-    HeldoutError,
-    ConsistencyError,
-    WeightsError,
-    CheckpointError,
-    DeviceError,
-    DivergenceError,
-    OutOfMemory,
-    OSError,
-)
+from graf.base.errors import UserError
+from graf.base.files import write_atomically
 
 
-def explain_failure(error: Exception) -> str:
-    """What to print for a failure that the program foresees; re-raises one that it does not."""
-    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+@dataclass
+class ErrorLog:
+    """error.log of a run folder, which a command names as soon as it knows it."""
+
+    folder: Path | None = None
+
+    def keep(self, error: Exception) -> str:
+        """Write the traceback; returns where it is, or how to see it."""
+        if self.folder is None:
+            return "run again with --debug for its traceback"
+        file = self.folder / "error.log"
+        try:
+            write_atomically(file, "".join(traceback.format_exception(error)))
+        except OSError as failure:  # often the same full disk
+            return f"{file} cannot be written, {failure.strerror}: run again with --debug for its traceback"
+        return f"its traceback is in {file}"
+
+
+def run_command(command: Callable[[ErrorLog], None], *, debug: bool, interrupted: str) -> int:
+    """Run a command; the exit code is 0, or 1 (after Ctrl-C 130) and a last line on stderr that says what is wrong.
+
+    debug: print the traceback of a failure too; interrupted: what to say after Ctrl-C.
+    """
+    log = ErrorLog()
+    try:
+        command(log)
+    except KeyboardInterrupt:
+        print(f"error: {interrupted}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        message = explain_failure(error)
+        if message is None:
+            where = "its traceback is above" if debug and log.folder is None else log.keep(error)
+            message = f"unexpected {_name_with_message(error)} ({where})"
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain_failure(error: Exception) -> str | None:
+    """What to print for a failure that somebody at the keyboard can put right; None for any other."""
+    if isinstance(error, UserError):
+        return _message(error)
+    from graf.runtime.memory import is_out_of_memory  # imports torch, for which a misspelt key need not wait
+
+    if is_out_of_memory(error):
         # What can be done in smaller pieces has been tried again so; this happened outside of it.
         return (
             "out of memory where nothing can be halved; in training lower nerf.netwidth, discriminator.ndf, "
             f"ccsr.features or training.batch_size, in eval.py --resolution or --num_images [{_first_line(error)}]"
         )
-    if isinstance(error, FORESEEN):
-        # A process that loads images sends its error with its traceback, whose last line is the message.
-        lines = str(error).strip().splitlines()
-        return lines[-1].partition(": ")[2] if lines and lines[0].startswith("Caught ") else str(error)
-    raise error
+    return None
+
+
+def _name_with_message(error: Exception) -> str:
+    return ": ".join(filter(None, (type(error).__name__, _first_line(error))))
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+    return _message(error).strip().partition("\n")[0][:200]
+
+
+def _message(error: Exception) -> str:
+    """An error's text; a process that loads images sends its own with its traceback, whose last line has the text."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].partition(": ")[2] if lines and lines[0].startswith("Caught ") else str(error)

@@ -14,7 +14,7 @@ PICTURES = {"contact_sheet.png", "cameras.png", "overlay.png"}
 
 
 @pytest.fixture
-def photographs(tmp_path):
+def photographs(restored_process, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for angle in range(0, 360, 45):

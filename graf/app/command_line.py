@@ -1,0 +1,34 @@
+"""The command `graf`: chooses among train, eval, doctor and plan, and imports the chosen one alone."""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from graf import __version__
+
+#: command -> (its function: arguments -> exit code, what it does)
+COMMANDS = {
+    "train": ("graf.app.train_command:main", "train a generator, or continue a run"),
+    "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
+    "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
+    "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `graf COMMAND ...`; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="graf",
+        description="Train 3D-aware GANs on labelled photographs, and look at what they have learned.",
+        epilog="graf COMMAND --help lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"graf {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, (_, line) in COMMANDS.items():
+        commands.add_parser(name, help=line, add_help=False)
+    command = parser.parse_args(arguments[:1]).command  # the rest is the command's own
+    return int(pkgutil.resolve_name(COMMANDS[command][0])(arguments[1:]))
