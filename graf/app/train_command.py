@@ -91,7 +91,8 @@ def train(
     which training.max_minutes counts; program: what to type to go on; errors: is told the run folder.
     """
     from graf.app import builders, hooks
-    from graf.app.runs import choose_run_folder, describe_changes, write_atomically
+    from graf.app.runs import choose_run_folder, describe_changes
+    from graf.base.files import write_atomically
     from graf.data.loader import make_loader
     from graf.evaluation.extractor import choose_extractor
     from graf.evaluation.scoring import ScoringTask
@@ -130,20 +131,18 @@ def train(
         evaluation = config.evaluation
         extractor = choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download)
 
-    # Networks and loop
+    # Networks
     cameras = builders.build_cameras(config, dataset_info)
     pose_sampler = builders.build_pose_sampler(config, photographs, cameras)
     trainer = builders.build_trainer(
         config, dataset_info, pose_sampler, precision, device, pretrained=checkpoint is None
     )
+
+    # Where an earlier run stopped
     if checkpoint is not None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
         logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
-    if training.memory_budget is not None:
-        from graf.app.memory_planner import apply_budget
-
-        apply_budget(config, trainer, dataset_info, offline_features=extractor is not None and extractor.suffix != "")
     start = trainer.progress.iteration
     if start >= training.max_iterations:
         logger.info(
@@ -152,6 +151,14 @@ def train(
             start,
         )
         return
+
+    # Memory
+    if training.memory_budget is not None:
+        from graf.app.memory_planner import apply_budget
+
+        apply_budget(config, trainer, dataset_info, offline_features=extractor is not None and extractor.suffix != "")
+
+    # The run folder, as of the iteration that is continued, and the batches that follow
     write_atomically(folder.config_file, config.to_yaml())
     drop_rows_after(folder.path / "scores.jsonl", start)  # what is trained again is scored again
     loader = make_loader(
@@ -197,6 +204,8 @@ def train(
             save,
             hooks.StopHook(request, training.max_minutes, started),
         ]
+
+        # The loop
         trainer.run(iter(loader), between)
 
         # The end

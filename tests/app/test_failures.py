@@ -1,6 +1,10 @@
-"""Every foreseen failure: one line that starts with "error: " and says what to do, an exit code, and nothing lost."""
+"""Every failure: one last line that starts with "error: ", an exit code, and nothing lost."""
 
+import errno
 import hashlib
+import importlib
+import os
+import pkgutil
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+import graf
 from graf.app import builders
-from graf.app.failures import explain_failure
+from graf.app.failures import ErrorLog, explain_failure, run_command
+from graf.base.errors import UserError
 from graf.models.generator import Generator
+from graf.runtime import device, logs
 from graf.runtime.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -278,12 +285,83 @@ def test_a_folder_that_cannot_be_written_is_one_line(train, read_error, tmp_path
     assert "taken" in read_error()
 
 
-def test_what_nobody_foresaw_keeps_its_traceback(train, monkeypatch):
+# ---------------------------------------------------------------- what nobody foresaw
+
+
+def test_what_nobody_foresaw_is_one_line_and_keeps_its_traceback_in_the_run_folder(train, read_error, monkeypatch):
     monkeypatch.setattr(builders, "build_pose_sampler", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        train()
-    with pytest.raises(ZeroDivisionError):
-        explain_failure(ZeroDivisionError("a bug"))
+    assert train() == 1
+    file = Path("results", "smoke", "error.log")
+    assert read_error() == f"error: unexpected ZeroDivisionError: division by zero (its traceback is in {file})"
+    traceback = file.read_text()
+    assert traceback.startswith("Traceback (most recent call last):\n")
+    assert "1 / 0" in traceback
+    assert traceback.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_before_the_run_folder_is_known_debug_shows_the_traceback(train, read_error, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(device, "pick_device", lambda *_: 1 / 0)
+    assert train() == 1
+    assert read_error().endswith("division by zero (run again with --debug for its traceback)")
+    assert train("--debug") == 1
+    *traceback, line = capsys.readouterr().err.splitlines()
+    assert traceback[0] == "Traceback (most recent call last):"
+    assert traceback[-1] == "ZeroDivisionError: division by zero"
+    assert line == "error: unexpected ZeroDivisionError: division by zero (its traceback is above)"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_a_foreseen_failure_was_noticed_too(train, capsys):
+    assert train("--debug", "nerf.netwidth=0") == 1
+    *traceback, line = capsys.readouterr().err.splitlines()
+    assert "Traceback (most recent call last):" in traceback
+    assert line.startswith("error: nerf.netwidth=0: ")
+
+
+def test_a_full_disk_under_the_logs_is_one_line_and_not_called_foreseen(train, read_error, monkeypatch):
+    def fail(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(logs, "_append_line", fail)
+    assert train(*BARE) == 1
+    error = read_error()
+    assert error.startswith("error: unexpected OSError: [Errno 28] No space left on device: ")
+    assert "metrics.jsonl" in error
+    assert "OSError" in Path("results", "smoke", "error.log").read_text()
+
+
+def test_a_traceback_that_cannot_be_written_either_is_still_one_line(train, read_error, monkeypatch, tmp_path):
+    (tmp_path / "results").write_text("a file where the run folder should be")
+    monkeypatch.setattr(builders, "build_pose_sampler", lambda *_: 1 / 0)
+    assert train() == 1
+    error = read_error()
+    assert error.startswith("error: unexpected ZeroDivisionError: division by zero (")
+    assert "error.log cannot be written" in error
+    assert "--debug" in error
+
+
+def test_a_long_message_that_nobody_foresaw_is_cut_to_its_first_line(read_error):
+    def command(_: ErrorLog) -> None:
+        raise RuntimeError("first\nsecond")
+
+    assert run_command(command, debug=False, interrupted="") == 1
+    assert read_error() == "error: unexpected RuntimeError: first (run again with --debug for its traceback)"
+
+
+def test_only_failures_that_a_person_can_put_right_are_foreseen():
+    assert explain_failure(ZeroDivisionError("a bug")) is None
+    assert explain_failure(OSError(errno.ENOSPC, "No space left on device")) is None
+    assert explain_failure(UserError("one line")) == "one line"
+
+
+def test_every_error_of_the_project_is_a_user_error_but_those_that_never_leave_their_module():
+    errors = {}
+    for module in pkgutil.walk_packages(graf.__path__, "graf."):
+        for name, kind in vars(importlib.import_module(module.name)).items():
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__.startswith("graf."):
+                errors[name] = kind
+    assert len(errors) > 10
+    assert {name for name, kind in errors.items() if not issubclass(kind, UserError)} <= {"UnreadableImage"}
 
 
 @pytest.mark.parametrize("nworkers", [0, 1])

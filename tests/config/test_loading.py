@@ -1,11 +1,12 @@
 """How a configuration is read: files, inheritance, shipped names, overrides, and the round trip."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from graf.config import Config, ConfigError, build_config, load_config
+from graf.config import CONFIG_FOLDER, Config, ConfigError, build_config, load_config
 from graf.config.loading import _all_keys
 
 # --------------------------------------------------------------------------------------------------------- inherit_from
@@ -44,6 +45,56 @@ def test_a_circle_is_named(write, length):
 def test_a_missing_parent_is_named_with_the_file_that_asks_for_it(write):
     with pytest.raises(ConfigError, match=r"child.yaml: inherit_from nowhere.yaml: no such file"):
         load_config(write("child.yaml", "inherit_from: nowhere.yaml"))
+
+
+# -------------------------------------------------------------------------------------------------------- shipped names
+
+
+@pytest.mark.parametrize("name", ["coil100_sr", "coil100_sr.yaml", "configs/coil100_sr.yaml"])
+def test_a_shipped_configuration_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == load_config(CONFIG_FOLDER / "coil100_sr.yaml")
+
+
+@pytest.mark.parametrize("name", ["default.yaml", "default", "configs/default.yaml"])
+def test_a_file_that_is_there_comes_before_a_shipped_one(name, write, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    write(name, "seed: 7")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == Config(seed=7)
+
+
+def test_a_folder_of_the_same_name_is_no_configuration(tmp_path, monkeypatch):
+    (tmp_path / "default").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("default").expname == "default"
+
+
+@pytest.mark.parametrize("parent", ["smoke", "smoke.yaml"])
+def test_any_file_can_inherit_from_a_shipped_one(parent, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    child = load_config(write("mine.yaml", f"inherit_from: {parent}\nexpname: mine"))
+    assert child == load_config("smoke", ["expname=mine"])
+
+
+def test_a_file_may_extend_the_shipped_one_whose_name_it_has(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("smoke.yaml", "inherit_from: smoke\nseed: 7")
+    assert load_config("smoke.yaml") == load_config("smoke", ["seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("defalt", "did you mean default.yaml?"),
+        ("elsewhere/default.yaml", "did you mean default.yaml?"),
+        ("zzz", "shipped are blender, carla, "),
+    ],
+)
+def test_what_is_neither_a_file_nor_shipped_is_answered_with_what_is(name, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^--config {name}: no such file; {re.escape(hint)}"):
+        load_config(name)
 
 
 # ---------------------------------------------------------------------------------------------------------- files, YAML

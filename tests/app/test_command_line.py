@@ -1,0 +1,76 @@
+"""The command `graf`: what it offers, that it is quick to say so, and that its commands are those of the scripts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graf import __version__
+from graf.app.command_line import COMMANDS, main
+
+KEYS = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[]", "--max_iterations", "1")
+
+
+def exit_code(*arguments: str) -> int:
+    """The exit code of a command line that argparse ends."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return int(caught.value.code)
+
+
+def test_help_lists_the_commands_with_a_line_each_and_loads_no_torch():
+    code = "import sys, runpy; sys.argv[1:] = ['--help']; sys.modules['torch'] = None; runpy.run_module('graf')"
+    code = code.replace("run_module('graf')", "run_module('graf', run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for name, (_, purpose) in COMMANDS.items():
+        assert any(line.split() == [name, *purpose.split()] for line in lines), name
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"graf {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_under_its_own_name(command, capsys):
+    assert exit_code(command, "--help") == 0
+    usage = capsys.readouterr().out
+    assert usage.startswith(f"usage: graf {command} ")
+    assert "--debug" in usage
+
+
+@pytest.mark.parametrize("arguments", [(), ("tran",), ("--config", "smoke")])
+def test_what_is_no_command_is_answered_with_the_commands(arguments, capsys):
+    assert exit_code(*arguments) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_shipped_configuration_is_trained_and_evaluated_by_its_name(restored_process, smoke_run, capsys):
+    data = f"data.datadir={smoke_run.data}"
+    assert main(["train", "--config", "smoke", data, *KEYS, "--max_minutes", "1e-6", "training.max_iterations=2"]) == 0
+    assert f"resume with: graf train --config {Path('results', 'smoke', 'config.yaml')}" in capsys.readouterr().out
+    assert main(["eval", "--grid", "--views", "2"]) == 0
+    assert Path("results", "smoke", "eval", "grid_car_rgb.png").is_file()
+    assert main(["doctor", "--config", "smoke", data]) == 0
+    assert Path("doctor", "overlay.png").is_file()
+
+
+def test_plan_is_what_train_prints_with_its_flag(restored_process, run_program, capsys):
+    keys = ("--config", "smoke", "training.fid_every=0", "training.sample_every=0")
+    assert main(["plan", *keys]) == 0
+    plan = capsys.readouterr().out
+    assert plan.startswith("Predicted peak")
+    assert run_program("train.py", "--plan", *keys) == 0
+    assert capsys.readouterr().out == plan
+
+
+def test_a_failing_command_is_one_line_and_an_exit_code(restored_process, capsys):
+    for command in ("train", "plan", "doctor"):
+        assert main([command, "--config", "smoke", "training.batchsize=4"]) == 1
+        error = "error: training.batchsize=4: unknown key; did you mean training.batch_size?\n"
+        assert capsys.readouterr().err == error
+    assert main(["eval", "--run", "nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("error: --run nowhere: no run is there")
