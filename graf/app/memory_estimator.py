@@ -30,10 +30,10 @@ from graf.app.builders import DatasetInfo
 from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
-from graf.evaluation.consistency import Ring, TrueViews, measure_ring
-from graf.evaluation.consistency_task import ConsistencyTask
+from graf.evaluation.consistency import ConsistencyTask, measure_ring
 from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
+from graf.evaluation.rings import Ring, TrueViews
 from graf.evaluation.sampler import Renders, Sampler
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring

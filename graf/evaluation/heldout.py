@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
+from graf.evaluation.metrics import psnr
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.views import Views
 
@@ -168,15 +169,6 @@ class _Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (N, C, H, W) in [-1, 1] twice -> (N,); infinite where equal.
-
-    10 log10(2^2 / MSE): the peak is the width of the range.
-    """
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
-    return 10.0 * torch.log10(4.0 / error)
 
 
 def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
