@@ -60,7 +60,8 @@ def train(options: argparse.Namespace, started: float) -> None:
         return
 
     from graf.app import builders, hooks
-    from graf.app.runs import choose_run_folder, describe_changes, write_atomically
+    from graf.app.runs import choose_run_folder, describe_changes
+    from graf.base.files import write_atomically
     from graf.data.loader import make_loader
     from graf.evaluation.extractor import choose_extractor
     from graf.evaluation.scoring import ScoringTask

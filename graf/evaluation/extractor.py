@@ -7,8 +7,7 @@ Scores of the two are different quantities. `Extractor.suffix` keeps their names
 import hashlib
 import http.client
 import math
-import os
-import tempfile
+import secrets
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from graf.base.files import replace_file
 from graf.runtime.logs import info_once, warn_once
 
 INCEPTION = "inception-v3-compat"
@@ -133,18 +133,13 @@ def download_inception_weights(target: Path) -> Path:
     digest = hashlib.sha256()
     with urllib.request.urlopen(URL_INCEPTION_V3, timeout=DOWNLOAD_TIMEOUT) as response:
         info_once(f"downloading Inception weights (91 MiB) to {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
-        try:
-            with open(descriptor, "wb") as file:
-                while block := response.read(1 << 20):
-                    digest.update(block)
-                    file.write(block)
+        partial = f"{target.name}.{secrets.token_hex(4)}.partial"  # other processes may be downloading it too
+        with replace_file(target, temporary_name=partial) as file:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                file.write(block)
             if digest.hexdigest() != INCEPTION_SHA256:
                 raise ExtractorError(f"{URL_INCEPTION_V3} has sha256 {digest.hexdigest()[:8]}..., not the expected one")
-            os.replace(partial, target)
-        finally:
-            Path(partial).unlink(missing_ok=True)
     return target
 
 

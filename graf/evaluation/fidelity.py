@@ -21,6 +21,7 @@ import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from graf.base.files import replace_file
 from graf.evaluation.extractor import Extractor, hash_file
 from graf.evaluation.pictures import to_uint8
 from graf.runtime.logs import info_once, warn_once
@@ -300,9 +301,7 @@ def json_value(value: Plain) -> Plain:
 
 def _write_csv(path: Path, rows: list[dict[str, Plain]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    partial = path.with_suffix(".csv.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with replace_file(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import secrets
 import sys
 import time
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from graf.base.files import write_atomically
 
 logger = logging.getLogger("graf")
 
@@ -164,9 +165,7 @@ def drop_rows_after(path: Path, iteration: int) -> None:
     kept = [line for line in lines if _is_row_until(line, iteration)]
     if len(kept) == len(lines):
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
     logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
 
 
