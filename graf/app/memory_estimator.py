@@ -544,14 +544,3 @@ class StepPlanner:
                 extractor(images)
             else:
                 extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
-
-
-def predict_step(
-    config: Config,
-    settings: Settings | None = None,
-    dataset_info: DatasetInfo | None = None,
-    precision: Precision | None = None,
-) -> Plan:
-    """The peaks of a configuration's step, by default with its own settings. Needs no photographs and no GPU."""
-    planner = StepPlanner(config, dataset_info, precision)
-    return planner.predict(configured_settings(config) if settings is None else settings)

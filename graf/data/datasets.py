@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -162,11 +162,6 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
                     error,
                 )
             return None
-
-    def subset_by(self, indices: Sequence[int]) -> "PhotoDataset":
-        """The data set of the photographs at `indices`, in that order."""
-        cache = None if self._cache is None else self._cache[torch.as_tensor(indices, dtype=torch.int64)]
-        return PhotoDataset(self.index.select(indices), self.settings, cache, self.fov)
 
     def fingerprint(self) -> str:
         """Hash of file names and sizes, labels, poses, image size, crop and background: the same for equal data."""

@@ -86,13 +86,11 @@ def choose_extractor(kind: str, weights_path: str | None = None, allow_download:
     return offline_extractor()
 
 
-def find_inception_weights(path: str | None, allow_download: bool) -> Path | None:
-    """Find Inception weights with the right sha256: `path`, then $TORCH_HOME/hub/checkpoints, then a download."""
-    return _search_inception_weights(path, allow_download)[0]
-
-
 def _search_inception_weights(path: str | None, allow_download: bool) -> tuple[Path | None, list[str]]:
-    """Return the weights found (or None), and why each place before them had none."""
+    """Weights with the right sha256 (or None), and why each place before them had none.
+
+    Looked for at `path`, then in $TORCH_HOME/hub/checkpoints, then downloaded.
+    """
     failures = []
     candidates = [_hub_file()] if path is None else [Path(path).expanduser(), _hub_file()]
     for candidate in candidates:

@@ -23,8 +23,6 @@ from graf.geometry.rays import Patches, crop_images
 from graf.models.rrdb import RRDBTrunk
 from graf.runtime.amp import float32_region
 
-SCALES = (2, 4)
-
 
 class ViewLatents(nn.Module):
     """Learnable latent images, one per view on a ring around the object: `num_views` times (channels, size, size).

@@ -23,7 +23,6 @@ from graf.evaluation.extractor import (
     OfflineFeatures,
     choose_extractor,
     draw_kernels,
-    find_inception_weights,
 )
 from graf.evaluation.fidelity import FidelityProtocol, score_images
 
@@ -190,16 +189,15 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_weights_are_taken_from_the_configured_path_before_the_hub(hub: Path, tmp_path: Path) -> None:
     hub.mkdir(parents=True)
     (hub / FILE_NAME).write_bytes(CONTENT)
-    assert find_inception_weights(None, allow_download=False) == hub / FILE_NAME
+    assert choose_extractor("inception", None, allow_download=False).weights_path == hub / FILE_NAME
     configured = tmp_path / "own.pth"
     configured.write_bytes(CONTENT)
-    assert find_inception_weights(str(configured), allow_download=False) == configured
+    assert choose_extractor("inception", str(configured), allow_download=False).weights_path == configured
 
 
 def test_a_file_with_another_hash_is_never_used(hub: Path, tmp_path: Path, said: list[str]) -> None:
     configured = tmp_path / "own.pth"
     configured.write_bytes(CONTENT + b"!")
-    assert find_inception_weights(str(configured), allow_download=False) is None
     assert choose_extractor("auto", str(configured), allow_download=False).suffix == "_offline"
     assert len(said) == 1
     assert str(configured) in said[0]
