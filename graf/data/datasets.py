@@ -37,7 +37,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Everything that opening a data set needs. Fields carry the names of the config's `data` section.
+    """Everything that opening a data set needs. Fields carry the names of the config's `data` section, which alone
+    has defaults.
 
     `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
     synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
@@ -50,22 +51,22 @@ class DataSettings:
 
     type: str
     datadir: str | Path
-    imsize: int = 64
-    crop: int | None = None
-    white_bkgd: bool = True
-    v_list: tuple[float, ...] | None = None
-    angle_direction: str = "ccw"
-    file_pattern: str | None = None
-    classes: tuple[str, ...] | None = None
-    heldout_every: int = 0
+    imsize: int
+    crop: int | None
+    white_bkgd: bool
+    v_list: tuple[float, ...] | None
+    angle_direction: str
+    file_pattern: str | None
+    classes: tuple[str, ...] | None
+    heldout_every: int
+    strict: bool
+    cache_mib: float
+    radius: float
+    fov: float
+    synthetic_count: int
+    synthetic_seed: int
+    synthetic_instances: int
     subset: str = "train"
-    strict: bool = False
-    cache_mib: float = 1024
-    radius: float = 3.5
-    fov: float = 30.0
-    synthetic_count: int = 1000
-    synthetic_seed: int = 0
-    synthetic_instances: int = 1
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -94,7 +95,7 @@ class DataSettings:
     def from_mapping(cls, data: Mapping[str, Any], subset: str = "train") -> "DataSettings":
         """Settings from the config's `data` section as a plain dict; keys of others (near, umin, ...) are ignored."""
         values = {item.name: data[item.name] for item in fields(cls) if item.name in data}
-        values |= {f"synthetic_{key}": value for key, value in (data.get("synthetic") or {}).items()}
+        values |= {f"synthetic_{key}": value for key, value in data["synthetic"].items()}
         for key in ("v_list", "classes"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])

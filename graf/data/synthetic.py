@@ -53,14 +53,14 @@ View = tuple[int, int, int, int]  # class, instance, height, angle
 class SyntheticSettings:
     """What the synthetic set depends on, all of it in the cache key. `fov` in degrees, `v_list` heights v in [0, 1]."""
 
-    imsize: int = 64
-    count: int = 1000
-    seed: int = 0
-    instances: int = 1
-    radius: float = 3.5
-    fov: float = 30.0
-    v_list: tuple[float, ...] = DEFAULT_V_LIST
-    white_bkgd: bool = True
+    imsize: int
+    count: int
+    seed: int
+    instances: int
+    radius: float
+    fov: float
+    v_list: tuple[float, ...]
+    white_bkgd: bool
 
     def __post_init__(self) -> None:
         if self.radius <= BOUNDING_RADIUS:

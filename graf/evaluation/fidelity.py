@@ -45,10 +45,10 @@ class FidelityProtocol:
     kid_subset_size: at most so many images a subset, fewer where either side has fewer.
     """
 
-    seed: int = 0
-    batch_size: int = 64
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
+    seed: int
+    batch_size: int
+    kid_subsets: int
+    kid_subset_size: int
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "kid_subsets"):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from graf.config import Config
 from graf.data.datasets import DataError, DataSettings, PhotoDataset, open_dataset
+from graf.data.synthetic import SyntheticSettings
 from graf.geometry.cameras import angles_from_pose, pose_from_angles
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -43,7 +46,9 @@ def turntable(tmp_path):
 
 
 def settings(folder, **changes):
-    return DataSettings(**{"type": "turntable", "datadir": folder, "imsize": 16, "v_list": (0.3,)} | changes)
+    """The configuration's defaults, but small turntable photographs from one height."""
+    defaults = DataSettings.from_mapping(Config().data.model_dump())
+    return replace(defaults, **{"type": "turntable", "datadir": folder, "imsize": 16, "v_list": (0.3,)} | changes)
 
 
 def grey_values(dataset):
@@ -363,6 +368,7 @@ def test_turntable_without_v_list_says_how_to_set_it(turntable):
 
 def test_settings_from_the_config_ignore_other_keys():
     mapping = {
+        **Config().data.model_dump(),
         "type": "turntable",
         "datadir": "photos",
         "near": 2.0,
@@ -375,6 +381,11 @@ def test_settings_from_the_config_ignore_other_keys():
     assert found.v_list == (0.2, 0.3)
     assert found.subset == "heldout"
     assert (found.synthetic_count, found.synthetic_seed, found.synthetic_instances) == (40, 1, 2)
+
+
+def test_the_configuration_alone_has_defaults():
+    for kind, own in ((DataSettings, {"subset"}), (SyntheticSettings, set())):
+        assert {item.name for item in fields(kind) if item.default is not MISSING} == own
 
 
 # transforms

@@ -30,6 +30,7 @@ from graf.evaluation.fidelity import FidelityProtocol, score_images
 OFFLINE_HASH = "38a6ebc3ed2aa7d0b9172398d63d5ddb09c8608386ff26b3671d79c0b18a22f1"
 CONTENT = b"these bytes stand for the Inception weights" * 1000
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
+PROTOCOL = FidelityProtocol(seed=0, batch_size=64, kid_subsets=100, kid_subset_size=1000)
 
 
 class Images(Dataset[Tensor]):
@@ -70,9 +71,7 @@ def blur(images: Tensor, passes: int) -> Tensor:
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
-    scores = score_images(
-        Images(real), Images(fake), choose_extractor("offline"), FidelityProtocol(), torch.device("cpu")
-    )
+    scores = score_images(Images(real), Images(fake), choose_extractor("offline"), PROTOCOL, torch.device("cpu"))
     return scores.values["kid_offline"]
 
 
