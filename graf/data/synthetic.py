@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from imageio.v3 import imwrite
 from torch import Tensor
 from tqdm import tqdm
 
@@ -254,9 +254,9 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
 
 def _write_view(folder: Path, file: str, rgb: Tensor, relative_depth: Tensor, mask: Tensor) -> None:
     pixels = ((rgb + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(folder / file)
-    Image.fromarray((relative_depth[0] * 65535).round().numpy().astype(np.uint16)).save(folder / DEPTH_FOLDER / file)
-    Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()).save(folder / MASK_FOLDER / file)
+    imwrite(folder / file, pixels.numpy())
+    imwrite(folder / DEPTH_FOLDER / file, (relative_depth[0] * 65535).round().numpy().astype(np.uint16))
+    imwrite(folder / MASK_FOLDER / file, (mask[0] * 255).round().to(torch.uint8).numpy())
 
 
 def _split(views: list[View], size: int) -> Iterator[list[View]]:
