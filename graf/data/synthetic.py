@@ -26,12 +26,12 @@ from graf.data.errors import DataError
 from graf.data.labels import LABELS_FILE, LABELS_HEADER
 from graf.data.loader import count_usable_cpus
 from graf.data.shapes import CLASS_NAMES, Toy, build_toy
-from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles
+from graf.geometry.cameras import Intrinsics, height_from_elevation, label_angles, pose_from_angles
 from graf.geometry.rays import cast_rays, pixel_grid
 
 VERSION = 1  # part of the cache key: raise it whenever the pictures change
 DEPTH_FOLDER, MASK_FOLDER, SCENE_FILE = "depth", "mask", "scene.json"
-DEFAULT_V_LIST = tuple(round((1 - math.sin(math.radians(elevation))) / 2, 4) for elevation in (12, 27, 42))
+DEFAULT_V_LIST = tuple(round(height_from_elevation(degrees), 4) for degrees in (12, 27, 42))
 ANGLE_COUNTS = (72, 90, 120, 180, 360)
 
 BOUNDING_RADIUS = 0.95

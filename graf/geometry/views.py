@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graf.geometry.cameras import angle_label, label_angles, pose_from_angles
+from graf.geometry.cameras import angle_label, elevation_from_height, label_angles, pose_from_angles
 
 #: random numbers that `PoseSampler.pick` takes per view
 NUM_UNIFORMS = 4
@@ -164,5 +164,7 @@ class PoseSampler:
             ranges = self.ranges
             limits = ("umin", "umax", "vmin", "vmax", "radius_min", "radius_max")
             u0, u1, v0, v1, r0, r1 = (getattr(ranges, name) for name in limits)
-            return f"u in [{u0}, {u1}], v in [{v0}, {v1}], radius in [{r0}, {r1}], uniform"
+            low, high = elevation_from_height(v1), elevation_from_height(v0)
+            heights = f"v in [{v0}, {v1}] (elevation {low:.0f} to {high:.0f} degrees)"
+            return f"u in [{u0}, {u1}], {heights}, radius in [{r0}, {r1}], uniform"
         return f"the {len(self)} views of the data set, equally likely"
