@@ -1,6 +1,4 @@
-"""Which object seen from where: the cameras of labelled images, and the distribution from which generated images take
-theirs.
-"""
+"""Which object is seen from where: the cameras of labelled images and the distribution of generated ones' cameras."""
 
 from __future__ import annotations
 
@@ -74,9 +72,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Cameras:
-    """How labels become cameras: distance from the origin, the heights v of the labels, and the sense of their
-    angles.
-    """
+    """How labels become cameras: distance from the origin, heights v of the labels, and the sense of their angles."""
 
     radius: float
     v_list: tuple[float, ...]
@@ -93,9 +89,7 @@ class Cameras:
         return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels, self.angle_sign)
 
     def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
-        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)), labelled with the nearest
-        height.
-        """
+        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)); labels take the nearest height."""
         heights = torch.tensor(self.v_list, device=v.device)
         height_idx = (v[:, None] - heights).abs().argmin(1)
         angle = angle_label(u if self.angle_direction == "ccw" else torch.remainder(-u, 1.0))
