@@ -66,8 +66,9 @@ class ViewLatents(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """Residual convolutions and a PixelShuffle (Shi et al., CVPR 2016), on top of bicubic upsampling: (B,3,h,w) ->
-    (B,3,sh,sw).
+    """Residual convolutions and a PixelShuffle (Shi et al., CVPR 2016) on top of bicubic upsampling.
+
+    (B, 3, h, w) -> (B, 3, s h, s w).
     """
 
     def __init__(self, scale: int, features: int = 32, blocks: int = 4) -> None:
