@@ -43,7 +43,7 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; without it a power cut may bring the previous file back, whole, which is said once."""
+    """Make a rename durable; without it a power cut may bring the previous file back; a refusal is reported once."""
     if os.name == "nt":  # folders cannot be opened there
         return
     try:
@@ -59,4 +59,4 @@ def sync_folder(folder: Path) -> None:
 @cache
 def _warn_of_unsynced(folder: Path, reason: str) -> None:
     message = "%s: this file system does not sync folders (%s): a power cut may undo the last save"
-    logging.getLogger("graf").warning(message, folder, reason)
+    logging.getLogger("graf.base").warning(message, folder, reason)
