@@ -37,8 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Everything that opening a data set needs. Fields carry the names of the config's `data` section, which alone
-    has defaults.
+    """Everything that opening a data set needs, named as in the config's `data` section, which alone has defaults.
 
     `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
     synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
@@ -133,8 +132,8 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image and label.
 
-        A file that was not decoded at opening may turn out to be unreadable: the next one stands in for it, which is
-        reported once, so that a night's training goes on; with `strict`, or when none is left, it is a DataError.
+        A file that was not decoded at opening may turn out to be unreadable. The next one then replaces it, which is
+        reported once, so that training continues; with `strict`, or when none is left, it is a DataError.
         """
         if self._cache is not None:
             return self._cache[index].float() / 127.5 - 1, self.labels[index]
@@ -142,7 +141,7 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
             pixels = self._try_pixels(number)
             if pixels is not None:
                 return pixels.float() / 127.5 - 1, self.labels[number]
-        raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any more; restore them")
+        raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any longer; restore them")
 
     def _try_pixels(self, number: int) -> Tensor | None:
         try:
@@ -157,7 +156,7 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
             if number not in self._reported:
                 self._reported.add(number)
                 logger.warning(
-                    "%s cannot be read (%s): the next photograph stands in for it; repair or remove it, or raise "
+                    "%s cannot be read (%s): the next photograph replaces it; repair or remove it, or raise "
                     "data.cache_mib so that all are decoded when the set is opened",
                     self.paths[number],
                     error,
@@ -178,8 +177,8 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
 def open_dataset(settings: DataSettings) -> PhotoDataset:
     """Index, split, check and (where it fits the cache) decode a data set; log what was skipped.
 
-    Raises DataError for a missing or empty folder, wrong labels, an empty subset, and for skipped photographs where
-    `settings.strict`.
+    Raises DataError for a missing or empty folder, wrong labels, an empty subset, and with `settings.strict` for
+    skipped photographs.
     """
     index = _index_photographs(settings)
     if settings.classes:
