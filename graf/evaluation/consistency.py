@@ -3,8 +3,7 @@
 Three measurements. Low resolution: |down(SR) - render| with down = s x s mean, on the numbers and on files of 8 bits.
 Between views: the mean of |A - warp(B)| over the pixels that two neighbouring views of one object both see, for the
 bicubically upsampled render and for the SR, so that both are measured at high resolution and their difference is what
-SR adds. Against the truth: depth error, PSNR and SSIM. Colour errors are in units of the range [-1, 1], so 2 is the
-largest possible.
+SR adds. Against the truth: depth error, PSNR and SSIM. Colour errors are in units of [-1, 1], so that none exceeds 2.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def is_better(new: Scores | Mapping[str, Plain], best: Mapping[str, Plain] | Non
     """Whether `new` replaces `best` as the lowest `metric`, "fid" or "kid"; arguments are Scores or their `as_dict()`.
 
     Scores of different extractors, counts or resolutions are never compared: the record starts over with `new`, which
-    is said once. A score that is not finite is never better.
+    is reported once. A score that is not finite is never better.
     """
     new_row = new.as_dict() if isinstance(new, Scores) else new
     name, value = _find_metric(new_row, metric)

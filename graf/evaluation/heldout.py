@@ -191,8 +191,8 @@ def measure_heldout(
     """Render the held-out views and compare with the photographs.
 
     `render(views, z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in every
-    call. 3 num_z N images are rendered, `batch_size` at a time; the num_z N of the photographs' own views stay in
-    memory as uint8.
+    call. 3 num_z N images are rendered, `batch_size` at a time; the num_z N of the photographs' own views are kept, as
+    uint8.
 
     KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
     The mean images are treated alike: the mean of the object's training photographs once per photograph and latent, so

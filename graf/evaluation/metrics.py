@@ -21,8 +21,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each image, (N, C, H, W) in [-1, 1] twice -> (N,), 1 where equal.
 
     Wang et al., IEEE TIP 2004, eq. 13: Gaussian window of 11 x 11 with sigma 1.5, K = (0.01, 0.03), range 2, mean over
-    the windows that lie inside the image and over the channels. Raises ValueError for images smaller than
-    the window.
+    the windows that lie inside the image and over the channels. Raises ValueError for smaller images.
     """
     if a.shape != b.shape or a.dim() != 4 or min(a.shape[2:]) < SSIM_WINDOW:
         raise ValueError(

@@ -106,7 +106,7 @@ def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> P
     """Write pictures of one size as an H.264 video while they come; returns the path that was written.
 
     Odd sizes are padded by repeating the last row or column, since H.264 needs even ones. Without ffmpeg an animated
-    GIF of the same name is written instead, which is said once. A file that could not be finished is removed. Raises
+    GIF of the same name is written instead, and reported once. A file that could not be finished is removed. Raises
     ValueError for no frames or for frames of two sizes.
     """
     path = Path(path)

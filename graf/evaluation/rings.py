@@ -28,8 +28,7 @@ class TrueViews:
 class Ring:
     """One object from V neighbouring views, the last of which is the first one's neighbour.
 
-    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: where it is
-    known.
+    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: if known.
     """
 
     views: SurfaceView

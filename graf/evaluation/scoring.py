@@ -27,7 +27,7 @@ class ScoringTask:
     """Everything about a score but the output that is scored.
 
     Codes and views of the generated images come from protocol.seed; features of the real images are cached under
-    cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved for good.
+    cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved from then on.
     """
 
     sampler: Sampler
