@@ -141,7 +141,7 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
             pixels = self._try_pixels(number)
             if pixels is not None:
                 return pixels.float() / 127.5 - 1, self.labels[number]
-        raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any longer; restore them")
+        raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any more; restore them")
 
     def _try_pixels(self, number: int) -> Tensor | None:
         try:
