@@ -5,7 +5,6 @@ How folders are read is in index.py, how a file becomes an image in images.py.
 
 import difflib
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from graf.data.errors import DataError
 from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, square_side
 from graf.data.index import LoadReport, PhotoIndex, index_image_folder, index_transforms, index_turntable
 from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
+from graf.runtime.logs import logger, progress_bar, warn_once
 
 __all__ = ["DataError", "DataSettings", "LoadReport", "PhotoDataset", "open_dataset"]
-
-logger = logging.getLogger("graf.data")
 
 DATA_TYPES = ("synthetic", "turntable", "transforms", "image_folder")
 SUBSETS = ("train", "heldout", "all")
@@ -124,7 +121,6 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         self.imsize = settings.imsize
         self.fov = fov
         self._cache = cache
-        self._reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -153,14 +149,10 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
                     f"{self.paths[number]} cannot be read ({error}), and data.strict=true makes this an error; repair "
                     f"or remove it, or set data.strict=false"
                 ) from error
-            if number not in self._reported:
-                self._reported.add(number)
-                logger.warning(
-                    "%s cannot be read (%s): the next photograph replaces it; repair or remove it, or raise "
-                    "data.cache_mib so that all are decoded when the set is opened",
-                    self.paths[number],
-                    error,
-                )
+            warn_once(
+                f"{self.paths[number]} cannot be read ({error}): the next photograph replaces it; repair or remove it, "
+                f"or raise data.cache_mib so that all are decoded when the set is opened"
+            )
             return None
 
     def fingerprint(self) -> str:
@@ -275,7 +267,8 @@ def _read_pixels(path: Path, settings: DataSettings) -> Tensor:
 def _map_in_threads(read: Callable[[int], Result], count: int) -> Iterator[Result]:
     # Pillow decodes and resizes without the interpreter lock, so threads help.
     with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
-        yield from tqdm(pool.map(read, range(count)), "reading photographs", count, leave=False, unit="image", delay=2)
+        images = pool.map(read, range(count))
+        yield from progress_bar(images, desc="reading photographs", total=count, unit="image", delay=2)
 
 
 def _log_report(index: PhotoIndex, strict: bool) -> None:

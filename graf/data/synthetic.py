@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from imageio.v3 import imwrite
 from torch import Tensor
-from tqdm import tqdm
 
 from graf.data.errors import DataError
 from graf.data.labels import LABELS_FILE, LABELS_HEADER
@@ -28,6 +27,7 @@ from graf.data.loader import count_usable_cpus
 from graf.data.shapes import CLASS_NAMES, Toy, build_toy
 from graf.geometry.cameras import Intrinsics, height_from_elevation, label_angles, pose_from_angles
 from graf.geometry.rays import cast_rays, pixel_grid
+from graf.runtime.logs import progress_bar
 
 VERSION = 1  # part of the cache key: raise it whenever the pictures change
 DEPTH_FOLDER, MASK_FOLDER, SCENE_FILE = "depth", "mask", "scene.json"
@@ -227,7 +227,7 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
     intrinsics = Intrinsics.from_fov(settings.imsize, settings.fov)
     rows = []
     views = choose_views(settings)
-    with tqdm(desc="rendering synthetic set", total=len(views), unit="image") as progress:
+    with progress_bar(desc="rendering synthetic set", total=len(views), unit="image") as progress:
         for (class_idx, instance), group in groupby(views, key=lambda view: view[:2]):
             for batch in _split(list(group), VIEWS_AT_ONCE):
                 labels = torch.tensor([(class_idx, height, angle) for _, _, height, angle in batch])
