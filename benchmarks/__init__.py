@@ -1,3 +1,1 @@
-"""One runnable module per published number; each writes its section of RESULTS.md. Nothing of the program imports
-these.
-"""
+"""One runnable module per published number; each writes its section of RESULTS.md. The program imports none of them."""

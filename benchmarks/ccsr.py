@@ -1,5 +1,4 @@
-"""What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs without and with them and writes the ablation
-table.
+"""What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs with and without them, and writes a table.
 
 Every variant is trained with the same three seeds on the embedded toys, and measured at high resolution on the same
 renders: KID against true images, agreement with the render, and what super-resolution adds to the disagreement of

@@ -268,8 +268,7 @@ class PlainLoop:
     """One step of GRAF's published training loop, written as published.
 
     Dense, float32, concatenated codes, a render of their own for D's fakes, R1 every step, gradients kept and zeroed,
-    nothing released before the step ends. D is this project's. `measures`: "set_to_none" and "released" change one
-    each.
+    nothing released before the step ends. D is this project's. `measures` "set_to_none" and "released" each change one.
     """
 
     def __init__(self, config: Config, measures: Sequence[str] = (), device: torch.device = CPU) -> None:

@@ -353,7 +353,7 @@ def test_photographs_without_poses_have_no_held_out_views(look, copied_run):
     contents = torch.load(file, weights_only=True)
     contents["meta"]["scene"]["poses_known"] = False
     torch.save(contents, file)
-    assert "--heldout: nobody knows from where" in error_of(look("--heldout", run_folder=copied_run))
+    assert "--heldout: the views of these photographs are unknown" in error_of(look("--heldout", run_folder=copied_run))
 
 
 def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):

@@ -18,9 +18,9 @@ from graf.data.downsampled import DownsampledPhotographs
 from graf.data.images import square_side
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
-from graf.evaluation.consistency import TrueViews
-from graf.evaluation.consistency_task import ConsistencyTask
+from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import FidelityProtocol
+from graf.evaluation.rings import TrueViews
 from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics, median_height
 from graf.geometry.rays import RayCaster

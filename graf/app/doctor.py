@@ -22,7 +22,7 @@ from graf.app.builders import build_cameras, build_pose_sampler, describe_datase
 from graf.app.failures import ErrorLog, run_command
 from graf.config import Config, DataConfig, load_config
 from graf.data.datasets import PhotoDataset
-from graf.geometry.cameras import Intrinsics, project_points
+from graf.geometry.cameras import Intrinsics, elevation_from_height, project_points
 from graf.geometry.views import NUM_UNIFORMS
 from graf.runtime.logs import setup_console
 
@@ -117,8 +117,8 @@ def _describe_views(dataset: PhotoDataset) -> list[str]:
     lines = []
     for height_idx, v in enumerate(dataset.v_list):
         count = int((dataset.labels[:, 1] == height_idx).sum())
-        elevation = math.degrees(math.asin(1 - 2 * v))
-        lines.append(f"  height {height_idx}, v = {v:.3f} (elevation {elevation:.0f} degrees): {count} photographs")
+        elevation = f"elevation {elevation_from_height(v):.0f} degrees"
+        lines.append(f"  height {height_idx}, v = {v:.3f} ({elevation}): {count} photographs")
     sectors = Counter((dataset.labels[:, 2] // 45 * 45).tolist())
     lines.append("  angles: " + ", ".join(f"{first}-{first + 44}: {sectors[first]}" for first in range(0, 360, 45)))
     return lines

@@ -328,7 +328,9 @@ def write_consistency(shown: Presentation) -> list[Path]:
 def write_heldout(shown: Presentation) -> list[Path]:
     """Renders of the views that training never saw against their photographs; see graf.evaluation.heldout."""
     if not shown.dataset_info.poses_known:
-        raise ConfigError("--heldout: nobody knows from where these photographs were taken (data.type=image_folder)")
+        raise ConfigError(
+            "--heldout: the views of these photographs are unknown (data.type=image_folder); it needs labels or poses"
+        )
     if not shown.config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
     training, heldout = (builders.open_photographs(shown.config, subset) for subset in ("train", "heldout"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
 from graf.config import Config
-from graf.evaluation.consistency_task import ConsistencyTask
+from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import is_better, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
 from graf.evaluation.pictures import save_png

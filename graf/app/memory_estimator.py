@@ -4,8 +4,7 @@ The real networks, optimisers and trainer run one real step on fake tensors, whi
 (torch's FakeTensorMode), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
 neither photographs nor a GPU are needed. Small control tensors (labels, poses, an image's random numbers) are real,
 since code branches on them. Of many equal chunks of rays the first and last two are run and the others accounted for
-with what these have needed; of many equal parts of a batch, two are run. What fits a budget is chosen in
-memory_planner.py.
+with what these have needed; of many equal parts of a batch, two are run. memory_planner.py chooses what fits a budget.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from graf.app.builders import DatasetInfo
 from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
-from graf.evaluation.consistency import Ring, TrueViews, measure_ring
-from graf.evaluation.consistency_task import ConsistencyTask
+from graf.evaluation.consistency import ConsistencyTask, measure_ring
 from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
+from graf.evaluation.rings import Ring, TrueViews
 from graf.evaluation.sampler import Renders, Sampler
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring
@@ -336,7 +335,7 @@ class StepPlanner:
         device_type: str = "cpu",
     ) -> None:
         self.device_type = device_type
-        # Everything that ever happens in a step shall happen in the one that is rehearsed, which is iteration 0.
+        # Whatever may happen in some step has to happen in the one that is rehearsed, which is iteration 0.
         ccsr = config.ccsr.model_copy(update={"start_iteration": 0, "perceptual": 0.0, "weights": None})
         self.config = config.model_copy(update={"ccsr": ccsr})
         self.dataset_info = imagine_dataset(config) if dataset_info is None else dataset_info
@@ -544,14 +543,3 @@ class StepPlanner:
                 extractor(images)
             else:
                 extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
-
-
-def predict_step(
-    config: Config,
-    settings: Settings | None = None,
-    dataset_info: DatasetInfo | None = None,
-    precision: Precision | None = None,
-) -> Plan:
-    """The peaks of a configuration's step, by default with its own settings. Needs no photographs and no GPU."""
-    planner = StepPlanner(config, dataset_info, precision)
-    return planner.predict(configured_settings(config) if settings is None else settings)

@@ -1,7 +1,6 @@
 """Chooses the fastest settings that fit a memory budget, and says in words what a configuration needs.
 
-What settings need is predicted in memory_estimator.py; here they are compared, with a margin for what a prediction
-cannot see.
+memory_estimator.py predicts what settings need; here they are compared, with a margin for what no prediction sees.
 """
 
 from __future__ import annotations
@@ -85,8 +84,7 @@ def choose_settings(planner: StepPlanner, budget: int) -> Plan:
     """The plan of the cheapest settings whose peak, with the device's margin, fits into `budget` bytes.
 
     Every peak grows about linearly with the micro-batch and the chunk, so three predictions per strategy tell which
-    candidates are worth one of their own; only a predicted candidate is ever chosen. Raises BudgetError when nothing
-    fits.
+    candidates are worth one of their own; only a predicted candidate is ever chosen. Raises BudgetError if none fits.
     """
     search, device_type = _Search(planner, budget), planner.device_type
     for settings in candidate_settings(planner.config):

@@ -5,7 +5,6 @@ It knows no network and no image.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,17 +136,6 @@ def _free_folder(config: Config) -> RunFolder:
         folder = RunFolder(config.run_folder.with_name(f"{config.expname}-{number}"))
         number += 1
     return folder
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file as a whole: a full disk or a kill leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.saving")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 
 @contextmanager
-def replace_file(path: Path | str, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+def replace_file(
+    path: Path | str, mode: str = "wb", temporary_name: str | None = None, **options: Any
+) -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; when the block ends it is synced and takes the place of `path`.
 
     Folders on the way are made. Where the block fails or is interrupted nothing of it is left and `path` is untouched.
-    mode and options: as for :func:`open`. Raises OSError.
+    mode and options: as for :func:`open`. temporary_name: by default one for each file, so that a killed process
+    leaves at most one behind. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.saving")  # one name per file: a killed process leaves at most one
+    temporary = path.with_name(temporary_name or f".{path.name}.saving")
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -38,16 +43,20 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; where a file system cannot, a power cut may bring the previous file back, whole."""
+    """Make a rename durable; without it a power cut may bring the previous file back; a refusal is reported once."""
     if os.name == "nt":  # folders cannot be opened there
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # readable files in an unreadable folder
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems do not sync folders
-        return
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        _warn_of_unsynced(folder, str(error))
+
+
+@cache
+def _warn_of_unsynced(folder: Path, reason: str) -> None:
+    message = "%s: this file system does not sync folders (%s): a power cut may undo the last save"
+    logging.getLogger("graf.base").warning(message, folder, reason)

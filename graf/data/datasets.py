@@ -5,9 +5,8 @@ How folders are read is in index.py, how a file becomes an image in images.py.
 
 import difflib
 import hashlib
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -17,16 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from graf.data.errors import DataError
 from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, square_side
 from graf.data.index import LoadReport, PhotoIndex, index_image_folder, index_transforms, index_turntable
 from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
+from graf.runtime.logs import logger, progress_bar, warn_once
 
 __all__ = ["DataError", "DataSettings", "LoadReport", "PhotoDataset", "open_dataset"]
-
-logger = logging.getLogger("graf.data")
 
 DATA_TYPES = ("synthetic", "turntable", "transforms", "image_folder")
 SUBSETS = ("train", "heldout", "all")
@@ -37,7 +34,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Everything that opening a data set needs. Fields carry the names of the config's `data` section.
+    """Everything that opening a data set needs, named as in the config's `data` section, which alone has defaults.
 
     `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
     synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
@@ -50,22 +47,22 @@ class DataSettings:
 
     type: str
     datadir: str | Path
-    imsize: int = 64
-    crop: int | None = None
-    white_bkgd: bool = True
-    v_list: tuple[float, ...] | None = None
-    angle_direction: str = "ccw"
-    file_pattern: str | None = None
-    classes: tuple[str, ...] | None = None
-    heldout_every: int = 0
+    imsize: int
+    crop: int | None
+    white_bkgd: bool
+    v_list: tuple[float, ...] | None
+    angle_direction: str
+    file_pattern: str | None
+    classes: tuple[str, ...] | None
+    heldout_every: int
+    strict: bool
+    cache_mib: float
+    radius: float
+    fov: float
+    synthetic_count: int
+    synthetic_seed: int
+    synthetic_instances: int
     subset: str = "train"
-    strict: bool = False
-    cache_mib: float = 1024
-    radius: float = 3.5
-    fov: float = 30.0
-    synthetic_count: int = 1000
-    synthetic_seed: int = 0
-    synthetic_instances: int = 1
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -94,7 +91,7 @@ class DataSettings:
     def from_mapping(cls, data: Mapping[str, Any], subset: str = "train") -> "DataSettings":
         """Settings from the config's `data` section as a plain dict; keys of others (near, umin, ...) are ignored."""
         values = {item.name: data[item.name] for item in fields(cls) if item.name in data}
-        values |= {f"synthetic_{key}": value for key, value in (data.get("synthetic") or {}).items()}
+        values |= {f"synthetic_{key}": value for key, value in data["synthetic"].items()}
         for key in ("v_list", "classes"):
             if values.get(key) is not None:
                 values[key] = tuple(values[key])
@@ -124,7 +121,6 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         self.imsize = settings.imsize
         self.fov = fov
         self._cache = cache
-        self._reported: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -132,8 +128,8 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image and label.
 
-        A file that was not decoded at opening may turn out to be unreadable: the next one stands in for it, which is
-        reported once, so that a night's training goes on; with `strict`, or when none is left, it is a DataError.
+        A file that was not decoded at opening may turn out to be unreadable. The next one then replaces it, which is
+        reported once, so that training continues; with `strict`, or when none is left, it is a DataError.
         """
         if self._cache is not None:
             return self._cache[index].float() / 127.5 - 1, self.labels[index]
@@ -153,20 +149,11 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
                     f"{self.paths[number]} cannot be read ({error}), and data.strict=true makes this an error; repair "
                     f"or remove it, or set data.strict=false"
                 ) from error
-            if number not in self._reported:
-                self._reported.add(number)
-                logger.warning(
-                    "%s cannot be read (%s): the next photograph stands in for it; repair or remove it, or raise "
-                    "data.cache_mib so that all are decoded when the set is opened",
-                    self.paths[number],
-                    error,
-                )
+            warn_once(
+                f"{self.paths[number]} cannot be read ({error}): the next photograph replaces it; repair or remove it, "
+                f"or raise data.cache_mib so that all are decoded when the set is opened"
+            )
             return None
-
-    def subset_by(self, indices: Sequence[int]) -> "PhotoDataset":
-        """The data set of the photographs at `indices`, in that order."""
-        cache = None if self._cache is None else self._cache[torch.as_tensor(indices, dtype=torch.int64)]
-        return PhotoDataset(self.index.select(indices), self.settings, cache, self.fov)
 
     def fingerprint(self) -> str:
         """Hash of file names and sizes, labels, poses, image size, crop and background: the same for equal data."""
@@ -182,8 +169,8 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
 def open_dataset(settings: DataSettings) -> PhotoDataset:
     """Index, split, check and (where it fits the cache) decode a data set; log what was skipped.
 
-    Raises DataError for a missing or empty folder, wrong labels, an empty subset, and for skipped photographs where
-    `settings.strict`.
+    Raises DataError for a missing or empty folder, wrong labels, an empty subset, and with `settings.strict` for
+    skipped photographs.
     """
     index = _index_photographs(settings)
     if settings.classes:
@@ -280,7 +267,8 @@ def _read_pixels(path: Path, settings: DataSettings) -> Tensor:
 def _map_in_threads(read: Callable[[int], Result], count: int) -> Iterator[Result]:
     # Pillow decodes and resizes without the interpreter lock, so threads help.
     with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
-        yield from tqdm(pool.map(read, range(count)), "reading photographs", count, leave=False, unit="image", delay=2)
+        images = pool.map(read, range(count))
+        yield from progress_bar(images, desc="reading photographs", total=count, unit="image", delay=2)
 
 
 def _log_report(index: PhotoIndex, strict: bool) -> None:

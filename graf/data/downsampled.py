@@ -11,9 +11,7 @@ from torch.utils.data import Dataset
 
 
 class DownsampledPhotographs(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of (image, label) whose images are reduced by `down` ((B, 3, s h, s w) -> (B, 3, h, w)), as CCSR
-    reduces them.
-    """
+    """A data set of (image, label) whose images are reduced by CCSR's `down`, (B, 3, s h, s w) -> (B, 3, h, w)."""
 
     def __init__(self, photographs: Any, down: Callable[[Tensor], Tensor], name: str) -> None:
         self.photographs, self.down, self.name = photographs, down, name

@@ -38,10 +38,8 @@ NAMES_SHOWN = 5
 class LoadReport:
     """What was found besides usable photographs: lists of file names, with the reason where there is one."""
 
-    unreadable: list[str] = field(default_factory=list)  # corrupt or truncated, or not an image in spite of the suffix
-    unlabelled: list[str] = field(
-        default_factory=list
-    )  # images that the pattern, labels.csv or the class folders leave out
+    unreadable: list[str] = field(default_factory=list)  # corrupt or truncated, or not an image despite the suffix
+    unlabelled: list[str] = field(default_factory=list)  # images outside of the pattern, labels.csv or class folders
     missing: list[str] = field(default_factory=list)  # labelled, but no such file
     not_images: list[str] = field(default_factory=list)  # other files; harmless, so not an error even when strict
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the usable photographs
@@ -258,7 +256,7 @@ def _list_files(root: Path) -> list[str]:
 def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list[LabelRow]:
     """Rows whose file exists; image files that labels.csv leaves out go into the report, wherever they are.
 
-    But for companions of labelled photographs: depth/a.png and mask/a.png belong to a.png.
+    Except companions of labelled photographs: depth/a.png and mask/a.png belong to a.png.
     """
     present = [row for row in rows if (root / row.file).is_file()]
     report.missing += [row.file for row in rows if not (root / row.file).is_file()]

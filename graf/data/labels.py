@@ -48,8 +48,7 @@ def compile_file_pattern(pattern: str | None) -> re.Pattern[str]:
     """The regular expression that reads labels from file names; None is the default: obj14__235.png, cup_h2__235.png.
 
     Named groups `class` and `angle` are required, `height` is optional and counts as 0 where it does not match. A
-    pattern with a "/" is matched against the path relative to the data folder, any other against the file's name; both
-    in full.
+    pattern with a "/" has to match the whole path relative to the data folder, any other the whole file name.
     """
     text = pattern or DEFAULT_FILE_PATTERN
     try:

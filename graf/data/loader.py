@@ -1,24 +1,17 @@
 """Batches in an order that depends on seed and epoch alone: a resumed run sees what an unbroken one would have seen."""
 
-import hashlib
 import os
-import random
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graf.data.errors import DataError
+from graf.runtime.randomness import derive_seed, seed_everything
 
 MAX_WORKERS = 4
-
-
-def _hash_seed(*parts: int | str) -> int:
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -49,7 +42,7 @@ class BatchOrder(Sampler[list[int]]):
 
     def order_of_epoch(self, epoch: int) -> list[int]:
         """The permutation of range(length) that epoch number `epoch` follows."""
-        generator = torch.Generator().manual_seed(_hash_seed("image order", self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "image order", epoch))
         return torch.randperm(self.length, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -70,10 +63,7 @@ def count_usable_cpus() -> int:
 
 def seed_worker(worker_id: int, seed: int) -> None:
     """Seed Python, NumPy and torch in a loader worker from (seed, worker_id)."""
-    worker_seed = _hash_seed("worker", seed, worker_id)
-    random.seed(worker_seed)
-    np.random.seed(worker_seed % 2**32)
-    torch.manual_seed(worker_seed)
+    seed_everything(derive_seed(seed, "worker", index=worker_id))
 
 
 def make_loader(
@@ -89,8 +79,7 @@ def make_loader(
     """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
 
     Batches are (images float32 (B, 3, H, W), labels int64 (B, 3)). At most min(nworkers, 4, usable CPUs) workers; the
-    global random state is left as it is. Raises DataError where the data set is smaller than a batch and `drop_last` is
-    set.
+    global random state is left as it is. Raises DataError for a data set smaller than a batch with `drop_last`.
     """
     order = BatchOrder(len(dataset), batch_size, drop_last, seed, start_iteration)  # type: ignore[arg-type]
     workers = max(0, min(nworkers, MAX_WORKERS, count_usable_cpus()))
@@ -102,5 +91,5 @@ def make_loader(
         persistent_workers=workers > 0,
         worker_init_fn=partial(seed_worker, seed=seed),
         pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(_hash_seed("loader", seed)),  # else iter() draws from the global one
+        generator=torch.Generator().manual_seed(derive_seed(seed, "loader")),  # else iter() draws from the global one
     )

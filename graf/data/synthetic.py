@@ -18,20 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from imageio.v3 import imwrite
 from torch import Tensor
-from tqdm import tqdm
 
 from graf.data.errors import DataError
 from graf.data.labels import LABELS_FILE, LABELS_HEADER
 from graf.data.loader import count_usable_cpus
 from graf.data.shapes import CLASS_NAMES, Toy, build_toy
-from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles
+from graf.geometry.cameras import Intrinsics, height_from_elevation, label_angles, pose_from_angles
 from graf.geometry.rays import cast_rays, pixel_grid
+from graf.runtime.logs import progress_bar
 
 VERSION = 1  # part of the cache key: raise it whenever the pictures change
 DEPTH_FOLDER, MASK_FOLDER, SCENE_FILE = "depth", "mask", "scene.json"
-DEFAULT_V_LIST = tuple(round((1 - math.sin(math.radians(elevation))) / 2, 4) for elevation in (12, 27, 42))
+DEFAULT_V_LIST = tuple(round(height_from_elevation(degrees), 4) for degrees in (12, 27, 42))
 ANGLE_COUNTS = (72, 90, 120, 180, 360)
 
 BOUNDING_RADIUS = 0.95
@@ -53,14 +53,14 @@ View = tuple[int, int, int, int]  # class, instance, height, angle
 class SyntheticSettings:
     """What the synthetic set depends on, all of it in the cache key. `fov` in degrees, `v_list` heights v in [0, 1]."""
 
-    imsize: int = 64
-    count: int = 1000
-    seed: int = 0
-    instances: int = 1
-    radius: float = 3.5
-    fov: float = 30.0
-    v_list: tuple[float, ...] = DEFAULT_V_LIST
-    white_bkgd: bool = True
+    imsize: int
+    count: int
+    seed: int
+    instances: int
+    radius: float
+    fov: float
+    v_list: tuple[float, ...]
+    white_bkgd: bool
 
     def __post_init__(self) -> None:
         if self.radius <= BOUNDING_RADIUS:
@@ -227,7 +227,7 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
     intrinsics = Intrinsics.from_fov(settings.imsize, settings.fov)
     rows = []
     views = choose_views(settings)
-    with tqdm(desc="rendering synthetic set", total=len(views), unit="image") as progress:
+    with progress_bar(desc="rendering synthetic set", total=len(views), unit="image") as progress:
         for (class_idx, instance), group in groupby(views, key=lambda view: view[:2]):
             for batch in _split(list(group), VIEWS_AT_ONCE):
                 labels = torch.tensor([(class_idx, height, angle) for _, _, height, angle in batch])
@@ -254,9 +254,9 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
 
 def _write_view(folder: Path, file: str, rgb: Tensor, relative_depth: Tensor, mask: Tensor) -> None:
     pixels = ((rgb + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(folder / file)
-    Image.fromarray((relative_depth[0] * 65535).round().numpy().astype(np.uint16)).save(folder / DEPTH_FOLDER / file)
-    Image.fromarray((mask[0] * 255).round().to(torch.uint8).numpy()).save(folder / MASK_FOLDER / file)
+    imwrite(folder / file, pixels.numpy())
+    imwrite(folder / DEPTH_FOLDER / file, (relative_depth[0] * 65535).round().numpy().astype(np.uint16))
+    imwrite(folder / MASK_FOLDER / file, (mask[0] * 255).round().to(torch.uint8).numpy())
 
 
 def _split(views: list[View], size: int) -> Iterator[list[View]]:

@@ -3,8 +3,7 @@
 Three measurements. Low resolution: |down(SR) - render| with down = s x s mean, on the numbers and on files of 8 bits.
 Between views: the mean of |A - warp(B)| over the pixels that two neighbouring views of one object both see, for the
 bicubically upsampled render and for the SR, so that both are measured at high resolution and their difference is what
-SR adds. Against the truth: depth error, PSNR and SSIM. Colour errors are in units of the range [-1, 1], so 2 is the
-largest possible.
+SR adds. Against the truth: depth error, PSNR and SSIM. Colour errors are in units of [-1, 1], so that none exceeds 2.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from torch.nn import functional
 
 from graf.base.errors import UserError
 from graf.evaluation.fidelity import Plain, json_value
-from graf.evaluation.heldout import psnr
+from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.pictures import to_uint8
+from graf.evaluation.rings import Ring, TrueViews, TruthRenderer, render_ring
+from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics
+from graf.geometry.views import Cameras
 from graf.geometry.warping import DEFAULT_VISIBILITY, SurfaceView, Visibility, warp_between
 from graf.models.ccsr import upsample
-
-SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 Down = Callable[[Tensor], Tensor]
 
@@ -55,28 +55,6 @@ class ReprojectionError:
 
     error: float
     coverage: float
-
-
-@dataclass(frozen=True)
-class TrueViews:
-    """The truth: images (V, 3, s H, s W) in [-1, 1]; z-depth and mask (V, 1, H, W), the mask a covered share."""
-
-    images: Tensor
-    depth: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class Ring:
-    """One object from V neighbouring views, the last of which is the first one's neighbour.
-
-    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: where it is
-    known.
-    """
-
-    views: SurfaceView
-    sr: Tensor
-    truth: TrueViews | None = None
 
 
 @dataclass(frozen=True)
@@ -230,37 +208,6 @@ def depth_error(depth: Tensor, truth: TrueViews) -> float:
     return (((depth - truth.depth).abs() * covered).sum() / covered.sum()).item()
 
 
-@torch.no_grad()
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each image, (N, C, H, W) in [-1, 1] twice -> (N,), 1 where equal.
-
-    Wang et al., IEEE TIP 2004, eq. 13: Gaussian window of 11 x 11 with sigma 1.5, K = (0.01, 0.03), range 2, mean over
-    the windows that lie inside the image and over the channels. Raises ConsistencyError for images smaller than the
-    window.
-    """
-    if a.shape != b.shape or a.dim() != 4 or min(a.shape[2:]) < SSIM_WINDOW:
-        raise ConsistencyError(
-            f"SSIM of {tuple(a.shape)} and {tuple(b.shape)}: expected two equal (N, C, H, W) of {SSIM_WINDOW} or more"
-        )
-    mean_a, mean_b = _smooth(a), _smooth(b)
-    variance_a = _smooth(a.square()) - mean_a.square()
-    variance_b = _smooth(b.square()) - mean_b.square()
-    covariance = _smooth(a * b) - mean_a * mean_b
-    c1, c2 = (2 * SSIM_K1) ** 2, (2 * SSIM_K2) ** 2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
-    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
-    return (luminance * structure).mean(dim=(1, 2, 3))
-
-
-def _smooth(images: Tensor) -> Tensor:
-    """The Gaussian window's mean around every pixel that has a whole window."""
-    place = torch.arange(SSIM_WINDOW, device=images.device, dtype=images.dtype) - SSIM_WINDOW // 2
-    taps = torch.exp(-place.square() / (2 * SSIM_SIGMA**2))
-    taps = (taps / taps.sum()).expand(images.shape[1], 1, 1, SSIM_WINDOW)
-    rows = functional.conv2d(images, taps, groups=images.shape[1])
-    return functional.conv2d(rows, taps.transpose(2, 3), groups=images.shape[1])
-
-
 def measure_consistency(
     rings: Iterable[Ring],
     intrinsics: Intrinsics,
@@ -270,8 +217,7 @@ def measure_consistency(
     """Measure object after object and average, each object counted once; only one ring is held at a time.
 
     SR is clipped to [-1, 1], as it is shown, before it is compared with other views or with the truth; so is the
-    upsampled render. `down` as in
-    :func:`low_resolution_consistency`. Raises ConsistencyError when there is no ring.
+    upsampled render. `down` as in :func:`low_resolution_consistency`. Raises ConsistencyError when there is no ring.
     """
     measure = partial(measure_ring, intrinsics=intrinsics, visibility=visibility, down=down)
     reports = list(map(measure, rings))  # a loop's variable would hold a ring while the next one is rendered
@@ -327,3 +273,30 @@ def _average_reports(reports: Sequence[ConsistencyReport]) -> ConsistencyReport:
         else:
             averages[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
     return ConsistencyReport(objects=sum(report.objects for report in reports), **averages)
+
+
+@dataclass(frozen=True)
+class ConsistencyTask:
+    """Which objects are measured: one of each class, with the code of `seed`, from num_views azimuths at height v.
+
+    truth: renders the true objects, where the data are synthetic.
+    """
+
+    sampler: Sampler
+    cameras: Cameras
+    classes: Sequence[int]
+    v: float
+    num_views: int = 24
+    seed: int = 0
+    truth: TruthRenderer | None = None
+
+    def measure(self) -> ConsistencyReport:
+        """How well super-resolved views agree with their renders, with each other and with the truth."""
+        assert self.sampler.ccsr is not None
+        return measure_consistency(self.render_rings(), self.sampler.caster.intrinsics, down=self.sampler.ccsr.down)
+
+    def render_rings(self) -> Iterator[Ring]:
+        """The ring of one object after the other, rendered as it is asked for."""
+        z = self.sampler.codes(self.seed, range(1))
+        for class_idx in self.classes:
+            yield render_ring(self.sampler, self.cameras, z, class_idx, self.num_views, self.v, self.truth)

@@ -7,8 +7,7 @@ Scores of the two are different quantities. `Extractor.suffix` keeps their names
 import hashlib
 import http.client
 import math
-import os
-import tempfile
+import secrets
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from graf.base.errors import UserError
+from graf.base.files import replace_file
 from graf.runtime.logs import info_once, warn_once
 
 INCEPTION = "inception-v3-compat"
@@ -87,13 +87,11 @@ def choose_extractor(kind: str, weights_path: str | None = None, allow_download:
     return offline_extractor()
 
 
-def find_inception_weights(path: str | None, allow_download: bool) -> Path | None:
-    """Find Inception weights with the right sha256: `path`, then $TORCH_HOME/hub/checkpoints, then a download."""
-    return _search_inception_weights(path, allow_download)[0]
-
-
 def _search_inception_weights(path: str | None, allow_download: bool) -> tuple[Path | None, list[str]]:
-    """Return the weights found (or None), and why each place before them had none."""
+    """Weights with the right sha256 (or None), and why each place before them had none.
+
+    Looked for at `path`, then in $TORCH_HOME/hub/checkpoints, then downloaded.
+    """
     failures = []
     candidates = [_hub_file()] if path is None else [Path(path).expanduser(), _hub_file()]
     for candidate in candidates:
@@ -134,18 +132,13 @@ def download_inception_weights(target: Path) -> Path:
     digest = hashlib.sha256()
     with urllib.request.urlopen(URL_INCEPTION_V3, timeout=DOWNLOAD_TIMEOUT) as response:
         info_once(f"downloading Inception weights (91 MiB) to {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".partial")
-        try:
-            with open(descriptor, "wb") as file:
-                while block := response.read(1 << 20):
-                    digest.update(block)
-                    file.write(block)
+        partial = f"{target.name}.{secrets.token_hex(4)}.partial"  # other processes may be downloading it too
+        with replace_file(target, temporary_name=partial) as file:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                file.write(block)
             if digest.hexdigest() != INCEPTION_SHA256:
                 raise ExtractorError(f"{URL_INCEPTION_V3} has sha256 {digest.hexdigest()[:8]}..., not the expected one")
-            os.replace(partial, target)
-        finally:
-            Path(partial).unlink(missing_ok=True)
     return target
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from graf.base.errors import UserError
+from graf.base.files import replace_file
 from graf.evaluation.extractor import Extractor, hash_file
 from graf.evaluation.pictures import to_uint8
 from graf.runtime.logs import info_once, warn_once
@@ -45,10 +46,10 @@ class FidelityProtocol:
     kid_subset_size: at most so many images a subset, fewer where either side has fewer.
     """
 
-    seed: int = 0
-    batch_size: int = 64
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
+    seed: int
+    batch_size: int
+    kid_subsets: int
+    kid_subset_size: int
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "kid_subsets"):
@@ -236,7 +237,7 @@ def is_better(new: Scores | Mapping[str, Plain], best: Mapping[str, Plain] | Non
     """Whether `new` replaces `best` as the lowest `metric`, "fid" or "kid"; arguments are Scores or their `as_dict()`.
 
     Scores of different extractors, counts or resolutions are never compared: the record starts over with `new`, which
-    is said once. A score that is not finite is never better.
+    is reported once. A score that is not finite is never better.
     """
     new_row = new.as_dict() if isinstance(new, Scores) else new
     name, value = _find_metric(new_row, metric)
@@ -301,9 +302,7 @@ def json_value(value: Plain) -> Plain:
 
 def _write_csv(path: Path, rows: list[dict[str, Plain]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    partial = path.with_suffix(".csv.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with replace_file(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from graf.base.errors import UserError
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
+from graf.evaluation.metrics import psnr
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.views import Views
 
@@ -171,15 +172,6 @@ class _Images(Dataset[Tensor]):
         return self.images[index]
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (N, C, H, W) in [-1, 1] twice -> (N,); infinite where equal.
-
-    10 log10(2^2 / MSE): the peak is the width of the range.
-    """
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
-    return 10.0 * torch.log10(4.0 / error)
-
-
 def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
     """Mean image (C, H, W) of each class in (N, C, H, W) images with (N, 3) labels."""
     return {int(c): images[labels[:, 0] == c].mean(dim=0) for c in labels[:, 0].unique()}
@@ -200,8 +192,8 @@ def measure_heldout(
     """Render the held-out views and compare with the photographs.
 
     `render(views, z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in every
-    call. 3 num_z N images are rendered, `batch_size` at a time; the num_z N of the photographs' own views stay in
-    memory as uint8.
+    call. 3 num_z N images are rendered, `batch_size` at a time; the num_z N of the photographs' own views are kept, as
+    uint8.
 
     KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
     The mean images are treated alike: the mean of the object's training photographs once per photograph and latent, so

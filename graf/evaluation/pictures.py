@@ -4,15 +4,21 @@ Images are float (N, 3, H, W) in [-1, 1] until `to_uint8`; pictures are uint8 (H
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from imageio.v2 import get_writer
+from imageio.v3 import imwrite
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.utils import make_grid
 
+from graf.base.files import write_atomically
 from graf.runtime.logs import warn_once
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
@@ -39,14 +45,12 @@ def tile_grid(images: Tensor, columns: int, padding: int = 2, background: float 
         raise ValueError(f"tile_grid: columns={columns}, padding={padding}: expected columns >= 1 and padding >= 0")
     if images.dtype != torch.uint8:
         images = to_uint8(images)
-    height, width = images.shape[2] + padding, images.shape[3] + padding
-    rows = math.ceil(len(images) / columns)
     fill = int(to_uint8(torch.tensor(background)))
-    grid = np.full((rows * height + padding, columns * width + padding, 3), fill, dtype=np.uint8)
-    for index, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
-        top, left = index // columns * height + padding, index % columns * width + padding
-        grid[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return grid
+    rows = math.ceil(len(images) / columns)
+    # make_grid gives a single image no frame, and few images fewer columns: one more row than needed is cut off again.
+    blank = images.new_full(((rows + 1) * columns - len(images), *images.shape[1:]), fill)
+    grid = make_grid(torch.cat([images, blank]), columns, padding, pad_value=fill)
+    return grid[:, : rows * (images.shape[2] + padding) + padding].permute(1, 2, 0).cpu().numpy()
 
 
 def label_grid(grid: Picture, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> Picture:
@@ -94,18 +98,16 @@ def opacity_to_rgb(opacity: Tensor) -> Tensor:
 
 def save_png(path: str | Path, picture: Picture) -> Path:
     """Write a picture as PNG, with the folders it needs; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, format="PNG")
-    return path
+    write_atomically(path, imwrite("<bytes>", picture, extension=".png"))
+    return Path(path)
 
 
 def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> Path:
     """Write pictures of one size as an H.264 video while they come; returns the path that was written.
 
-    Odd sizes are padded by repeating the last row or column, since H.264 wants even ones. Without ffmpeg an animated
-    GIF of the same name is written instead, which is said once; it holds all frames in memory. A file that
-    could not be finished is removed. Raises ValueError for no frames or for frames of two sizes.
+    Odd sizes are padded by repeating the last row or column, since H.264 needs even ones. Without ffmpeg an animated
+    GIF of the same name is written instead, and reported once. A file that could not be finished is removed. Raises
+    ValueError for no frames or for frames of two sizes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,8 @@ def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> P
     first = next(prepared, None)
     if first is None:
         raise ValueError(f"{path}: no frames to write")
-    write = _write_mp4
+    options: dict[str, Any] = {"format": "FFMPEG", "fps": fps, "quality": 8, "macro_block_size": 2}
+    options["ffmpeg_log_level"] = "error"
     try:
         import imageio_ffmpeg
 
@@ -122,16 +125,16 @@ def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> P
         warn_once(
             f"no ffmpeg ({str(error).splitlines()[0]}): writing GIF instead of video; `pip install imageio[ffmpeg]`"
         )
-        path, write = path.with_suffix(".gif"), _write_gif
+        path, options = path.with_suffix(".gif"), {"duration": 1000 / fps, "loop": 0}
     try:
-        write(path, first, prepared, fps)
+        writer: Any = get_writer(path, **options)
+        with closing(writer):  # its own `with` leaves ffmpeg running after an error
+            for frame in chain([first], prepared):
+                writer.append_data(frame)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return path
-
-
-Writer = Callable[[Path, Picture, Iterator[Picture], int], None]
 
 
 def _pad_to_even(frames: Iterable[Picture]) -> Iterator[Picture]:
@@ -143,24 +146,3 @@ def _pad_to_even(frames: Iterable[Picture]) -> Iterator[Picture]:
         if frame.shape != shape:
             raise ValueError(f"frame {number} is {frame.shape}, the first one {shape}: a video has one size")
         yield np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-
-
-def _write_mp4(path: Path, first: Picture, rest: Iterator[Picture], fps: int) -> None:
-    import imageio_ffmpeg
-
-    size = (first.shape[1], first.shape[0])
-    writer = imageio_ffmpeg.write_frames(
-        str(path), size, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="error"
-    )
-    writer.send(None)
-    try:
-        writer.send(np.ascontiguousarray(first))
-        for frame in rest:
-            writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
-
-
-def _write_gif(path: Path, first: Picture, rest: Iterator[Picture], fps: int) -> None:
-    following = (Image.fromarray(frame) for frame in rest)
-    Image.fromarray(first).save(path, save_all=True, append_images=following, duration=round(1000 / fps), loop=0)

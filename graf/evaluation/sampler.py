@@ -41,8 +41,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 class Renders:
     """Images on the CPU: rgb (B, 3, H, W), z-depth (B, 1, H, W) and opacity (B, 1, H, W) in [0, 1].
 
-    sr: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection
-    wants it; whoever shows them clips them.
+    sr: (B, 3, s H, s W), super-resolved, where that was asked for. CCSR's projection may leave [-1, 1]: clip its
+    colours before they are shown.
     """
 
     rgb: Tensor
@@ -64,7 +64,7 @@ class Renders:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Renders views of objects. `resolution`: side of the images, pixels; `uniform_z`: the law of the codes.
+    """Renders views of objects. `resolution`: side of the images, pixels; `uniform_z`: uniform codes, else normal.
 
     ccsr: super-resolves the renders on request; sampling: samples per ray, None for as many as in training.
     """

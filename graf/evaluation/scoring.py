@@ -22,16 +22,12 @@ from graf.runtime.memory import retry_smaller
 RENDER_BATCH = 8
 
 
-#: what is scored: the render itself, its super-resolution, or its bicubic upsampling by the same factor
-OUTPUTS = ("render", "sr", "bicubic")
-
-
 @dataclass
 class ScoringTask:
     """Everything about a score but the output that is scored.
 
     Codes and views of the generated images come from protocol.seed; features of the real images are cached under
-    cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved for good.
+    cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved from then on.
     """
 
     sampler: Sampler
@@ -46,8 +42,9 @@ class ScoringTask:
     ) -> Scores:
         """FID and KID of `output` against the photographs; names other than the render's begin with the output's.
 
-        photographs: the real images at the resolution of the output; fingerprint: identifies them in the cache;
-        provenance: what else is known of the generator.
+        output: "render", its super-resolution "sr", or "bicubic", its upsampling by the same factor. photographs: the
+        real images at that resolution; fingerprint: identifies them in the cache; provenance: what else is known of the
+        generator.
         """
         more: dict[str, Plain] = {"output": output, "poses": self.pose_sampler.describe(), **(provenance or {})}
         scores = retry_smaller(

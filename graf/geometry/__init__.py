@@ -1,3 +1,1 @@
-"""Pure mathematics on tensors: cameras, rays and volume rendering. No modules with weights, no files, no configuration
-live here.
-"""
+"""Pure mathematics on tensors: cameras, rays, volume rendering, warping; no weights, no files, no configuration."""

@@ -3,11 +3,12 @@
 Conventions of the whole project:
 
 * A pose is a 4x4 camera-to-world matrix, right-handed: x right, y up, and the camera looks down -z (OpenGL, Blender,
-NeRF). * The world is z-up with the object at the origin.
+  NeRF).
+* The world is z-up with the object at the origin.
 * u in [0, 1) is the azimuth: 360 u degrees, counter-clockwise from +x seen from above.
-* v in [0, 1] is the height: polar angle arccos(1 - 2 v), so v = 0 looks straight down, v = 0.5 from the side, and v
-uniform is
-  uniform on the sphere (GRAF, Schwarz et al. 2020, section 3.1).
+* v in [0, 1] is the height and encodes the elevation: asin(1 - 2 v) above the horizon, polar angle arccos(1 - 2 v). So
+  v = 0 looks straight down, v = 0.5 from the side, and v uniform is uniform on the sphere (GRAF, Schwarz et al. 2020,
+  section 3.1). People are shown the elevation in degrees.
 * A label is (class_idx, height_idx, angle_idx), angle_idx in whole degrees.
 """
 
@@ -44,6 +45,16 @@ def focal_from_fov(fov: float, width: int) -> float:
     if not 0.0 < fov < 180.0:
         raise ValueError(f"fov={fov}: the field of view lies strictly between 0 and 180 degrees")
     return 0.5 * width / math.tan(math.radians(fov) / 2)
+
+
+def elevation_from_height(v: float) -> float:
+    """Degrees above the horizon of a camera at height v: 90 where it looks straight down, 0 from the side."""
+    return math.degrees(math.asin(min(max(1 - 2 * v, -1.0), 1.0)))  # a v that was computed may leave [0, 1] by rounding
+
+
+def height_from_elevation(degrees: float) -> float:
+    """The height v of a camera that stands `degrees` above the horizon, the inverse of `elevation_from_height`."""
+    return (1 - math.sin(math.radians(degrees))) / 2
 
 
 def directions_from_angles(u: Tensor, v: Tensor) -> Tensor:

@@ -114,8 +114,9 @@ def pixel_grid(batch: int, height: int, width: int, device: torch.device | str =
 
 
 def crop_images(images: Tensor, patches: Patches, size: int) -> Tensor:
-    """The patches of real images: (B, C, H, W) -> (B, C, size, size), bilinear; the outermost half pixel repeats the
-    edge.
+    """The patches of real images: (B, C, H, W) -> (B, C, size, size).
+
+    Bilinear; the outermost half pixel repeats the edge.
     """
     grid = patch_grid(patches, size).to(images.dtype)
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -148,9 +149,7 @@ def cast_rays(
 
 @dataclass(frozen=True)
 class RayCaster:
-    """One camera model for a whole collection: intrinsics, the sampled range near..far and an optional bounding
-    sphere.
-    """
+    """One camera model for a whole collection: intrinsics, the sampled range near..far, perhaps a bounding sphere."""
 
     intrinsics: Intrinsics
     near: float
@@ -166,7 +165,5 @@ class RayCaster:
         return self.cast(poses, patch_grid(patches, size))
 
     def cast_images(self, poses: Tensor, resolution: int) -> Rays:
-        """Rays of whole square images of `resolution` pixels, which may differ from that of the intrinsics, row by
-        row.
-        """
+        """Rays of whole square images, row by row; `resolution` may differ from that of the intrinsics."""
         return self.cast(poses, pixel_grid(len(poses), resolution, resolution, poses.device))

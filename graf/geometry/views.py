@@ -1,6 +1,4 @@
-"""Which object seen from where: the cameras of labelled images, and the distribution from which generated images take
-theirs.
-"""
+"""Which object is seen from where: the cameras of labelled images and the distribution of generated ones' cameras."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graf.geometry.cameras import angle_label, label_angles, pose_from_angles
+from graf.geometry.cameras import angle_label, elevation_from_height, label_angles, pose_from_angles
 
 #: random numbers that `PoseSampler.pick` takes per view
 NUM_UNIFORMS = 4
@@ -74,9 +72,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Cameras:
-    """How labels become cameras: distance from the origin, the heights v of the labels, and the sense of their
-    angles.
-    """
+    """How labels become cameras: distance from the origin, heights v of the labels, and the sense of their angles."""
 
     radius: float
     v_list: tuple[float, ...]
@@ -93,9 +89,7 @@ class Cameras:
         return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels, self.angle_sign)
 
     def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
-        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)), labelled with the nearest
-        height.
-        """
+        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)); labels take the nearest height."""
         heights = torch.tensor(self.v_list, device=v.device)
         height_idx = (v[:, None] - heights).abs().argmin(1)
         angle = angle_label(u if self.angle_direction == "ccw" else torch.remainder(-u, 1.0))
@@ -164,5 +158,7 @@ class PoseSampler:
             ranges = self.ranges
             limits = ("umin", "umax", "vmin", "vmax", "radius_min", "radius_max")
             u0, u1, v0, v1, r0, r1 = (getattr(ranges, name) for name in limits)
-            return f"u in [{u0}, {u1}], v in [{v0}, {v1}], radius in [{r0}, {r1}], uniform"
+            low, high = elevation_from_height(v1), elevation_from_height(v0)
+            heights = f"v in [{v0}, {v1}] (elevation {low:.0f} to {high:.0f} degrees)"
+            return f"u in [{u0}, {u1}], {heights}, radius in [{r0}, {r1}], uniform"
         return f"the {len(self)} views of the data set, equally likely"

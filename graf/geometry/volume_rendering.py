@@ -1,5 +1,6 @@
-"""Volume rendering along rays: where to sample, how much each sample weighs, and what the eye sees (NeRF, Mildenhall
-et al. 2020).
+"""Volume rendering along rays: where to sample, how much each sample weighs, and the colours that result.
+
+Equations are NeRF's (Mildenhall et al. 2020).
 
 Notation: t is the distance along a unit-length ray, S the number of samples, sigma the density, delta the length of the
 interval that a sample stands for. Every sample owns the interval up to the midpoints to its neighbours, and the
@@ -89,8 +90,8 @@ def composite_along_rays(
 ) -> RayColours:
     """Colour, depth and opacity of rays from their samples (NeRF, eq. 3).
 
-    rgb: (B, N, S, 3); density, distances: (B, N, S); background: (3,) or (B, 1, 3) in [-1, 1], None composites over 0
-    (grey).
+    rgb: (B, N, S, 3); density, distances: (B, N, S); background: (3,) or (B, 1, 3) in [-1, 1], None for
+    grey (0).
     """
     weights = compositing_weights(density, interval_lengths(distances, rays.near, rays.far))
     opacity = weights.sum(-1, keepdim=True)
@@ -128,9 +129,7 @@ class RayNoise:
 
 @dataclass(frozen=True)
 class RaySampling:
-    """How many samples a ray gets: `coarse` in equal bins, then `importance` more where the first ones found
-    density.
-    """
+    """How many samples a ray gets: `coarse` in equal bins, then `importance` more where those found density."""
 
     coarse: int
     importance: int = 0

@@ -23,8 +23,6 @@ from graf.geometry.rays import Patches, crop_images
 from graf.models.rrdb import RRDBTrunk
 from graf.runtime.amp import float32_region
 
-SCALES = (2, 4)
-
 
 class ViewLatents(nn.Module):
     """Learnable latent images, one per view on a ring around the object: `num_views` times (channels, size, size).
@@ -68,8 +66,9 @@ class ViewLatents(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """Residual convolutions and a PixelShuffle (Shi et al., CVPR 2016), on top of bicubic upsampling: (B,3,h,w) ->
-    (B,3,sh,sw).
+    """Residual convolutions and a PixelShuffle (Shi et al., CVPR 2016) on top of bicubic upsampling.
+
+    (B, 3, h, w) -> (B, 3, s h, s w).
     """
 
     def __init__(self, scale: int, features: int = 32, blocks: int = 4) -> None:

@@ -80,7 +80,7 @@ class SpectralNorm(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits of patches, given what they are said to show."""
+    """Logits of patches, given the condition."""
 
     def __init__(self, shape: DiscriminatorShape) -> None:
         super().__init__()
@@ -131,9 +131,7 @@ class PatchDiscriminator(nn.Module):
             return logits, None if self.label_head is None else self.label_head(features)
 
     def advance_spectral_norm(self) -> None:
-        """One power iteration of every spectral norm: call it once per update of the discriminator, before its first
-        pass.
-        """
+        """One power iteration of every spectral norm: once per update of the discriminator, before its first pass."""
         for module in self.modules():
             if isinstance(module, parametrize.ParametrizationList):
                 for parametrization in module:
@@ -159,9 +157,7 @@ class PatchDiscriminator(nn.Module):
 
 @dataclass(frozen=True)
 class PatchCondition:
-    """What a patch is said to show: class_idx (B,) int64, azimuth u and height v (B,), and where it lies in its
-    image.
-    """
+    """What the discriminator is told of patches: class_idx (B,) int64, azimuth u and height v (B,), and their place."""
 
     class_idx: Tensor
     u: Tensor

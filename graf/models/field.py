@@ -1,5 +1,4 @@
-"""The conditional radiance field: GRAF's MLP (Schwarz et al. 2020, section 3.1), arranged so that nothing constant is
-recomputed.
+"""The conditional radiance field: GRAF's MLP (Schwarz et al. 2020, section 3.1), with nothing constant recomputed.
 
 The plain network concatenates [encoded point; shape code] for its trunk and [feature; encoded view direction;
 appearance code] for its colour branch, and so multiplies the codes at every point. A linear layer splits over a
@@ -26,12 +25,12 @@ from graf.runtime.amp import float32_region
 
 @dataclass(frozen=True)
 class FieldShape:
-    """Sizes and output laws of :class:`ConditionalField`.
+    """Sizes and output functions of :class:`ConditionalField`.
 
     depth x width: the density trunk; `skip`: the layer that sees the input again (GRAF: 5 of 8, counted from 0).
     multires, multires_views: octaves of the positional encoding of points and directions, whose first angular
-    frequency is base_frequency; use_viewdirs: whether colour
-    may depend on the direction. dim_shape, dim_appearance: latent codes; num_classes, dim_class: the class embedding.
+    frequency is base_frequency; use_viewdirs: whether colour may depend on the direction. dim_shape, dim_appearance:
+    latent codes; num_classes, dim_class: the class embedding.
     density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius -
     |p|)), which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
     bounding_radius: no density outside this distance from the origin (None: everywhere).
@@ -61,9 +60,9 @@ class FieldShape:
 
 
 def positional_encoding(x: Tensor, octaves: int, base_frequency: float = math.pi) -> Tensor:
-    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency: (..., D) -> (..., D (1 + 2 octaves)) (NeRF,
-    eq. 4).
+    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency (NeRF, eq. 4).
 
+    (..., D) -> (..., D (1 + 2 octaves)).
     Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only
     every fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an
     octave. Whole periods are taken off before the product with w is rounded (the period in two parts, as Cody & Waite
@@ -92,9 +91,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-    """W x + share, where `share` (B, 1, out) came out of the same layer's other columns; in the dtype of the
-    product.
-    """
+    """W x + share, in the dtype of W x; `share` (B, 1, out) comes from the same layer's other columns."""
     product = functional.linear(x, weight)
     return product + share.to(product.dtype)
 
@@ -155,9 +152,7 @@ class ConditionalField(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Each split layer starts as the one concatenated layer would: uniform within 1 / sqrt(its whole fan-in)
-        (torch's Linear).
-        """
+        """Each split layer starts as one concatenated Linear would: uniform within 1 / sqrt(its whole fan-in)."""
         shape = self.shape
         points, codes = encoding_size(shape.multires), shape.dim_shape + shape.dim_class
         view_fan_in = shape.width + shape.dim_appearance + shape.dim_class

@@ -69,8 +69,8 @@ class Generator(nn.Module):
         """Render `rays` (B x N) of the objects z (B, dim_z) of class class_idx (B,), int64.
 
         Without `noise` samples sit in the middle of their bins and nothing is added to the density; `sampling` takes
-        another number of samples than in training. Returns float32
-        rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and opacity (B, N, 1).
+        another number of samples than in training. Returns float32 rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and
+        opacity (B, N, 1).
         """
         codes = self.field.prepare(z, class_idx)
         noise = RayNoise() if noise is None else noise

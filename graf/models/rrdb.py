@@ -1,8 +1,7 @@
 """The ESRGAN trunk (Wang et al., ECCV Workshops 2018): residual-in-residual dense blocks, and published weights.
 
-Images are in [0, 1] here, as in ESRGAN, whose weights expect it; who calls maps the project's [-1, 1] there and back.
-Modules are named as in BasicSR and Real-ESRGAN: conv_first, body.N.rdb1.conv1, conv_body, conv_up1, conv_up2, conv_hr,
-conv_last.
+Images are in [0, 1] here, as ESRGAN's weights expect; the caller maps the project's [-1, 1] there and back. Modules are
+named as in BasicSR and Real-ESRGAN: conv_first, body.N.rdb1.conv1, conv_body, conv_up1, conv_up2, conv_hr, conv_last.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ def load_esrgan_weights(trunk: RRDBTrunk, path: Path | str) -> LoadReport:
 
     Understands the names of ESRGAN's repository (old and new architecture) and of BasicSR / Real-ESRGAN, as a plain
     state dict or inside params_ema, params or state_dict. Where the file has more blocks, the trunk takes the first
-    ones. Raises WeightsError when the file is missing, cannot be read with weights_only=True, or when no tensor
-    matches.
+    ones. Raises WeightsError when the file is missing, cannot be read with weights_only=True, or matches no tensor.
     """
     path = Path(path)
     found = _read_tensors(path)

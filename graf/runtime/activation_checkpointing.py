@@ -1,12 +1,11 @@
-"""Trading time for memory: evaluating something chunk by chunk without keeping every chunk's activations for the
-backward pass.
+"""Trading time for memory: evaluation chunk by chunk without keeping every chunk's activations for the backward pass.
 
 * "dense" keeps them all: fastest, and memory grows with the number of chunks.
 * "checkpoint" keeps each chunk's inputs and computes its activations again when its gradient is due
   (Chen et al. 2016, arXiv 1604.06174).
 * "deferred" runs all chunks without a graph, and runs each again with one when the gradient of the whole output is
-known
-  (deferred back-propagation, ARF, Zhang et al., ECCV 2022): not even the chunks' graphs coexist with what follows.
+  known (deferred back-propagation, ARF, Zhang et al., ECCV 2022): the chunks' graphs do not even coexist with what
+  follows.
 
 All three give the same gradients, provided that the function draws no random numbers of its own.
 """
@@ -61,10 +60,10 @@ def _concatenate(chunks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 class _ZeroForNone(torch.autograd.Function):
-    """The tensors themselves; in the backward pass those that nobody used get zeros instead of no gradient.
+    """The tensors themselves; in the backward pass unused ones get zeros instead of no gradient.
 
-    Without it what such an output was made from is recomputed with its chunk, never asked for, and kept until the
-    backward pass of all chunks has ended: one number per sample for an unused depth.
+    Without the zeros, what an unused output was made from is recomputed with its chunk and, since no gradient consumes
+    it, kept until the backward pass of all chunks has ended: one number per sample for an unused depth.
     """
 
     @staticmethod

@@ -98,7 +98,7 @@ class Precision:
 def choose_precision(
     use_amp: bool, amp_dtype: Literal["auto", "float16", "bfloat16"], device: torch.device
 ) -> Precision:
-    """The precision to run with; whatever differs from the request is said once.
+    """The precision to run with; a difference from the request is reported once.
 
     CUDA: float16 for `auto`; bfloat16 where asked for and native, else float16. CPU: bfloat16 where the processor
     computes it natively (2x float32), else float32; never float16, which is 4x slower there. Other devices: float32.

@@ -5,7 +5,6 @@ A file is {"format": 1, "meta": plain values, "objects": {name: state_dict}}. On
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import warnings
@@ -17,8 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from graf.base.errors import UserError
+from graf.base.files import replace_file
 from graf.runtime.amp import Scaler
-from graf.runtime.logs import info_once, warn_once
+from graf.runtime.logs import info_once
 from graf.runtime.memory import MIB, is_out_of_memory
 
 FORMAT = 1
@@ -42,9 +42,8 @@ class CheckpointError(UserError):
 def save_checkpoint(path: Path | str, objects: Mapping[str, Stateful], meta: Mapping[str, Any]) -> None:
     """Write the objects' states and `meta` (plain Python values) to `path`, wholly or not at all.
 
-    The file is written and synced under a temporary name beside `path` and then renamed over it, so a crash, a kill or
-    a full disk leaves the file that was there. Raises `CheckpointError` when writing fails, and before writing
-    when a value could not be read back with `weights_only=True`.
+    A crash, a kill or a full disk leaves the file that was there. Raises `CheckpointError` when writing fails, and
+    before writing when a value could not be read back with `weights_only=True`.
     """
     path = Path(path)
     contents = {
@@ -55,41 +54,13 @@ def save_checkpoint(path: Path | str, objects: Mapping[str, Stateful], meta: Map
     _require_loadable(contents["meta"], "meta", with_tensors=False)
     _require_loadable(contents["objects"], "objects", with_tensors=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_rename(contents, path)
+        with replace_file(path, temporary_name=_TEMPORARY) as file:
+            torch.save(contents, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({_find_reason(error)}; {_count_free_mib(path)} free there); "
             "the previous checkpoint is intact. Free some space or choose another output folder, then resume"
         ) from error
-    _sync_folder(path.parent)
-
-
-def _write_and_rename(contents: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(_TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # an interrupt too must not leave half a file behind
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; without it a power cut may bring the previous file back, whole."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        warn_once(f"{folder}: this file system does not sync folders ({error}): a power cut may undo the last save")
 
 
 def _require_loadable(value: Any, where: str, with_tensors: bool) -> None:

@@ -1,4 +1,4 @@
-"""Picks the device that a run computes on, sets its backend flags, and moves tensors to it.
+"""Picks the device that a run computes on and sets its backend flags; tensors are moved by graf.base.tensors.
 
 A device is a `torch.device` with an explicit index on CUDA (`cuda:0`), so that it compares equal to `tensor.device`.
 """
@@ -6,15 +6,11 @@ A device is a `torch.device` with an explicit index on CUDA (`cuda:0`), so that 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from typing import TypeVar, cast
 
 import numpy as np
 import torch
 
 from graf.base.errors import UserError
-
-Transferable = TypeVar("Transferable", bound="torch.Tensor | Sequence[torch.Tensor]")
 
 
 class DeviceError(UserError):
@@ -95,14 +91,3 @@ def _processor_name() -> str:
     except FileNotFoundError:  # not Linux
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def to_device(tensors: Transferable, device: torch.device) -> Transferable:
-    """Move a tensor, or a (nested) tuple or list of tensors, to `device`.
-
-    On CUDA the copy is asynchronous (`non_blocking`): it overlaps with computation when the source is pinned, and later
-    kernels wait for it. Elsewhere it blocks: an asynchronous copy to the CPU could be read before it has arrived.
-    """
-    if isinstance(tensors, torch.Tensor):
-        return cast(Transferable, tensors.to(device, non_blocking=device.type == "cuda"))
-    return type(tensors)(to_device(tensor, device) for tensor in tensors)  # type: ignore[call-arg]

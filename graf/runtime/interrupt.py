@@ -1,4 +1,4 @@
-"""Turning SIGINT and SIGTERM into a wish to stop, which the training loop grants between two steps."""
+"""SIGINT and SIGTERM as a request to stop, which the training loop honours between two steps."""
 
 from __future__ import annotations
 

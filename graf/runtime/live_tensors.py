@@ -46,7 +46,7 @@ class LiveTensorMeter(TorchDispatchMode):
                 self._see(tensor)
 
     def expect(self, more: int) -> None:
-        """Take note of a peak of `more` bytes above what is alive now, which somebody else has measured."""
+        """Take note of a peak of `more` bytes above what is alive now, which was measured elsewhere."""
         self.peak = max(self.peak, self.current + more)
 
     def __torch_dispatch__(

@@ -1,6 +1,6 @@
-"""What a run says: console lines, a progress bar, metrics.jsonl, TensorBoard and Weights & Biases.
+"""What a run reports: console lines, a progress bar, metrics.jsonl, TensorBoard and Weights & Biases.
 
-The logger is "graf"; rooms that may not import this one use its children (`logging.getLogger("graf.data")`).
+The logger is "graf"; rooms that may not import this one use its children (`logging.getLogger("graf.base")`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import secrets
 import sys
 import time
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from graf.base.files import write_atomically
 
 logger = logging.getLogger("graf")
 
@@ -75,7 +76,7 @@ class RunLog:
     `start` is the last iteration already done (0 for a new run) and `total` the last one to do. metrics.jsonl is
     always written, one JSON object a line: `iteration`, `time` (seconds since 1970) and the scalars, where a number
     that is not finite is a string ("nan", "inf", "-inf"). A resumed run continues the file after dropping what an
-    earlier attempt wrote past `start`. `monitoring` adds "tensorboard" and "wandb"; a missing one is said once.
+    earlier attempt wrote past `start`. `monitoring` adds "tensorboard" and "wandb"; a missing one is reported once.
     """
 
     def __init__(
@@ -157,16 +158,14 @@ def _append_line(path: Path, line: str) -> None:
 
 
 def drop_rows_after(path: Path, iteration: int) -> None:
-    """Remove from a .jsonl of rows with an iteration those past `iteration`, and any cut short by a kill; says so."""
+    """Remove from a .jsonl of rows with an iteration those past `iteration`, and any cut short by a kill; log it."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _is_row_until(line, iteration)]
     if len(kept) == len(lines):
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
     logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
 
 

@@ -199,7 +199,7 @@ def _read_process_memory() -> dict[str, float]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start a new peak; where the system cannot (MPS, CPU outside Linux) that is said once and the old one stays."""
+    """Start a new peak; where the system cannot (MPS, CPU outside Linux), say so once and keep the old one."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

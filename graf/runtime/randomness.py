@@ -26,19 +26,6 @@ def derive_seed(seed: int, purpose: str, iteration: int = 0, index: int = 0) -> 
     return int.from_bytes(digest, "little") >> 1
 
 
-def make_generator(
-    seed: int, purpose: str, iteration: int = 0, index: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """A generator on `device`, seeded by `derive_seed`.
-
-    Devices have different algorithms, so the numbers differ between CPU and CUDA. The CPU's Mersenne Twister takes the
-    low 32 bits of a seed: two given streams on it coincide with probability 2^-32.
-    """
-    generator = torch.Generator(device=device)
-    generator.manual_seed(derive_seed(seed, purpose, iteration, index))
-    return generator
-
-
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one iteration for the samples `indices` of its effective batch.

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of D's inputs (Zhao et al., NeurIPS 2020): the same law on real and fake patches.
+"""Differentiable augmentation of D's inputs (Zhao et al., NeurIPS 2020): the same on real and fake patches.
 
 It keeps a discriminator from learning a small photo collection by heart. All random numbers are passed in.
 """

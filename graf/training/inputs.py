@@ -49,8 +49,8 @@ class FakeInputs:
 class RealInputs:
     """A batch of photographs (B, 3, H, W), their views, which patches of them to show, and random numbers.
 
-    crop (B, 2) in [0, 1): where high-resolution crops lie in the patches; mix (B,): the place between real and fake of
-    WGAN-GP.
+    crop (B, 2) in [0, 1): where high-resolution crops lie in the patches; mix (B,): WGAN-GP's place between real and
+    fake.
     """
 
     images: Tensor

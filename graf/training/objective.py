@@ -25,7 +25,7 @@ from graf.training.inputs import FakeInputs, RealInputs, describe_patches
 from graf.training.perceptual import PerceptualDistance
 
 Terms = dict[str, Tensor]
-#: patches (B, 3, K, K) and what they are said to show
+#: patches (B, 3, K, K) and what the discriminator is told of them
 Patched = tuple[Tensor, PatchCondition]
 
 
@@ -41,7 +41,7 @@ class SuperResolutionRules:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which losses are played for; num_views: azimuth bins of the class loss."""
+    """Which losses there are; num_views: azimuth bins of the class loss."""
 
     gan_type: str = "standard"
     reg_type: str = "real"
@@ -77,7 +77,7 @@ class RenderedPatches:
 
 @dataclass(frozen=True)
 class GANObjective:
-    """Networks and rules; `ccsr` is None in a game without super-resolution."""
+    """Networks and rules; `ccsr` is None without super-resolution."""
 
     generator: Generator
     discriminator: PatchDiscriminator
@@ -255,7 +255,7 @@ class GANObjective:
         """How much more two neighbouring views disagree, by super-resolution, where both see the same surface.
 
         Mean per image of max(0, |A - warp(B)| - |a - warp(b)|) with A, B super-resolved and a, b upsampled renders.
-        Below what the renders themselves disagree by nothing is asked: only blur could get there.
+        Nothing is asked for below the disagreement of the renders themselves, which only blur could reach.
         """
         views = self._neighbours(fakes)
         other_image, _ = self.super_resolve(neighbours.rgb, views, fakes.patches)

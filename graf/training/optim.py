@@ -55,12 +55,6 @@ class LearningRateSchedule:
         return 1.0
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group of the optimiser this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The Euclidean norm of all gradients together, a scalar; 0 without gradients."""
     norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]

@@ -22,7 +22,7 @@ class PerceptualDistance:
 
 
 def load_perceptual_distance(device: torch.device) -> PerceptualDistance | None:
-    """LPIPS on `device`, or None with one message where the package or its weights are not to be had."""
+    """LPIPS on `device`, or None with one message where the package or its weights are missing."""
     try:
         import lpips
 

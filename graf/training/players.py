@@ -61,7 +61,7 @@ class Player:
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         terms = terms | {f"grad_norm_{self.suffix}": norm}
-        # One wait for the device per update: a NaN that goes unnoticed costs the night.
+        # One wait for the device per update: an unnoticed NaN would waste the rest of the run.
         finite = bool(torch.isfinite(torch.stack([value.float().to(norm.device) for value in terms.values()])).all())
         if not finite and not self.scaler.is_enabled():
             raise DivergenceError(self._describe_divergence(terms, iteration))

@@ -2,8 +2,7 @@
 
 batch -> real patches; z, view -> rays -> fake patches -> D loss (+ gradient penalty) -> D step -> G loss -> G step ->
 detached render -> CCSR loss -> CCSR step -> EMA -> hooks. Schedules are pure functions of the iteration; nothing
-derived is written back anywhere. What the players minimise stands in objective.py, how gradients are applied in
-players.py.
+derived is written back. objective.py says what the players minimise, players.py how gradients are applied.
 """
 
 from __future__ import annotations
@@ -289,7 +288,7 @@ class Trainer:
     def _accumulate_generator(self, parts: list[MicroBatch]) -> tuple[Terms, dict[str, RenderedPatches]]:
         """The terms, and what super-resolution works on: the batch's renders, without their graph.
 
-        "here" are the patches as D sees them; "there", where CCSR is due and wants it, the neighbouring views of the
+        "here" are the patches as D sees them; "there", where CCSR is due and uses them, the neighbouring views of the
         same generator, that is, before its update.
         """
         batch_size, terms = sum(map(len, parts)), Terms()

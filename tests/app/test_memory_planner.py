@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import memory as benchmark
 from graf.app import memory_estimator, memory_planner
-from graf.app.memory_estimator import Settings, StepPlanner, configured_settings, predict_step
+from graf.app.memory_estimator import Settings, StepPlanner, configured_settings
 from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
 from graf.runtime.amp import Precision
@@ -102,7 +102,8 @@ def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
 
 
 def test_sampling_and_scoring_are_planned_without_inception_weights():
-    phases = predict_step(small("training.fid_every=5", "evaluation.feature_extractor=inception")).phases
+    config = small("training.fid_every=5", "evaluation.feature_extractor=inception")
+    phases = StepPlanner(config).predict(configured_settings(config)).phases
     assert {"sample", "score"} <= set(phases)
     assert phases["score"].peak > 4 * 20e6  # Inception has more than 20 million weights
 
@@ -110,7 +111,7 @@ def test_sampling_and_scoring_are_planned_without_inception_weights():
 def test_photographs_and_a_gpu_are_not_needed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "coil100.yaml", ["training.device=cuda", "training.fid_every=0"])
-    assert predict_step(config).peak > 0
+    assert StepPlanner(config).predict(configured_settings(config)).peak > 0
 
 
 def test_a_budget_is_kept_and_used():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graf.app.runs import RunFolder, choose_run_folder, describe_changes, newest_run, write_atomically
+from graf.app.runs import RunFolder, choose_run_folder, describe_changes, newest_run
 from graf.config import Config, ConfigError
 from graf.runtime.checkpoint import CheckpointError, save_checkpoint
 
@@ -50,19 +50,6 @@ def test_a_best_checkpoint_that_cannot_be_read_stands_back_and_says_so(config, t
     run = make_run(tmp_path / "toys", "model_00000007.pt", "model_best.pt")
     assert choose_run_folder(config, "auto") == (run, run.checkpoints / "model_00000007.pt")
     assert "model_best.pt: cannot be read" in caplog.text
-
-
-def test_a_text_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "config.yaml", "old")
-
-    def fail(*paths: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "config.yaml", "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
-    assert (tmp_path / "config.yaml").read_text() == "old"
 
 
 def test_what_follows_an_earlier_or_foreign_checkpoint_leaves_the_run_alone(config, tmp_path):

@@ -1,5 +1,7 @@
 """Files are replaced as a whole or not at all."""
 
+import os
+
 import pytest
 
 from graf.base.files import replace_file, write_atomically
@@ -26,4 +28,40 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     with pytest.raises(error):
         fail()
     assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["b.txt"]
+
+
+def test_a_text_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "config.yaml", "old")
+
+    def fail(*paths: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "config.yaml", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced there")
+def test_a_folder_that_cannot_be_synced_is_said_once_and_the_file_counts(tmp_path, monkeypatch, caplog):
+    real_open = os.open
+
+    def refuse_folders(target, flags, *rest):
+        if os.path.isdir(target):
+            raise OSError("Invalid argument")
+        return real_open(target, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse_folders)
+    for text in ("one", "two"):
+        write_atomically(tmp_path / "b.txt", text)
+    assert (tmp_path / "b.txt").read_text() == "two"
+    assert caplog.text.count("does not sync folders (Invalid argument)") == 1
+
+
+def test_a_temporary_name_of_ones_own_is_used_and_gone_afterwards(tmp_path):
+    with replace_file(tmp_path / "b.txt", temporary_name=".saving") as file:
+        file.write(b"new")
+        assert [file.name for file in tmp_path.iterdir()] == [".saving"]
     assert [file.name for file in tmp_path.iterdir()] == ["b.txt"]

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from graf.data.datasets import DataError, DataSettings, open_dataset
+from graf.config import Config
+from graf.data.datasets import DataError, DataSettings, PhotoDataset, open_dataset
+from graf.data.synthetic import SyntheticSettings
 from graf.geometry.cameras import angles_from_pose, pose_from_angles
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -43,7 +46,9 @@ def turntable(tmp_path):
 
 
 def settings(folder, **changes):
-    return DataSettings(**{"type": "turntable", "datadir": folder, "imsize": 16, "v_list": (0.3,)} | changes)
+    """The configuration's defaults, but small turntable photographs from one height."""
+    defaults = DataSettings.from_mapping(Config().data.model_dump())
+    return replace(defaults, **{"type": "turntable", "datadir": folder, "imsize": 16, "v_list": (0.3,)} | changes)
 
 
 def grey_values(dataset):
@@ -141,9 +146,14 @@ def test_sub_folders_are_read_where_names_are_labels(turntable):
     assert 55 in grey_values(dataset)
 
 
-def test_subset_by_keeps_order_and_agrees_with_the_whole(turntable):
+def choose(dataset, indices):
+    """The data set of some of the photographs, which are decoded when they are asked for."""
+    return PhotoDataset(dataset.index.select(indices), dataset.settings)
+
+
+def test_a_selection_keeps_its_order_and_agrees_with_the_whole(turntable):
     dataset = open_dataset(settings(turntable))
-    subset = dataset.subset_by([5, 2, 20])
+    subset = choose(dataset, [5, 2, 20])
     assert len(subset) == 3
     for place, index in enumerate((5, 2, 20)):
         assert torch.equal(subset[place][0], dataset[index][0])
@@ -167,7 +177,7 @@ def test_fingerprint_tells_sets_apart_and_forgets_where_they_lie(turntable, tmp_
         open_dataset(settings(turntable, white_bkgd=False)).fingerprint(),
         open_dataset(settings(turntable, heldout_every=4)).fingerprint(),
         open_dataset(settings(turntable, v_list=(0.4,))).fingerprint(),
-        dataset.subset_by(range(23)).fingerprint(),
+        choose(dataset, range(23)).fingerprint(),
     }
     assert len(prints) == 6
     moved = turntable.rename(tmp_path / "elsewhere")
@@ -249,7 +259,7 @@ def test_in_a_lazy_set_the_next_photograph_stands_in_for_a_truncated_one_which_i
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
         f"{damaged}/obj5__30.png cannot be read"
     ]
-    last = dataset.subset_by([index + 1, index])
+    last = choose(dataset, [index + 1, index])
     assert torch.equal(last[1][0], last[0][0])  # after the last one comes the first
 
 
@@ -358,6 +368,7 @@ def test_turntable_without_v_list_says_how_to_set_it(turntable):
 
 def test_settings_from_the_config_ignore_other_keys():
     mapping = {
+        **Config().data.model_dump(),
         "type": "turntable",
         "datadir": "photos",
         "near": 2.0,
@@ -370,6 +381,11 @@ def test_settings_from_the_config_ignore_other_keys():
     assert found.v_list == (0.2, 0.3)
     assert found.subset == "heldout"
     assert (found.synthetic_count, found.synthetic_seed, found.synthetic_instances) == (40, 1, 2)
+
+
+def test_the_configuration_alone_has_defaults():
+    for kind, own in ((DataSettings, {"subset"}), (SyntheticSettings, set())):
+        assert {item.name for item in fields(kind) if item.default is not MISSING} == own
 
 
 # transforms

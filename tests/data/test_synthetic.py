@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from graf.config import Config
 from graf.data import synthetic
 from graf.data.datasets import DataError, DataSettings, open_dataset
 from graf.data.shapes import CLASS_NAMES, Painted, Toy, build_toy, sphere
@@ -17,7 +18,11 @@ from graf.data.synthetic import SyntheticSettings, choose_views, ensure_syntheti
 from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles, project_points
 from graf.geometry.rays import cast_rays, pixel_grid
 
-SMALL = SyntheticSettings(imsize=16, count=8, v_list=(0.3, 0.4))
+SMALL = SyntheticSettings(
+    imsize=16, count=8, seed=0, instances=1, radius=3.5, fov=30.0, v_list=(0.3, 0.4), white_bkgd=True
+)
+THREE_HEIGHTS = replace(SMALL, count=1000, v_list=synthetic.DEFAULT_V_LIST)
+DEFAULTS = DataSettings.from_mapping(Config().data.model_dump())
 INTRINSICS = Intrinsics.from_fov(48, 30.0)
 
 
@@ -123,7 +128,7 @@ def test_rendering_restores_the_number_of_threads():
 
 @pytest.mark.parametrize(("count", "instances"), [(8, 1), (1000, 1), (37, 3), (2000, 2)])
 def test_views_are_distinct_and_shared_equally_by_the_classes(count, instances):
-    views = choose_views(SyntheticSettings(count=count, instances=instances))
+    views = choose_views(replace(THREE_HEIGHTS, count=count, instances=instances))
     assert len(set(views)) == len(views) == count
     shares = np.bincount([view[0] for view in views], minlength=len(CLASS_NAMES))
     assert shares.max() - shares.min() <= 1
@@ -133,12 +138,12 @@ def test_views_are_distinct_and_shared_equally_by_the_classes(count, instances):
 
 
 def test_full_grid_has_72_angles():
-    settings = SyntheticSettings(count=72 * 3 * len(CLASS_NAMES))
+    settings = replace(THREE_HEIGHTS, count=72 * 3 * len(CLASS_NAMES))
     assert {view[3] for view in choose_views(settings)} == set(range(0, 360, 5))
 
 
 def test_views_depend_on_the_seed_alone():
-    settings = SyntheticSettings(count=100)
+    settings = replace(THREE_HEIGHTS, count=100)
     assert choose_views(settings) == choose_views(settings)
     assert choose_views(settings) != choose_views(replace(settings, seed=1))
 
@@ -156,7 +161,9 @@ def test_impossible_settings_name_the_key(changes, key):
 
 def test_stored_pictures_are_the_renders_of_their_labels(tmp_path):
     folder = ensure_synthetic(tmp_path, SMALL)
-    dataset = open_dataset(DataSettings("turntable", folder, imsize=16, v_list=SMALL.v_list, strict=True))
+    dataset = open_dataset(
+        replace(DEFAULTS, type="turntable", datadir=folder, imsize=16, v_list=SMALL.v_list, strict=True)
+    )
     assert dataset.class_names == list(CLASS_NAMES)
     assert len(dataset) == SMALL.count
     assert not dataset.report.lines()
@@ -257,7 +264,7 @@ def test_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, monkeypatch)
 
 
 def test_open_dataset_makes_the_set_at_the_configured_resolution(tmp_path):
-    settings = DataSettings("synthetic", tmp_path, imsize=24, synthetic_count=8, synthetic_instances=2)
+    settings = replace(DEFAULTS, datadir=tmp_path, imsize=24, synthetic_count=8, synthetic_instances=2)
     dataset = open_dataset(settings)
     assert len(dataset) == 8
     assert dataset[0][0].shape == (3, 24, 24)

@@ -23,7 +23,6 @@ from graf.evaluation.extractor import (
     OfflineFeatures,
     choose_extractor,
     draw_kernels,
-    find_inception_weights,
 )
 from graf.evaluation.fidelity import FidelityProtocol, score_images
 
@@ -31,6 +30,7 @@ from graf.evaluation.fidelity import FidelityProtocol, score_images
 OFFLINE_HASH = "38a6ebc3ed2aa7d0b9172398d63d5ddb09c8608386ff26b3671d79c0b18a22f1"
 CONTENT = b"these bytes stand for the Inception weights" * 1000
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
+PROTOCOL = FidelityProtocol(seed=0, batch_size=64, kid_subsets=100, kid_subset_size=1000)
 
 
 class Images(Dataset[Tensor]):
@@ -71,9 +71,7 @@ def blur(images: Tensor, passes: int) -> Tensor:
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
-    scores = score_images(
-        Images(real), Images(fake), choose_extractor("offline"), FidelityProtocol(), torch.device("cpu")
-    )
+    scores = score_images(Images(real), Images(fake), choose_extractor("offline"), PROTOCOL, torch.device("cpu"))
     return scores.values["kid_offline"]
 
 
@@ -190,16 +188,15 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_weights_are_taken_from_the_configured_path_before_the_hub(hub: Path, tmp_path: Path) -> None:
     hub.mkdir(parents=True)
     (hub / FILE_NAME).write_bytes(CONTENT)
-    assert find_inception_weights(None, allow_download=False) == hub / FILE_NAME
+    assert choose_extractor("inception", None, allow_download=False).weights_path == hub / FILE_NAME
     configured = tmp_path / "own.pth"
     configured.write_bytes(CONTENT)
-    assert find_inception_weights(str(configured), allow_download=False) == configured
+    assert choose_extractor("inception", str(configured), allow_download=False).weights_path == configured
 
 
 def test_a_file_with_another_hash_is_never_used(hub: Path, tmp_path: Path, said: list[str]) -> None:
     configured = tmp_path / "own.pth"
     configured.write_bytes(CONTENT + b"!")
-    assert find_inception_weights(str(configured), allow_download=False) is None
     assert choose_extractor("auto", str(configured), allow_download=False).suffix == "_offline"
     assert len(said) == 1
     assert str(configured) in said[0]

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from graf.evaluation.fidelity import (
 )
 
 CPU = torch.device("cpu")
+PROTOCOL = FidelityProtocol(seed=0, batch_size=64, kid_subsets=100, kid_subset_size=1000)
 
 
 class Images(Dataset[Tensor]):
@@ -53,7 +55,7 @@ def draw_images(count: int, seed: int, spread: int = 200, size: int = 16) -> Ima
 
 
 def score(real: Dataset[Tensor], fake: Dataset[Tensor], **settings: Any) -> Scores:
-    protocol = settings.pop("protocol", FidelityProtocol(kid_subsets=10))
+    protocol = settings.pop("protocol", replace(PROTOCOL, kid_subsets=10))
     return score_images(real, fake, choose_extractor("offline"), protocol, CPU, **settings)
 
 
@@ -90,17 +92,17 @@ def test_kid_is_the_unbiased_mmd_of_the_features() -> None:
 
 def test_same_images_and_seed_give_equal_scores_and_another_seed_other_subsets() -> None:
     real, fake = draw_images(40, 0), draw_images(30, 1)
-    protocol = FidelityProtocol(seed=3, kid_subsets=5, kid_subset_size=10)
+    protocol = replace(PROTOCOL, seed=3, kid_subsets=5, kid_subset_size=10)
     first = score(real, fake, protocol=protocol)
     assert score(real, fake, protocol=protocol) == first
-    other = score(real, fake, protocol=FidelityProtocol(seed=4, kid_subsets=5, kid_subset_size=10))
+    other = score(real, fake, protocol=replace(PROTOCOL, seed=4, kid_subsets=5, kid_subset_size=10))
     assert other.values["fid_offline"] == first.values["fid_offline"]
     assert other.values["kid_offline"] != first.values["kid_offline"]
 
 
 @pytest.mark.parametrize(("n_real", "n_fake", "expected"), [(8, 30, 8), (30, 8, 8), (30, 40, 20)])
 def test_kid_subsets_are_as_large_as_both_sides_and_the_limit_allow(n_real: int, n_fake: int, expected: int) -> None:
-    protocol = FidelityProtocol(kid_subsets=2, kid_subset_size=20)
+    protocol = replace(PROTOCOL, kid_subsets=2, kid_subset_size=20)
     scores = score(draw_images(n_real, 0), draw_images(n_fake, 1), protocol=protocol)
     assert scores.provenance["kid_subset_size"] == expected
 
@@ -144,12 +146,12 @@ def test_real_features_are_cached_under_their_fingerprint_and_generated_ones_nev
         score(real, fake, protocol=protocol, real_cache_name=fingerprint, cache_root=tmp_path)
         return real.reads, fake.reads
 
-    protocol = FidelityProtocol(kid_subsets=2)
+    protocol = replace(PROTOCOL, kid_subsets=2)
     fresh = (8, 7)  # the first image is looked at once by score_images and once by torch-fidelity
     assert reads("a/b c", protocol) == fresh
     assert reads("a/b c", protocol) == (1, 7)
     assert reads("another data set", protocol) == fresh
-    assert reads("a/b c", FidelityProtocol(kid_subsets=2, batch_size=2)) == fresh
+    assert reads("a/b c", replace(PROTOCOL, kid_subsets=2, batch_size=2)) == fresh
     assert reads("a/b c", protocol, count=7) == (9, 7)
 
 
@@ -180,7 +182,7 @@ def test_weights_that_changed_after_they_were_chosen_are_not_loaded(tmp_path: Pa
     weights.write_bytes(b"something else")
     chosen = Extractor("inception-v3-compat", "", "0" * 64, weights)
     with pytest.raises(FidelityError, match="has changed since it was chosen"):
-        score_images(draw_images(3, 0), draw_images(3, 1), chosen, FidelityProtocol(), CPU)
+        score_images(draw_images(3, 0), draw_images(3, 1), chosen, PROTOCOL, CPU)
 
 
 def test_rendered_images_are_rendered_once_each_in_fixed_batches_and_one_batch_is_kept() -> None:
@@ -279,4 +281,4 @@ def test_a_line_cut_off_by_a_killed_run_costs_only_itself(tmp_path: Path, monkey
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"kid_subsets": 0}, {"kid_subset_size": 1}])
 def test_a_protocol_that_cannot_be_carried_out_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(FidelityError, match=next(iter(change))):
-        FidelityProtocol(**change)
+        replace(PROTOCOL, **change)

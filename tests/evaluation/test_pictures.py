@@ -45,6 +45,13 @@ def test_a_grid_puts_image_i_at_row_i_over_columns() -> None:
     assert np.array_equal(grid, brute_force)
 
 
+@pytest.mark.parametrize(("columns", "shape"), [(1, (8, 10, 3)), (3, (8, 26, 3))])
+def test_a_single_image_has_its_frame_and_leaves_the_other_columns_blank(columns: int, shape: tuple[int, ...]) -> None:
+    expected = np.full(shape, 255, dtype=np.uint8)
+    expected[2:6, 2:8] = 7
+    assert np.array_equal(tile_grid(torch.full((1, 3, 4, 6), 7, dtype=torch.uint8), columns), expected)
+
+
 def test_a_grid_of_floats_equals_the_grid_of_their_uint8() -> None:
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert np.array_equal(tile_grid(images, 2), tile_grid(to_uint8(images), 2))

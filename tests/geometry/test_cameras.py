@@ -11,7 +11,9 @@ from graf.geometry.cameras import (
     angle_label,
     angles_from_pose,
     directions_from_angles,
+    elevation_from_height,
     focal_from_fov,
+    height_from_elevation,
     label_angles,
     median_height,
     pose_from_angles,
@@ -25,6 +27,19 @@ RADIUS = 3.5
 
 def random_angles(count: int, margin: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(count, dtype=torch.float64), margin + (1 - 2 * margin) * torch.rand(count, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("v", "degrees"), [(0.0, 90.0), (0.25, 30.0), (0.5, 0.0), (1.0, -90.0)])
+def test_the_height_encodes_the_elevation(v, degrees):
+    assert elevation_from_height(v) == pytest.approx(degrees, abs=1e-5)
+    assert height_from_elevation(degrees) == pytest.approx(v, abs=1e-12)
+
+
+def test_the_elevation_is_the_angle_of_the_cameras_place_above_the_horizon():
+    for v in (0.1, 0.3, 0.45, 0.9):
+        x, y, z = pose_from_angles(torch.tensor(0.3), torch.tensor(v), RADIUS)[:3, 3].tolist()
+        assert elevation_from_height(v) == pytest.approx(math.degrees(math.atan2(z, math.hypot(x, y))), abs=1e-4)
+    assert elevation_from_height(-1e-9) == 90
 
 
 def test_rotations_are_orthonormal_and_right_handed():

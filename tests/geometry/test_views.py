@@ -112,7 +112,7 @@ def test_slices_take_the_same_part_of_everything():
 def test_the_pool_says_where_its_poses_come_from():
     assert PoseSampler(LABELS, CAMERAS).describe() == "the 4 views of the data set, equally likely"
     ranges = PoseRanges(0.0, 0.5, 0.1, 0.3, 3.0, 4.0)
-    expected = "u in [0.0, 0.5], v in [0.1, 0.3], radius in [3.0, 4.0], uniform"
+    expected = "u in [0.0, 0.5], v in [0.1, 0.3] (elevation 24 to 53 degrees), radius in [3.0, 4.0], uniform"
     assert PoseSampler(LABELS, CAMERAS, ranges=ranges).describe() == expected
 
 

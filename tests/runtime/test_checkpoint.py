@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from graf.runtime import checkpoint as checkpoint_module
+from graf.base import files
 from graf.runtime import logs
 from graf.runtime.amp import NoOpScaler
 from graf.runtime.checkpoint import (
@@ -169,7 +169,7 @@ def test_a_full_disk_keeps_the_old_file_and_removes_the_new_half(
     save_checkpoint(path, make_objects(seed=2), {"iteration": 1})
     before = path.read_bytes()
 
-    monkeypatch.setattr(checkpoint_module, "open", lambda file, mode: FullDisk(file, mode), raising=False)
+    monkeypatch.setattr(files, "open", lambda file, mode: FullDisk(file, mode), raising=False)
     for target in (path, tmp_path / checkpoint_name(2)):
         with pytest.raises(CheckpointError) as caught:
             save_checkpoint(target, make_objects(seed=3, width=500), {"iteration": 2})
@@ -237,6 +237,17 @@ def test_an_interrupt_while_writing_passes_through_and_leaves_no_half_file(
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path / "a.pt", {}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_save_leaves_one_file_at_most_whatever_the_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as if killed: nothing is cleaned up
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    for iteration in (1, 2):
+        with pytest.raises(CheckpointError):
+            save_checkpoint(tmp_path / checkpoint_name(iteration), {}, {})
+    assert [file.name for file in tmp_path.iterdir()] == [".checkpoint.saving"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graf.runtime import device as device_module
-from graf.runtime.device import DeviceError, configure_backends, describe_device, list_devices, pick_device, to_device
+from graf.runtime.device import DeviceError, configure_backends, describe_device, list_devices, pick_device
 
 
 @pytest.fixture
@@ -90,23 +90,6 @@ def test_describe_works_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device(torch.device("cpu")).startswith("cpu (")
 
 
-def test_to_device_keeps_the_nesting_and_the_values() -> None:
-    image, label = torch.rand(2, 3), torch.tensor([1, 2])
-    moved = to_device([image, (label, image)], torch.device("cpu"))
-    assert isinstance(moved, list)
-    assert isinstance(moved[1], tuple)
-    assert torch.equal(moved[0], image)
-    assert torch.equal(moved[1][0], label)
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("cuda", True), ("cpu", False), ("mps", False)])
-def test_only_transfers_to_cuda_are_asynchronous(monkeypatch: pytest.MonkeyPatch, kind: str, expected: bool) -> None:
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: calls.append(non_blocking) or self)
-    to_device((torch.zeros(1), torch.zeros(1)), torch.device(kind))
-    assert calls == [expected, expected]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_flags_are_set_and_the_device_is_current() -> None:
     picked = torch.device(list_devices()[-2])
@@ -115,4 +98,3 @@ def test_cuda_flags_are_set_and_the_device_is_current() -> None:
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.cuda.current_device() == picked.index
     assert str(picked) in describe_device(picked)
-    assert to_device(torch.ones(2), picked).device == picked

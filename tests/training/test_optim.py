@@ -14,7 +14,6 @@ from graf.training.optim import (
     clip_gradients,
     find_nonfinite_gradient,
     gradient_norm,
-    set_learning_rate,
 )
 
 
@@ -68,12 +67,6 @@ def test_adam_takes_the_betas():
     optimizer = build_optimizer("adam", parameters_with_gradients([1.0]), 1e-3, (0.0, 0.99))
     assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)
-
-
-def test_the_learning_rate_is_set_in_every_group():
-    optimizer = torch.optim.SGD([{"params": [p], "lr": 1.0} for p in parameters_with_gradients([1.0], [2.0])])
-    set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def test_the_gradient_norm_is_that_of_all_gradients_together_and_skips_missing_ones():

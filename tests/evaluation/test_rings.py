@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from graf.evaluation.consistency import TrueViews
-from graf.evaluation.consistency_task import ConsistencyTask
+from graf.evaluation.consistency import ConsistencyTask
+from graf.evaluation.rings import TrueViews
 from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics, angles_from_pose
 from graf.geometry.rays import RayCaster
@@ -93,7 +93,7 @@ def test_latents_of_their_own_make_views_disagree():
 
 def test_one_object_of_each_class_is_seen_from_a_full_ring():
     task, ball = make_task(marble, classes=(2, 0, 1), seed=5)
-    rings = list(task._rings())
+    rings = list(task.render_rings())
     assert len(rings) == 3
     assert [int(class_idx) for _, class_idx in ball.asked] == [2] * NUM_VIEWS + [0] * NUM_VIEWS + [1] * NUM_VIEWS
     code = task.sampler.codes(5, range(1))[0]
@@ -110,7 +110,7 @@ def test_one_object_of_each_class_is_seen_from_a_full_ring():
 def test_the_seed_chooses_the_object():
     (first, ball), (second, other), (again, same) = (make_task(marble, classes=(0,), seed=seed) for seed in (0, 1, 0))
     for task in (first, second, again):
-        next(task._rings())
+        next(task.render_rings())
     assert torch.equal(ball.asked[0][0], same.asked[0][0])
     assert not torch.equal(ball.asked[0][0], other.asked[0][0])
 

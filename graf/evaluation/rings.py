@@ -1,0 +1,60 @@
+"""Rings of neighbouring views around one object: what they hold and how they are rendered, not what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graf.evaluation.sampler import Sampler
+from graf.geometry.cameras import ring
+from graf.geometry.rays import Patches
+from graf.geometry.views import Cameras, Views
+from graf.geometry.warping import SurfaceView
+
+
+@dataclass(frozen=True)
+class TrueViews:
+    """The truth: images (V, 3, s H, s W) in [-1, 1]; z-depth and mask (V, 1, H, W), the mask a covered share."""
+
+    images: Tensor
+    depth: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One object from V neighbouring views, the last of which is the first one's neighbour.
+
+    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: if known.
+    """
+
+    views: SurfaceView
+    sr: Tensor
+    truth: TrueViews | None = None
+
+
+#: (class index, views, side of the renders, side of the super-resolved images) -> what a true object looks like
+TruthRenderer = Callable[[int, Views, int, int], TrueViews]
+
+
+def render_ring(
+    sampler: Sampler,
+    cameras: Cameras,
+    z: Tensor,
+    class_idx: int,
+    num_views: int,
+    v: float,
+    truth: TruthRenderer | None = None,
+) -> Ring:
+    """The object of code z (1, dim_z), super-resolved, from `num_views` azimuths at height v."""
+    views = cameras.views_at(torch.full((num_views,), class_idx), *ring(num_views, v))
+    renders = sampler.render(z.expand(num_views, -1), views, super_resolve=True)
+    assert renders.sr is not None
+    surface = SurfaceView.from_render(
+        renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), sampler.caster
+    )
+    low, high = renders.rgb.shape[-1], renders.sr.shape[-1]
+    return Ring(surface, renders.sr, None if truth is None else truth(class_idx, views, low, high))
