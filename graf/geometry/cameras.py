@@ -96,6 +96,16 @@ def label_angles(labels: Tensor, v_list: Sequence[float], angle_direction: str =
     return u, heights[labels[..., 1]]
 
 
+def height_from_elevation(degrees: float) -> float:
+    """The height v of a camera `degrees` above the horizon: 90 looks straight down, 0 from the side."""
+    return (1 - math.sin(math.radians(degrees))) / 2
+
+
+def elevation_from_height(v: float) -> float:
+    """Degrees above the horizon of a camera at height v in [0, 1], negative below it."""
+    return math.degrees(math.asin(1 - 2 * v))
+
+
 def rotate(rotation: Tensor, vectors: Tensor) -> Tensor:
     """rotation (..., 3, 3) times vectors (..., 3), which broadcast.
 
