@@ -289,7 +289,7 @@ class Renderer:
     def render_random(
         self, pose_sampler: PoseSampler, seed: int, indices: range, super_resolve: bool = False
     ) -> Renders:
-        """Random objects from random views of the sampler; image i depends on (seed, indices[i]) alone."""
+        """Random objects from random views; image i depends on (seed, indices[i]) alone."""
         views = pose_sampler.pick(Draws(seed, 0, indices).uniform("sample/view", NUM_VIEW_UNIFORMS))
         return self.render_views(self.codes(seed, indices), views, super_resolve)
 
