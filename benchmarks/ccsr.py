@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import train as train_program
 from benchmarks.results import format_table, hardware, write_section
 from graf.app import builders
-from graf.app import eval_command as eval_program
-from graf.app.eval_tasks import Presentation, open_presentation
+from graf.app.eval_options import EvalOptions
+from graf.app.eval_tasks import Evaluation, open_evaluation
 from graf.data.datasets import DataSettings, open_dataset
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.scoring import ScoringTask
@@ -98,39 +98,41 @@ def train_variant(name: str, seed: int, iterations: int, imsize: int, folder: Pa
     return folder / expname
 
 
-def open_run(run: Path) -> Presentation:
+def open_run(run: Path) -> Evaluation:
     """The averaged networks of a finished run."""
-    return open_presentation(eval_program.parse_arguments(["--run", str(run)]))
+    return open_evaluation(EvalOptions(run=str(run)))
 
 
-def measure(shown: Presentation, ccsr: CCSR, run: Path) -> dict[str, float]:
-    """KID at high resolution and consistency of a CCSR on the renders of `shown`; step time and memory of its run.
+def measure(evaluation: Evaluation, ccsr: CCSR, run: Path) -> dict[str, float]:
+    """KID at high resolution and consistency of a CCSR on the renders of `evaluation`; step time and memory of its run.
 
     Generators differ from run to run, and with them every figure of what is made from their renders; modules that
     are compared therefore work on the renders of one generator.
     """
-    shown = replace(shown, sampler=replace(shown.sampler, ccsr=ccsr))
-    row = {"kid": score(shown)}
-    report = builders.build_consistency(shown.config, shown.dataset_info, shown.sampler, shown.classes).measure()
+    evaluation = replace(evaluation, renderer=replace(evaluation.renderer, ccsr=ccsr))
+    row = {"kid": score(evaluation)}
+    report = builders.build_consistency(
+        evaluation.config, evaluation.dataset_info, evaluation.renderer, evaluation.classes
+    ).measure()
     row |= {key: float(value) for key, value in report.as_dict().items() if value is not None}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     late = [line for line in lines if line["iteration"] > 0.5 * lines[-1]["iteration"]]
-    batch_size = shown.config.training.batch_size
+    batch_size = evaluation.config.training.batch_size
     row["seconds_per_step"] = statistics.median(batch_size / line["images_per_second"] for line in late)
     peaks = [f"memory_{phase}_{kind}" for phase in ("render", "d", "g", "sr") for kind in ("live_peak", "peak")]
     row["memory"] = max(line[peak] for line in late for peak in peaks if peak in line)
     return row
 
 
-def score(shown: Presentation) -> float:
+def score(evaluation: Evaluation) -> float:
     """KID (offline extractor) of the super-resolved images against true high-resolution ones."""
-    config = shown.config
+    config = evaluation.config
     settings = DataSettings.from_mapping(config.data.model_dump() | {"imsize": SCALE * config.data.imsize})
     photographs = open_dataset(settings)
-    pose_sampler = builders.build_pose_sampler(config, photographs, shown.cameras)
+    pose_sampler = builders.build_pose_sampler(config, photographs, evaluation.renderer.cameras)
     protocol, count = builders.build_protocol(config), config.evaluation.num_images
-    cache = shown.folder.parent.parent / "feature_cache"
-    task = ScoringTask(shown.sampler, pose_sampler, choose_extractor("offline"), protocol, count, cache)
+    cache = evaluation.folder.parent.parent / "feature_cache"
+    task = ScoringTask(evaluation.renderer, pose_sampler, choose_extractor("offline"), protocol, count, cache)
     return task.score("sr", photographs, photographs.fingerprint()).values["sr_kid_offline"]
 
 
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = open_run(runs[WITHOUT])  # a generator that no module was trained with
         modules: dict[str, tuple[CCSR, str]] = {WITHOUT: (Bicubic(), WITHOUT), PROJECTED: (Bicubic(True), WITHOUT)}
         for name in VARIANTS:
-            ccsr = open_run(runs[name]).sampler.ccsr
+            ccsr = open_run(runs[name]).renderer.ccsr
             if ccsr is not None:
                 modules[name] = (ccsr, name)
         for row, (module, trained) in modules.items():

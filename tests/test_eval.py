@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from graf.evaluation import sampler
+from graf.app import eval_command, eval_tasks
+from graf.evaluation import renderer
 from graf.evaluation.fidelity import read_scores
 from graf.geometry.cameras import median_height
 from graf.runtime.checkpoint import read_checkpoint, save_checkpoint
@@ -41,6 +42,14 @@ def copied_run(smoke_run, tmp_path) -> Path:
     """A copy of the shared run without what eval.py wrote, under tmp_path/results."""
     ignored = shutil.ignore_patterns("eval", "tensorboard", "samples")
     return Path(shutil.copytree(smoke_run.folder, tmp_path / "results" / "copied", ignore=ignored))
+
+
+def change_checkpoint(run: Path, section: str, **values: object) -> None:
+    """Change keys of the configuration that the best checkpoint of a run was saved with."""
+    file = run / "checkpoints" / "model_best.pt"
+    contents = torch.load(file, weights_only=True)
+    contents["meta"]["config"][section].update(values)
+    torch.save(contents, file)
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -99,7 +108,7 @@ def test_every_picture_action_writes_its_files_without_the_photographs(look, tmp
     assert code == 0, stderr
     written = {path.name: path for path in written_by(stdout)}
     grids = {f"grid_{name}_{kind}.png" for name in ("duck", "mug") for kind in KINDS}
-    videos = {"rotation_v0.2.mp4", "rotation_v0.4.mp4", "elevation.mp4", "interpolation.mp4"}
+    videos = {"rotation_36.87deg.mp4", "rotation_11.54deg.mp4", "elevation.mp4", "interpolation.mp4"}
     assert set(written) == grids | videos | {"shape_appearance_duck.png", "shape_appearance_mug.png"}
     assert read_pixels(written["grid_mug_rgb.png"]).shape[0] == 4 * 34 + 2 + 18  # two heights of two objects
     assert read_pixels(written["shape_appearance_mug.png"]).shape[0] == 5 * 34 + 2 + 18
@@ -129,7 +138,7 @@ def test_smaller_chunks_show_the_same_picture(look):
 
 
 def test_the_grid_stands_at_the_median_height_unless_told(look, smoke_run):
-    heights = read_checkpoint(smoke_run.folder / "checkpoints" / "model_best.pt")["meta"]["scene"]["v_list"]
+    heights = read_checkpoint(smoke_run.folder / "checkpoints" / "model_best.pt")["meta"]["dataset"]["v_list"]
     median = heights[median_height(heights)]
     _, stdout, _ = look("--grid", "--views", 2, "--classes", "car")
     unasked = read_pixels(written_by(stdout)[0])
@@ -241,7 +250,7 @@ def test_pictures_are_super_resolved_beside_bicubic_upsampling(look_sharp):
 def test_any_resolution_is_rendered_and_sharpened_the_same_in_strips(look_sharp, monkeypatch):
     pictures = []
     for pixels in (2**20, 4 * 64 * 8):  # the whole image at once, and 8 of its 64 rows
-        monkeypatch.setattr(sampler, "STRIP_PIXELS", pixels)
+        monkeypatch.setattr(renderer, "STRIP_PIXELS", pixels)
         code, stdout, stderr = look_sharp("--sr", "--grid", "--classes", "car", "--views", 1, "--resolution", 64)
         assert code == 0, stderr
         written = {path.name: path for path in written_by(stdout)}
@@ -329,29 +338,54 @@ def test_no_checkpoint_and_a_missing_checkpoint_are_named(look, copied_run):
     assert "no checkpoint yet" in error_of(look(run_folder=copied_run))
 
 
-def test_a_checkpoint_of_another_config_is_refused(look, copied_run):
-    config = copied_run / "config.yaml"
-    config.write_text(config.read_text().replace("netwidth: 32", "netwidth: 48"))
+def test_a_checkpoint_whose_weights_do_not_fit_its_configuration_is_refused(look, copied_run):
+    change_checkpoint(copied_run, "nerf", netwidth=48)
+    assert "a checkpoint of another config" in error_of(look(run_folder=copied_run))
+
+
+def test_a_configuration_of_another_version_is_refused_by_its_key(look, copied_run):
+    change_checkpoint(copied_run, "nerf", hash_levels=16)
     error = error_of(look(run_folder=copied_run))
-    assert "a checkpoint of another config" in error
-    assert "use the config in its run folder" in error
+    assert "model_best.pt: was saved with a configuration that this version does not take (nerf.hash_levels=16" in error
+    assert "use the version that wrote it" in error
 
 
-def test_a_checkpoint_from_elsewhere_that_was_rendered_otherwise_is_refused(look, copied_run, smoke_run):
-    checkpoint = smoke_run.folder / "checkpoints" / "model_best.pt"
-    picture = ["--grid", "--views", 1, "--classes", "car"]
-    assert look("--checkpoint", checkpoint, *picture, run_folder=copied_run)[0] == 0
-    config = copied_run / "config.yaml"
-    config.write_text(config.read_text().replace("density_scale: 1.0", "density_scale: 2.0"))
-    error = error_of(look("--checkpoint", checkpoint, *picture, run_folder=copied_run))
-    assert "a checkpoint of another config" in error
-    assert "nerf.density_scale: 1.0 -> 2.0" in error
+def test_the_picture_of_a_checkpoint_stays_when_its_run_goes_on_with_another_configuration(
+    look, copied_run, run_program, smoke_run
+):
+    picture = ["--grid", "--views", 2, "--classes", "car"]
+    checkpoint = copied_run / "checkpoints" / "model_best.pt"
+
+    def render(where: Path) -> np.ndarray:
+        code, stdout, stderr = look("--checkpoint", checkpoint, *picture, run_folder=where)
+        assert code == 0, stderr
+        return read_pixels(written_by(stdout)[0])
+
+    before = render(copied_run)
+    keys = ["nerf.density_scale=4", "expname=copied", f"data.datadir={smoke_run.data}", "training.fid_every=0"]
+    keys += ["training.sample_every=0", "training.monitoring=[]", "--max_iterations", "7"]
+    outdir = ["--outdir", copied_run.parent]
+    assert run_program("train.py", "--config", copied_run / "config.yaml", *outdir, *keys) == 0
+    assert "density_scale: 4.0" in (copied_run / "config.yaml").read_text()
+    assert np.array_equal(render(copied_run), before)
+    newer = copied_run / "checkpoints" / "model_00000007.pt"
+    assert read_checkpoint(newer)["meta"]["config"]["nerf"]["density_scale"] == 4
+    assert np.array_equal(render(smoke_run.folder), before)  # nor does another run's folder matter
+
+
+def test_a_checkpoint_is_enough_wherever_it_lies(look, smoke_run, tmp_path):
+    alone = tmp_path / "sent by a friend.pt"
+    shutil.copy(smoke_run.folder / "checkpoints" / "model_best.pt", alone)
+    code, stdout, stderr = look("--checkpoint", alone, "--grid", "--views", 1, "--classes", "car", run_folder=None)
+    assert code == 0, stderr
+    assert "grid_car_rgb.png" in stdout
+    assert (tmp_path / "eval" / "grid_car_rgb.png").is_file()
 
 
 def test_photographs_without_poses_have_no_held_out_views(look, copied_run):
     file = copied_run / "checkpoints" / "model_best.pt"
     contents = torch.load(file, weights_only=True)
-    contents["meta"]["scene"]["poses_known"] = False
+    contents["meta"]["dataset"]["poses_known"] = False
     torch.save(contents, file)
     assert "--heldout: the views of these photographs are unknown" in error_of(look("--heldout", run_folder=copied_run))
 
@@ -377,6 +411,8 @@ def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
         (["--fps", 0], "--fps=0: expected 1"),
         (["--seed", -1], "--seed=-1: expected 0"),
         (["--num_images", 0], "--num_images=0: expected 2"),
+        (["--elevations", 20, 91], "--elevations=91.0: expected -90 to 90"),
+        (["--resolution", 4], "--resolution=4: expected 8"),
         (["--device", "cuda:97"], "device 'cuda:97' is not available"),
         (["--sr"], "this run has no super-resolution"),
         (["--consistency"], "this run has no super-resolution"),
@@ -387,17 +423,32 @@ def test_a_wrong_choice_is_one_line(look, arguments, expected):
 
 
 def test_nothing_held_out_is_said(look, copied_run):
-    config = copied_run / "config.yaml"
-    config.write_text(config.read_text().replace("heldout_every: 6", "heldout_every: 0"))
+    change_checkpoint(copied_run, "data", heldout_every=0)
     assert "nothing was held out of this run" in error_of(look("--heldout", run_folder=copied_run))
 
 
-def test_missing_photographs_stop_the_scores_and_say_so(look, copied_run, tmp_path):
-    config = copied_run / "config.yaml"
-    config.write_text(
-        config.read_text().replace("type: synthetic", "type: turntable", 1).replace("v_list: null", "v_list: [0.3]")
-    )
+def test_missing_photographs_stop_the_scores_and_say_so(look, copied_run):
+    change_checkpoint(copied_run, "data", type="turntable", v_list=[0.3])
     assert "data.datadir=data does not exist" in error_of(look("--fid_kid", run_folder=copied_run))
+    moved = look("--fid_kid", "--datadir", "moved", run_folder=copied_run)
+    assert "data.datadir=moved does not exist" in error_of(moved)
+
+
+def test_heights_and_elevations_name_the_same_cameras_and_exclude_each_other(look):
+    pictures = []
+    for cameras in (["--heights", 0.25], ["--elevations", 30]):
+        _, stdout, _ = look("--grid", "--views", 2, "--classes", "car", *cameras)
+        pictures.append(read_pixels(written_by(stdout)[0]).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    with pytest.raises(SystemExit):
+        look("--heights", 0.25, "--elevations", 30)
+
+
+def test_the_command_line_offers_what_can_be_done_with_the_defaults_of_the_options():
+    assert list(eval_command.ACTIONS) == list(eval_tasks.ACTIONS)
+    assert eval_tasks.EvalOptions(**vars(eval_command.build_parser().parse_args([]))) == eval_tasks.EvalOptions()
+    given = vars(eval_command.build_parser().parse_args(["--sr", "--heldout", "--grid"]))
+    assert eval_tasks.EvalOptions(**given) == eval_tasks.EvalOptions(sr=True, actions=["heldout", "grid"])
 
 
 def test_the_program_itself_returns_the_exit_code(run_command_line, tmp_path):

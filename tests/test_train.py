@@ -122,7 +122,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_fid_and_says_what_it_was_scor
     assert best["objects"]["progress"]["best"] == lowest
     last = read_checkpoint(smoke_run.folder / "checkpoints" / "model_00000006.pt")
     assert last["meta"]["iteration"] == last["objects"]["progress"]["iteration"] == 6
-    assert last["objects"]["average"]["updates"] == 6
+    assert last["objects"]["averages"] == {"generator": 6}
 
 
 def test_the_resolved_config_is_a_config_of_the_same_run(smoke_run, run_program, monkeypatch, capsys):
@@ -202,7 +202,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(train, tmp_path, monkeypatch, caps
     one, two = (read_checkpoint(run / "checkpoints" / "model_00000006.pt")["objects"] for run in (whole, parts))
     for checkpoint in (one, two):
         assert checkpoint["progress"].pop("seconds") > 0
-        assert checkpoint["average"]["updates"] == 6
+        assert checkpoint["averages"] == {"generator": 6}
         assert checkpoint["optimizer_g"]["param_groups"][0]["lr"] == 5e-4 / 4
         if scaled:
             assert (checkpoint["scaler_d"]["scale"], checkpoint["scaler_d"]["_growth_tracker"]) == (2048.0, 2)
@@ -250,7 +250,7 @@ def test_sigterm_saves_and_the_command_that_it_prints_goes_on_from_there(
         assert row["lr_g"] == pytest.approx(5e-4 * 0.5 ** ((row["iteration"] - 1) / 10))
         assert (row["scale_g"], row["scale_d"]) == (1.0, 1.0)
     resumed = read_checkpoint(run / "checkpoints" / f"model_{iteration + 2:08d}.pt")["objects"]
-    assert resumed["average"]["updates"] == iteration + 2
+    assert resumed["averages"] == {"generator": iteration + 2}
 
 
 def test_max_minutes_stops_saves_shows_and_says_how_to_go_on(train, tmp_path, capsys):

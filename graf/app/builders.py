@@ -20,9 +20,9 @@ from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import FidelityProtocol
+from graf.evaluation.renderer import Renderer
 from graf.evaluation.rings import TrueViews
-from graf.evaluation.sampler import Sampler
-from graf.geometry.cameras import Intrinsics, median_height
+from graf.geometry.cameras import Intrinsics
 from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler, Views
 from graf.geometry.volume_rendering import RaySampling
@@ -117,20 +117,31 @@ def build_pose_sampler(config: Config, dataset: PhotoDataset, cameras: Cameras) 
     return PoseSampler(dataset.labels, cameras, poses=dataset.poses, ranges=ranges)
 
 
-def build_sampler(
+def build_renderer(
     config: Config,
     dataset_info: DatasetInfo,
     precision: Precision,
     device: torch.device,
     generator: Generator,
     ccsr: CCSR | None = None,
-) -> Sampler:
+) -> Renderer:
     """Renders whole images at the generator's resolution, and super-resolves them where there is a `ccsr`."""
-    caster, uniform_z = build_caster(config, dataset_info), config.z_dist.type == "uniform"
     sampling = None
     if config.evaluation.N_samples is not None:
         sampling = RaySampling(config.evaluation.N_samples, config.nerf.N_importance)
-    return Sampler(generator, caster, precision, device, config.data.imsize, uniform_z, ccsr, sampling)
+    return Renderer(
+        generator,
+        build_caster(config, dataset_info),
+        precision,
+        device,
+        config.data.imsize,
+        build_cameras(config, dataset_info),
+        tuple(dataset_info.class_names),
+        config.z_dist.type == "uniform",
+        ccsr,
+        sampling,
+        config,
+    )
 
 
 def real_images(photographs: PhotoDataset, ccsr: CCSR | None) -> dict[str, Any]:
@@ -143,15 +154,14 @@ def real_images(photographs: PhotoDataset, ccsr: CCSR | None) -> dict[str, Any]:
 
 
 def build_consistency(
-    config: Config, dataset_info: DatasetInfo, sampler: Sampler, classes: Sequence[int]
+    config: Config, dataset_info: DatasetInfo, renderer: Renderer, classes: Sequence[int]
 ) -> ConsistencyTask:
     """The consistency measurement of a run: one object per class, median height; synthetic data know the truth."""
     synthetic = config.data.type == "synthetic" and config.data.synthetic.instances == 1
     return ConsistencyTask(
-        sampler=sampler,
-        cameras=build_cameras(config, dataset_info),
+        renderer=renderer,
         classes=classes,
-        v=dataset_info.v_list[median_height(dataset_info.v_list)],
+        v=renderer.default_height,
         seed=config.evaluation.seed,
         truth=partial(_render_truth, config, dataset_info) if synthetic else None,
     )

@@ -1,13 +1,12 @@
-"""What eval.py can do with a checkpoint: grids, videos, scores.
+"""What can be done with a trained generator besides training it: grids, videos, scores.
 
-It opens the run and calls graf.evaluation.
+It opens the run and calls graf.evaluation; it reads no command line.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,19 +16,21 @@ import torch
 from torch import Tensor
 
 from graf.app import builders
-from graf.app.runs import RunFolder, describe_changes, newest_run
+from graf.app.eval_options import EvalOptions
+from graf.app.failures import ErrorLog
+from graf.app.loading import open_checkpoint
+from graf.app.runs import RunFolder, newest_run
+from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.pictures import Picture, save_png, write_video
-from graf.evaluation.sampler import Sampler
+from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask
-from graf.geometry.cameras import median_height, ring
-from graf.geometry.views import Cameras, Views
-from graf.runtime.amp import choose_precision
-from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
+from graf.geometry.cameras import elevation_from_height, height_from_elevation, ring
+from graf.geometry.views import Views
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.logs import logger, progress_bar, setup_console
 from graf.runtime.memory import prepare_allocator
@@ -38,28 +39,29 @@ NUM_HELDOUT_CODES = 8
 
 
 @dataclass(frozen=True)
-class Presentation:
-    """A generator ready to render, with the choices of the command line."""
+class Evaluation:
+    """A trained generator, what is asked of it, and the folder that the results go to.
 
-    options: argparse.Namespace
+    classes: indices of the classes that are evaluated; heights: heights v of the cameras.
+    """
+
+    options: EvalOptions
     config: Config
     dataset_info: builders.DatasetInfo
-    cameras: Cameras
-    sampler: Sampler
+    renderer: Renderer
     folder: Path
-    checkpoint: str
     iteration: int
     classes: list[int]
     heights: list[float]
 
     @property
     def seed(self) -> int:
-        """Seed of the codes that are shown."""
-        return 0 if self.options.seed is None else int(self.options.seed)
+        """Seed of the codes of pictures."""
+        return self.options.seed or 0
 
     def codes(self) -> Tensor:
         """One code per object, (objects, dim_z); the same ones for every class, so that classes compare."""
-        return self.sampler.codes(self.seed, range(self.options.objects))
+        return self.renderer.codes(self.seed, range(self.options.objects))
 
     def path(self, name: str) -> Path:
         """A file in the evaluation folder."""
@@ -70,117 +72,56 @@ class Presentation:
         return progress_bar(frames, desc=name, total=self.options.frames, unit="frame")
 
 
-class AveragedNetwork:
-    """Takes the network out of a checkpoint's average and leaves the count of its updates unread."""
+def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
+    """Do everything that is asked for, in the order of ACTIONS; returns the files that were written.
 
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.network = network
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"module": self.network.state_dict(), "updates": 0}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["module"])
+    errors: is told the run folder.
+    """
+    evaluation = open_evaluation(options)
+    errors.folder = evaluation.folder.parent
+    return [path for name, act in ACTIONS.items() if name in options.actions for path in act(evaluation)]
 
 
-def open_presentation(options: argparse.Namespace) -> Presentation:
-    """Find run and checkpoint and rebuild the averaged generator."""
+def open_evaluation(options: EvalOptions) -> Evaluation:
+    """Find run and checkpoint and open the averaged generator."""
     setup_console()
     if options.run:
         run = RunFolder(Path(options.run))
     elif options.checkpoint:
-        run = RunFolder(Path(options.checkpoint).resolve().parent.parent)
+        folder = Path(options.checkpoint).resolve().parent
+        run = RunFolder(folder.parent if folder.name == "checkpoints" else folder)
     else:
         run = newest_run(Path(options.outdir))
-    config = run.load_config()
     file = Path(options.checkpoint) if options.checkpoint else run.choose_checkpoint()
-    checkpoint = read_checkpoint(file)
-    try:
-        dataset_info = builders.DatasetInfo(**checkpoint["meta"]["scene"])
-        iteration = int(checkpoint["meta"]["iteration"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file}: has no description of its data set ({error}); it is not a checkpoint of train.py"
-        ) from error
-    if file.resolve().parent != run.checkpoints.resolve():
-        _require_same_renders(checkpoint["meta"].get("config", {}), config, file, run)
     prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)
-    precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
-    generator = builders.build_generator(config, len(dataset_info.class_names)).to(device)
-    ccsr = builders.build_ccsr(config, pretrained=False)
-    networks = {"average": AveragedNetwork(generator)}
-    if ccsr is not None:
-        networks["average_ccsr"] = AveragedNetwork(ccsr.to(device))
-    wanted = {name: state for name, state in checkpoint["objects"].items() if name.startswith("average")}
-    restore({**checkpoint, "objects": wanted}, networks, file)
+    opened = open_checkpoint(file, device)
+    config, renderer = opened.config, opened.renderer
     if options.chunk is not None:
-        if options.chunk < 1:
-            raise ConfigError(f"--chunk={options.chunk}: expected at least 1 ray")
-        generator.chunk = options.chunk
-    logger.info("%s, iteration %d, on %s", file, iteration, describe_device(device))
-    if options.sr and ccsr is None:
-        raise ConfigError("--sr: this run has no super-resolution; train one with ccsr.enabled=true")
-    heights = options.heights or [dataset_info.v_list[median_height(dataset_info.v_list)]]
-    for name, value, low, high in (
-        ("--views", options.views, 1, 360),
-        ("--frames", options.frames, 2, 100_000),
-        ("--seed", options.seed or 0, 0, 2**31),
-        ("--objects", options.objects, 1, 10_000),
-        ("--resolution", options.resolution or config.data.imsize, 8, 8192),
-        ("--fps", options.fps, 1, 240),
-        ("--num_images", config.evaluation.num_images if options.num_images is None else options.num_images, 2, 10**7),
-        *(("--heights", height, 0, 1) for height in heights),
-    ):
-        if not low <= value <= high:
-            raise ConfigError(f"{name}={value}: expected {low} to {high}")
-    sampler = builders.build_sampler(config, dataset_info, precision, device, generator, ccsr)
+        renderer.generator.chunk = options.chunk
     if options.resolution is not None:
-        sampler = replace(sampler, resolution=options.resolution)
-    return Presentation(
+        renderer = replace(renderer, resolution=options.resolution)
+    if options.datadir is not None:
+        data = config.data.model_copy(update={"datadir": options.datadir})
+        config = config.model_copy(update={"data": data})
+    logger.info("%s, iteration %d, on %s", file, opened.iteration, describe_device(device))
+    if options.sr and renderer.ccsr is None:
+        raise ConfigError("--sr: this run has no super-resolution; train one with ccsr.enabled=true")
+    heights = options.heights or [height_from_elevation(degrees) for degrees in options.elevations or ()]
+    return Evaluation(
         options=options,
         config=config,
-        dataset_info=dataset_info,
-        cameras=builders.build_cameras(config, dataset_info),
-        sampler=sampler,
+        dataset_info=opened.dataset_info,
+        renderer=renderer,
         folder=run.evaluation,
-        checkpoint=str(file),
-        iteration=iteration,
-        classes=_choose_classes(options.classes, dataset_info.class_names),
-        heights=list(heights),
+        iteration=opened.iteration,
+        classes=_choose_classes(options.classes, renderer.classes),
+        heights=list(heights) or [renderer.default_height],
     )
 
 
-#: keys that decide what a network's renders look like; shapes of tensors tell the others
-RENDERING_KEYS = {
-    "data": ("imsize", "white_bkgd", "near", "far", "radius", "fov", "v_list", "angle_direction"),
-    "nerf": (
-        *("N_samples", "N_importance", "base_frequency", "use_viewdirs", "density", "density_scale", "density_bias"),
-        *("sphere_prior", "prior_radius", "bounding_radius", "background"),
-    ),
-    "z_dist": ("type", "dim", "dim_appearance"),
-    "ccsr": ("enabled", "scale", "view_mode", "trunk", "kernel"),
-}
-
-
-def _require_same_renders(saved: dict[str, Any], config: Config, file: Path, run: RunFolder) -> None:
-    """Raise CheckpointError where a checkpoint from elsewhere was trained to be rendered in another way."""
-
-    def select(values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            section: {key: values.get(section, {}).get(key) for key in keys} for section, keys in RENDERING_KEYS.items()
-        }
-
-    changes = describe_changes(select(saved), select(config.model_dump(mode="json")))
-    if changes:
-        raise CheckpointError(
-            f"{file}: a checkpoint of another config than {run.config_file} ({', '.join(changes[:3])}); leave out "
-            f"--run, or name the run that it belongs to"
-        )
-
-
-def _choose_classes(names: list[str] | None, known: tuple[str, ...]) -> list[int]:
+def _choose_classes(names: Sequence[str] | None, known: tuple[str, ...]) -> list[int]:
     """Indices of the classes named on the command line, by name or by index."""
     if names is None:
         return list(range(len(known)))
@@ -195,168 +136,169 @@ def _choose_classes(names: list[str] | None, known: tuple[str, ...]) -> list[int
     return indices
 
 
-def write_grids(shown: Presentation) -> list[Path]:
+def _name_elevation(height: float) -> str:
+    """Degrees above the horizon of a height v, for captions and file names."""
+    return f"{elevation_from_height(height):.4g}"
+
+
+def write_grids(evaluation: Evaluation) -> list[Path]:
     """One grid per class: objects (and heights) in rows, azimuths in columns; rgb, depth and opacity."""
-    z, written = shown.codes(), []
-    columns = [f"{360 * view / shown.options.views:.0f}" for view in range(shown.options.views)]
-    caster = shown.sampler.caster
-    for class_idx in progress_bar(shown.classes, desc="grids", unit="class"):
-        views = shown.options.views
-        showcases = [Showcase.around(z, [class_idx] * len(z), views, height) for height in shown.heights]
-        renders = chain.from_iterable(
-            render_showcase(shown.sampler, shown.cameras, showcase, shown.options.sr) for showcase in showcases
-        )
-        rows = [f"{number}  v {height:g}" for height in shown.heights for number in range(len(z))]
-        for name, picture in draw_showcase(renders, views, caster.near, caster.far, rows, columns).items():
-            written.append(
-                save_png(shown.path(f"grid_{shown.dataset_info.class_names[class_idx]}_{name}.png"), picture)
-            )
+    options, renderer, z = evaluation.options, evaluation.renderer, evaluation.codes()
+    columns = [f"{360 * view / options.views:.0f}" for view in range(options.views)]
+    elevations = [_name_elevation(height) for height in evaluation.heights]
+    rows = [f"{number}  elevation {degrees}" for degrees in elevations for number in range(len(z))]
+    near, far, written = renderer.caster.near, renderer.caster.far, []
+    for class_idx in progress_bar(evaluation.classes, desc="grids", unit="class"):
+        showcases = [Showcase.around(z, [class_idx] * len(z), options.views, v) for v in evaluation.heights]
+        renders = chain.from_iterable(render_showcase(renderer, showcase, options.sr) for showcase in showcases)
+        for name, picture in draw_showcase(renders, options.views, near, far, rows, columns).items():
+            written.append(save_png(evaluation.path(f"grid_{renderer.classes[class_idx]}_{name}.png"), picture))
     return written
 
 
-def _write_path(shown: Presentation, name: str, z: Tensor, classes: list[int], u: Tensor, v: Tensor) -> list[Path]:
+def _write_path(evaluation: Evaluation, name: str, z: Tensor, classes: list[int], u: Tensor, v: Tensor) -> list[Path]:
     """A video of objects side by side along a path of codes and cameras, one frame for each of (z, u, v)."""
-    frames = path_frames(shown.sampler, shown.cameras, z, classes, u, v, shown.options.sr)
-    return [write_video(shown.path(f"{name}.mp4"), shown.progress(frames, name), shown.options.fps)]
+    frames = path_frames(evaluation.renderer, z, classes, u, v, evaluation.options.sr)
+    return [write_video(evaluation.path(f"{name}.mp4"), evaluation.progress(frames, name), evaluation.options.fps)]
 
 
-def _all_objects(shown: Presentation) -> tuple[Tensor, list[int]]:
+def _all_objects(evaluation: Evaluation) -> tuple[Tensor, list[int]]:
     """Every object of every class: codes (R, dim_z) and classes."""
-    z = shown.codes()
-    return z.repeat(len(shown.classes), 1), [class_idx for class_idx in shown.classes for _ in range(len(z))]
+    z = evaluation.codes()
+    return z.repeat(len(evaluation.classes), 1), [class_idx for class_idx in evaluation.classes for _ in range(len(z))]
 
 
-def write_rotation(shown: Presentation) -> list[Path]:
+def write_rotation(evaluation: Evaluation) -> list[Path]:
     """A full turn at every height."""
-    z, classes = _all_objects(shown)
+    z, classes = _all_objects(evaluation)
     written = []
-    for height in shown.heights:
-        u, v = ring(shown.options.frames, height)
-        name = "rotation" if len(shown.heights) == 1 else f"rotation_v{height:g}"
-        written += _write_path(shown, name, z.expand(len(u), *z.shape), classes, u, v)
+    for height in evaluation.heights:
+        u, v = ring(evaluation.options.frames, height)
+        name = "rotation" if len(evaluation.heights) == 1 else f"rotation_{_name_elevation(height)}deg"
+        written += _write_path(evaluation, name, z.expand(len(u), *z.shape), classes, u, v)
     return written
 
 
-def write_elevation(shown: Presentation) -> list[Path]:
+def write_elevation(evaluation: Evaluation) -> list[Path]:
     """From the lowest to the highest camera of the collection and back, from azimuth 45 degrees."""
-    z, classes = _all_objects(shown)
-    low, high = max(shown.dataset_info.v_list), min(shown.dataset_info.v_list)
+    z, classes = _all_objects(evaluation)
+    v_list, frames = evaluation.renderer.cameras.v_list, evaluation.options.frames
+    low, high = max(v_list), min(v_list)
     if low - high < 0.05:  # one height: show what the field has learned around it
         low, high = min(low + 0.15, 0.5), max(high - 0.15, 0.0)
-    swing = 0.5 - 0.5 * torch.cos(2 * torch.pi * torch.arange(shown.options.frames) / shown.options.frames)
+    swing = 0.5 - 0.5 * torch.cos(2 * torch.pi * torch.arange(frames) / frames)
     u = torch.full_like(swing, 0.125)
-    return _write_path(shown, "elevation", z.expand(len(u), *z.shape), classes, u, low + (high - low) * swing)
+    return _write_path(evaluation, "elevation", z.expand(len(u), *z.shape), classes, u, low + (high - low) * swing)
 
 
-def write_interpolation(shown: Presentation) -> list[Path]:
+def write_interpolation(evaluation: Evaluation) -> list[Path]:
     """From object to object and back to the first, along straight lines between codes, of every class."""
-    count = max(shown.options.objects, 3)
-    corners = shown.sampler.codes(shown.seed, range(count))
-    place = torch.arange(shown.options.frames) * count / shown.options.frames
+    count, frames, classes = max(evaluation.options.objects, 3), evaluation.options.frames, evaluation.classes
+    corners = evaluation.renderer.codes(evaluation.seed, range(count))
+    place = torch.arange(frames) * count / frames
     start, share = place.long(), (place - place.long())[:, None]
     z = corners[start] * (1 - share) + corners[(start + 1) % count] * share
-    u, v = torch.full_like(place, 0.125), torch.full_like(place, shown.heights[0])
-    return _write_path(shown, "interpolation", z[:, None].expand(-1, len(shown.classes), -1), shown.classes, u, v)
+    u, v = torch.full_like(place, 0.125), torch.full_like(place, evaluation.heights[0])
+    return _write_path(evaluation, "interpolation", z[:, None].expand(-1, len(classes), -1), classes, u, v)
 
 
-def write_shape_appearance(shown: Presentation) -> list[Path]:
+def write_shape_appearance(evaluation: Evaluation) -> list[Path]:
     """Per class a grid of shape codes (rows) x appearance codes (columns), from azimuth 45 degrees."""
-    count, written = max(shown.options.objects, 5), []
-    z, split = shown.sampler.codes(shown.seed, range(count)), shown.sampler.generator.field.shape.dim_shape
+    renderer, count, written = evaluation.renderer, max(evaluation.options.objects, 5), []
+    z, split = renderer.codes(evaluation.seed, range(count)), renderer.generator.field.shape.dim_shape
     codes = torch.cat([z[:, None, :split].expand(-1, count, -1), z[None, :, split:].expand(count, -1, -1)], dim=-1)
-    for class_idx in progress_bar(shown.classes, desc="shape x appearance", unit="class"):
-        classes = torch.full((count * count,), class_idx)
-        views = shown.cameras.views_at(
-            classes, torch.full((len(classes),), 0.125), torch.full((len(classes),), shown.heights[0])
-        )
-        renders = shown.sampler.render(codes.reshape(count * count, -1), views, shown.options.sr)
-        labels = [str(number) for number in range(count)]
-        pictures = draw_showcase(
-            [renders], count, 0, 1, [f"shape {n}" for n in labels], [f"appearance {n}" for n in labels]
-        )
-        name = f"shape_appearance_{shown.dataset_info.class_names[class_idx]}"
+    u, v = torch.full((count * count,), 0.125), torch.full((count * count,), evaluation.heights[0])
+    rows, columns = ([f"{part} {number}" for number in range(count)] for part in ("shape", "appearance"))
+    for class_idx in progress_bar(evaluation.classes, desc="shape x appearance", unit="class"):
+        views = renderer.cameras.views_at(torch.full((count * count,), class_idx), u, v)
+        renders = renderer.render_views(codes.reshape(count * count, -1), views, evaluation.options.sr)
+        pictures = draw_showcase([renders], count, 0, 1, rows, columns)
+        name = f"shape_appearance_{renderer.classes[class_idx]}"
         for kind in ("rgb", "sr", "bicubic"):
             if kind in pictures:
                 file = f"{name}.png" if kind == "rgb" else f"{name}_{kind}.png"
-                written.append(save_png(shown.path(file), pictures[kind]))
+                written.append(save_png(evaluation.path(file), pictures[kind]))
     return written
 
 
-def write_fid_kid(shown: Presentation) -> list[Path]:
+def write_fid_kid(evaluation: Evaluation) -> list[Path]:
     """FID and KID against the training photographs, computed exactly as during training.
 
     With super-resolution also of its output, and of bicubic upsampling, against the high-resolution photographs.
     """
-    evaluation = shown.config.evaluation
-    photographs = builders.open_photographs(shown.config)
-    protocol = builders.build_protocol(shown.config)
-    if shown.options.seed is not None:
-        protocol = replace(protocol, seed=shown.seed)
+    config, renderer = evaluation.config, evaluation.renderer
+    photographs, protocol = builders.open_photographs(config), builders.build_protocol(config)
+    if evaluation.options.seed is not None:
+        protocol = replace(protocol, seed=evaluation.seed)
+    settings = config.evaluation
     task = ScoringTask(
-        shown.sampler,
-        builders.build_pose_sampler(shown.config, photographs, shown.cameras),
-        choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download),
+        renderer,
+        builders.build_pose_sampler(config, photographs, renderer.cameras),
+        choose_extractor(settings.feature_extractor, settings.inception_weights, settings.download),
         protocol,
-        shown.options.num_images or evaluation.num_images,
-        shown.folder.parent / "feature_cache",
+        evaluation.options.num_images or settings.num_images,
+        evaluation.folder.parent / "feature_cache",
     )
     provenance: dict[str, Plain] = {
-        "iteration": shown.iteration,
-        "ema": shown.config.training.model_average_beta > 0,
+        "iteration": evaluation.iteration,
+        "ema": config.training.model_average_beta > 0,
     }
-    real = builders.real_images(photographs, shown.sampler.ccsr)
+    real = builders.real_images(photographs, renderer.ccsr)
     if "sr" in real:
         real["bicubic"] = real["sr"]
     rows = []
     for output, images in real.items():
         scores = task.score(output, images, images.fingerprint(), provenance)
-        write_scores(shown.folder, scores)
+        write_scores(evaluation.folder, scores)
         print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
         rows.append(scores.as_dict())
-    return [shown.path("scores.csv"), _write_json(shown.path("scores.json"), rows)]
+    return [evaluation.path("scores.csv"), _write_json(evaluation.path("scores.json"), rows)]
 
 
-def write_consistency(shown: Presentation) -> list[Path]:
+def write_consistency(evaluation: Evaluation) -> list[Path]:
     """How well super-resolved views agree with their renders, each other and, on synthetic data, the truth."""
-    if shown.sampler.ccsr is None:
+    if evaluation.renderer.ccsr is None:
         raise ConfigError("--consistency: this run has no super-resolution; train one with ccsr.enabled=true")
-    report = builders.build_consistency(shown.config, shown.dataset_info, shown.sampler, shown.classes).measure()
+    report = builders.build_consistency(
+        evaluation.config, evaluation.dataset_info, evaluation.renderer, evaluation.classes
+    ).measure()
     print(report.text())
-    return [_write_json(shown.path("consistency.json"), {"iteration": shown.iteration, **report.as_dict()})]
+    return [_write_json(evaluation.path("consistency.json"), {"iteration": evaluation.iteration, **report.as_dict()})]
 
 
-def write_heldout(shown: Presentation) -> list[Path]:
+def write_heldout(evaluation: Evaluation) -> list[Path]:
     """Renders of the views that training never saw against their photographs; see graf.evaluation.heldout."""
-    if not shown.dataset_info.poses_known:
+    config, renderer = evaluation.config, evaluation.renderer
+    if not evaluation.dataset_info.poses_known:
         raise ConfigError(
             "--heldout: the views of these photographs are unknown (data.type=image_folder); it needs labels or poses"
         )
-    if not shown.config.data.heldout_every:
+    if not config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
-    training, heldout = (builders.open_photographs(shown.config, subset) for subset in ("train", "heldout"))
+    training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "heldout"))
     means, (images, _) = (
-        _stack(builders.real_images(photographs, shown.sampler.ccsr)["render"]) for photographs in (training, heldout)
+        _stack(builders.real_images(photographs, renderer.ccsr)["render"]) for photographs in (training, heldout)
     )
-    views = builders.build_pose_sampler(shown.config, heldout, shown.cameras).views
-    photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), shown.dataset_info.class_names)
-    codes = shown.sampler.codes(shown.seed, range(NUM_HELDOUT_CODES))
+    views = builders.build_pose_sampler(config, heldout, renderer.cameras).views
+    photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), renderer.classes)
+    codes = renderer.codes(evaluation.seed, range(NUM_HELDOUT_CODES))
     with progress_bar(desc="held-out views", unit="image", total=3 * len(codes) * len(images)) as bar:
 
         def render(views: Views, code: int) -> Tensor:
             bar.update(len(views))
-            return shown.sampler.render(codes[code : code + 1].expand(len(views), -1), views).rgb
+            return renderer.render_views(codes[code : code + 1].expand(len(views), -1), views).rgb
 
         report = measure_heldout(
             photographs,
             render,
             choose_extractor("offline"),
-            builders.build_protocol(shown.config),
-            shown.sampler.device,
+            builders.build_protocol(config),
+            renderer.device,
             num_z=len(codes),
-            provenance={"iteration": shown.iteration},
+            provenance={"iteration": evaluation.iteration},
         )
     print(report.text())
-    return [_write_json(shown.path("heldout.json"), report.as_dict())]
+    return [_write_json(evaluation.path("heldout.json"), report.as_dict())]
 
 
 def _stack(photographs: Any) -> tuple[Tensor, Tensor]:
@@ -365,12 +307,11 @@ def _stack(photographs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _write_json(path: Path, content: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
     return path
 
 
-ACTIONS: dict[str, Callable[[Presentation], list[Path]]] = {
+ACTIONS: dict[str, Callable[[Evaluation], list[Path]]] = {
     "grid": write_grids,
     "rotation": write_rotation,
     "elevation": write_elevation,

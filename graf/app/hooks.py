@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
@@ -19,9 +18,8 @@ from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import is_better, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
 from graf.evaluation.pictures import save_png
-from graf.evaluation.sampler import Sampler
+from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask
-from graf.geometry.views import Cameras
 from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
@@ -77,13 +75,11 @@ class LogHook:
 class SampleHook:
     """Grids of fixed objects from all sides, from the averaged weights: rgb, depth and opacity."""
 
-    sampler: Sampler
-    cameras: Cameras
+    renderer: Renderer
     showcase: Showcase
     folder: RunFolder
     log: RunLog
     every: int
-    row_labels: list[str]
     caches: CacheRelease
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
@@ -96,10 +92,11 @@ class SampleHook:
 
     def write(self, iteration: int) -> None:
         """Render and save the grids of this iteration."""
-        caster = self.sampler.caster
-        rows = render_showcase(self.sampler, self.cameras, self.showcase, super_resolve=self.sampler.ccsr is not None)
+        caster = self.renderer.caster
+        rows = render_showcase(self.renderer, self.showcase, super_resolve=self.renderer.ccsr is not None)
+        names = [self.renderer.classes[index] for index in self.showcase.class_idx.tolist()]
         columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
-        grids = draw_showcase(rows, self.showcase.columns, caster.near, caster.far, self.row_labels, columns)
+        grids = draw_showcase(rows, self.showcase.columns, caster.near, caster.far, names, columns)
         for name, picture in grids.items():
             save_png(self.folder.samples / f"{name}_{iteration:08d}.png", picture)
             self.log.image(iteration, f"samples/{name}", picture)
@@ -212,8 +209,9 @@ class StopHook:
             trainer.stop_reason = f"training.max_minutes={self.max_minutes:g} have passed"
 
 
-def fixed_showcase(sampler: Sampler, config: Config, num_classes: int, v: float) -> Showcase:
+def fixed_showcase(renderer: Renderer, config: Config) -> Showcase:
     """The objects and views of every sample grid of a run: classes in turn, codes from the run's seed."""
-    rows = config.training.sample_objects
-    classes = torch.arange(rows) % num_classes
-    return Showcase.around(sampler.codes(config.seed, range(rows)), classes.tolist(), config.data.num_views, v)
+    rows, num_classes = config.training.sample_objects, len(renderer.classes)
+    classes = [row % num_classes for row in range(rows)]
+    z = renderer.codes(config.seed, range(rows))
+    return Showcase.around(z, classes, config.data.num_views, renderer.default_height)

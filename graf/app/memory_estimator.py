@@ -32,8 +32,8 @@ from graf.data.shapes import CLASS_NAMES
 from graf.evaluation.consistency import ConsistencyTask, measure_ring
 from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
+from graf.evaluation.renderer import Renderer, Renders
 from graf.evaluation.rings import Ring, TrueViews
-from graf.evaluation.sampler import Renders, Sampler
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring
 from graf.geometry.rays import Patches, Rays
@@ -433,11 +433,11 @@ class StepPlanner:
     def _sample(self) -> None:
         """One image for a grid or a score, beside what waits meanwhile; on the CPU also a grid's row being coloured."""
         generator, ccsr = self.trainer.averaged_networks
-        sampler: Sampler = builders.build_sampler(
+        renderer: Renderer = builders.build_renderer(
             self.config, self.dataset_info, self.precision, torch.device("cpu"), generator, ccsr
         )
         waiting = self._reserve(max(self._waiting()))
-        sampler.render_random(self.pose_sampler, 0, range(1), super_resolve=ccsr is not None)
+        renderer.render_random(self.pose_sampler, 0, range(1), super_resolve=ccsr is not None)
         del waiting
         if self.device_type == "cpu":
             training = self.config.training

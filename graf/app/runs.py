@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graf.config import Config, ConfigError, load_config
+from graf.config import Config, ConfigError
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint
 from graf.runtime.logs import logger, warn_once
 
@@ -45,18 +45,12 @@ class RunFolder:
         """What eval.py writes."""
         return self.path / "eval"
 
-    def load_config(self) -> Config:
-        """The configuration that the run was trained with."""
-        if not self.config_file.is_file():
-            raise ConfigError(
-                f"--run {self.path}: no run is there (no config.yaml); train one with train.py --config ..."
-            )
-        return load_config(self.config_file)
-
     def choose_checkpoint(self) -> Path:
         """The best checkpoint, else the newest one."""
         best = self.checkpoints / BEST_CHECKPOINT
         chosen = best if best.is_file() else self.newest_checkpoint()
+        if chosen is None and not self.config_file.is_file():
+            raise ConfigError(f"{self.path}: no run is there (no config.yaml); train one with train.py --config ...")
         if chosen is None:
             raise CheckpointError(
                 f"{self.path}: the run has no checkpoint yet; let train.py run until it saves one (training.save_every)"

@@ -96,7 +96,6 @@ def train(
     from graf.data.loader import make_loader
     from graf.evaluation.extractor import choose_extractor
     from graf.evaluation.scoring import ScoringTask
-    from graf.geometry.cameras import median_height
     from graf.runtime.amp import choose_precision
     from graf.runtime.checkpoint import read_checkpoint, restore
     from graf.runtime.device import configure_backends, describe_device, pick_device
@@ -143,6 +142,7 @@ def train(
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
         logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
+        checkpoint = None  # or its tensors would stay in memory beside the networks'
     start = trainer.progress.iteration
     if start >= training.max_iterations:
         logger.info(
@@ -172,12 +172,9 @@ def train(
     )
 
     # What happens between steps
-    sampler = builders.build_sampler(config, dataset_info, precision, device, *trainer.averaged_networks)
-    showcase = hooks.fixed_showcase(
-        sampler, config, len(dataset_info.class_names), dataset_info.v_list[median_height(dataset_info.v_list)]
-    )
-    row_labels = [dataset_info.class_names[int(class_idx)] for class_idx in showcase.class_idx]
-    meta = {"config": config.model_dump(mode="json"), "scene": dataset_info.as_meta()}
+    renderer = builders.build_renderer(config, dataset_info, precision, device, *trainer.averaged_networks)
+    showcase = hooks.fixed_showcase(renderer, config)
+    meta = {"config": config.model_dump(mode="json"), "dataset": dataset_info.as_meta()}
     caches = CacheRelease(training.empty_cache, device)
     save = hooks.CheckpointHook(
         folder, meta, training.save_every, training.backup_every, training.keep_checkpoints, caches
@@ -185,16 +182,16 @@ def train(
     log = RunLog(folder.path, total=training.max_iterations, start=start, monitoring=training.monitoring)
     snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
     with log, StopRequest() as request, record_allocations(snapshot, device):
-        sample = hooks.SampleHook(sampler, cameras, showcase, folder, log, training.sample_every, row_labels, caches)
+        sample = hooks.SampleHook(renderer, showcase, folder, log, training.sample_every, caches)
         score = None
         if extractor is not None:
             protocol, count = builders.build_protocol(config), config.evaluation.num_images
-            task = ScoringTask(sampler, pose_sampler, extractor, protocol, count, folder.path / "feature_cache")
-            real = builders.real_images(photographs, sampler.ccsr)
+            task = ScoringTask(renderer, pose_sampler, extractor, protocol, count, folder.path / "feature_cache")
+            real = builders.real_images(photographs, renderer.ccsr)
             consistency = None
-            if sampler.ccsr is not None:
+            if renderer.ccsr is not None:
                 consistency = builders.build_consistency(
-                    config, dataset_info, sampler, range(len(dataset_info.class_names))
+                    config, dataset_info, renderer, range(len(dataset_info.class_names))
                 )
             score = hooks.ScoreHook(task, real, config, folder, log, save, caches, consistency)
         between: list[Hook] = [

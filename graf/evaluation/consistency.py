@@ -21,10 +21,9 @@ from graf.base.errors import UserError
 from graf.evaluation.fidelity import Plain, json_value
 from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.pictures import to_uint8
+from graf.evaluation.renderer import Renderer
 from graf.evaluation.rings import Ring, TrueViews, TruthRenderer, render_ring
-from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics
-from graf.geometry.views import Cameras
 from graf.geometry.warping import DEFAULT_VISIBILITY, SurfaceView, Visibility, warp_between
 from graf.models.ccsr import upsample
 
@@ -282,8 +281,7 @@ class ConsistencyTask:
     truth: renders the true objects, where the data are synthetic.
     """
 
-    sampler: Sampler
-    cameras: Cameras
+    renderer: Renderer
     classes: Sequence[int]
     v: float
     num_views: int = 24
@@ -292,11 +290,11 @@ class ConsistencyTask:
 
     def measure(self) -> ConsistencyReport:
         """How well super-resolved views agree with their renders, with each other and with the truth."""
-        assert self.sampler.ccsr is not None
-        return measure_consistency(self.render_rings(), self.sampler.caster.intrinsics, down=self.sampler.ccsr.down)
+        assert self.renderer.ccsr is not None
+        return measure_consistency(self.render_rings(), self.renderer.caster.intrinsics, down=self.renderer.ccsr.down)
 
     def render_rings(self) -> Iterator[Ring]:
         """The ring of one object after the other, rendered as it is asked for."""
-        z = self.sampler.codes(self.seed, range(1))
+        z = self.renderer.codes(self.seed, range(1))
         for class_idx in self.classes:
-            yield render_ring(self.sampler, self.cameras, z, class_idx, self.num_views, self.v, self.truth)
+            yield render_ring(self.renderer, z, class_idx, self.num_views, self.v, self.truth)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graf.evaluation.pictures import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid, to_uint8
-from graf.evaluation.sampler import Renders, Sampler
+from graf.evaluation.renderer import Renderer, Renders
 from graf.geometry.cameras import ring
 from graf.geometry.views import Cameras, Views
 from graf.models.ccsr import upsample
@@ -40,13 +40,11 @@ class Showcase:
         return cameras.views_at(self.class_idx[row].expand(self.columns), self.u, self.v)
 
 
-def render_showcase(
-    sampler: Sampler, cameras: Cameras, showcase: Showcase, super_resolve: bool = False
-) -> Iterator[Renders]:
+def render_showcase(renderer: Renderer, showcase: Showcase, super_resolve: bool = False) -> Iterator[Renders]:
     """The C views of one object after the other, on the CPU, rendered as they are asked for."""
     for row in range(len(showcase.z)):
         z = showcase.z[row : row + 1].expand(showcase.columns, -1)
-        yield sampler.render(z, showcase.views_of_row(row, cameras), super_resolve)
+        yield renderer.render_views(z, showcase.views_of_row(row, renderer.cameras), super_resolve)
 
 
 def colour_showcase(renders: Renders, near: float, far: float) -> dict[str, Tensor]:
@@ -83,8 +81,7 @@ def draw_showcase(
 
 
 def path_frames(
-    sampler: Sampler,
-    cameras: Cameras,
+    renderer: Renderer,
     z: Tensor,
     class_idx: Sequence[int],
     u: Tensor,
@@ -97,8 +94,8 @@ def path_frames(
     """
     classes = torch.tensor(list(class_idx))
     for codes, azimuth, height in zip(z, u, v, strict=True):
-        views = cameras.views_at(classes, azimuth.expand(len(codes)), height.expand(len(codes)))
-        renders = sampler.render(codes, views, super_resolve)
+        views = renderer.cameras.views_at(classes, azimuth.expand(len(codes)), height.expand(len(codes)))
+        renders = renderer.render_views(codes, views, super_resolve)
         images = renders.rgb
         if renders.sr is not None:
             scale = renders.sr.shape[-1] // renders.rgb.shape[-1]

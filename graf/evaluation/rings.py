@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graf.evaluation.sampler import Sampler
+from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import ring
 from graf.geometry.rays import Patches
-from graf.geometry.views import Cameras, Views
+from graf.geometry.views import Views
 from graf.geometry.warping import SurfaceView
 
 
@@ -41,8 +41,7 @@ TruthRenderer = Callable[[int, Views, int, int], TrueViews]
 
 
 def render_ring(
-    sampler: Sampler,
-    cameras: Cameras,
+    renderer: Renderer,
     z: Tensor,
     class_idx: int,
     num_views: int,
@@ -50,11 +49,11 @@ def render_ring(
     truth: TruthRenderer | None = None,
 ) -> Ring:
     """The object of code z (1, dim_z), super-resolved, from `num_views` azimuths at height v."""
-    views = cameras.views_at(torch.full((num_views,), class_idx), *ring(num_views, v))
-    renders = sampler.render(z.expand(num_views, -1), views, super_resolve=True)
+    views = renderer.cameras.views_at(torch.full((num_views,), class_idx), *ring(num_views, v))
+    renders = renderer.render_views(z.expand(num_views, -1), views, super_resolve=True)
     assert renders.sr is not None
     surface = SurfaceView.from_render(
-        renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), sampler.caster
+        renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), renderer.caster
     )
     low, high = renders.rgb.shape[-1], renders.sr.shape[-1]
     return Ring(surface, renders.sr, None if truth is None else truth(class_idx, views, low, high))

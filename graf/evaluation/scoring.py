@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, RenderedImages, Scores, score_images
-from graf.evaluation.sampler import Sampler
+from graf.evaluation.renderer import Renderer
 from graf.geometry.views import PoseSampler
 from graf.models.ccsr import upsample
 from graf.runtime.logs import progress_bar
@@ -30,7 +30,7 @@ class ScoringTask:
     cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved from then on.
     """
 
-    sampler: Sampler
+    renderer: Renderer
     pose_sampler: PoseSampler
     extractor: Extractor
     protocol: FidelityProtocol
@@ -50,7 +50,7 @@ class ScoringTask:
         scores = retry_smaller(
             lambda: self._score(output, photographs, fingerprint, more),
             self._halve_batch,
-            self.sampler.device,
+            self.renderer.device,
             "lower data.imsize, or score less often (training.fid_every)",
         )
         if output == "render":
@@ -71,7 +71,7 @@ class ScoringTask:
                 RenderedImages(render, self.num_images, RENDER_BATCH),
                 self.extractor,
                 self.protocol,
-                self.sampler.device,
+                self.renderer.device,
                 real_cache_name=fingerprint,
                 cache_root=self.cache_root,
                 provenance=provenance,
@@ -85,13 +85,13 @@ class ScoringTask:
         return f"evaluation.batch_size {size} -> {size // 2}"
 
     def _render(self, output: str, indices: range) -> torch.Tensor:
-        renders = self.sampler.render_random(
+        renders = self.renderer.render_random(
             self.pose_sampler, self.protocol.seed, indices, super_resolve=output == "sr"
         )
         if output == "render":
             return renders.rgb
         if output == "bicubic":
-            assert self.sampler.ccsr is not None
-            return upsample(renders.rgb, self.sampler.ccsr.scale)
+            assert self.renderer.ccsr is not None
+            return upsample(renders.rgb, self.renderer.ccsr.scale)
         assert renders.sr is not None
         return renders.sr

@@ -1,6 +1,6 @@
 """Named stateful objects in one file: written atomically, read without running pickled code, found by name.
 
-A file is {"format": 1, "meta": plain values, "objects": {name: state_dict}}. One process writes to a folder at a time.
+A file is {"format": 2, "meta": plain values, "objects": {name: state_dict}}. One process writes to a folder at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graf.runtime.amp import Scaler
 from graf.runtime.logs import info_once
 from graf.runtime.memory import MIB, is_out_of_memory
 
-FORMAT = 1
+FORMAT = 2
 
 _NUMBERED = re.compile(r"model_(\d{8,})\.pt")
 _TEMPORARY = ".checkpoint.saving"  # one name per folder: a killed process leaves at most one, the next save reuses it
@@ -101,7 +101,7 @@ def _count_free_mib(path: Path) -> str:
 
 
 def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """The contents of a checkpoint: `format`, `meta`, `objects`.
+    """The contents of a checkpoint, of this format or an older one: `format`, `meta`, `objects`.
 
     Raises `CheckpointError` when the file is missing, cut short, or not a checkpoint of this program.
     """
@@ -123,11 +123,27 @@ def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") 
         ) from error
     if not isinstance(contents, dict) or not {"format", "meta", "objects"} <= contents.keys():
         raise CheckpointError(f"{path}: is not a checkpoint of this program; {_suggest_other(path)}")
+    if contents["format"] == 1:
+        contents = _from_format_1(contents)
     if contents["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: has format {contents['format']!r}, this version reads {FORMAT}; use the version that wrote it"
+            f"{path}: has format {contents['format']!r}, this version reads 1 and {FORMAT}; use the one that wrote it"
         )
     return contents
+
+
+def _from_format_1(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 kept averaged weights and their count of updates in one object, and called the data set a scene."""
+    objects, meta, updates = dict(contents["objects"]), dict(contents["meta"]), {}
+    for old, name in (("average", "generator"), ("average_ccsr", "ccsr")):
+        if old in objects:
+            average = objects.pop(old)
+            objects[f"{name}_average"], updates[name] = average["module"], average["updates"]
+    if updates:
+        objects["averages"] = updates
+    if "scene" in meta:
+        meta["dataset"] = meta.pop("scene")
+    return {"format": 2, "meta": meta, "objects": objects}
 
 
 def _suggest_other(path: Path) -> str:
@@ -135,16 +151,20 @@ def _suggest_other(path: Path) -> str:
     return f"try {others[-1]}" if others else "there is no other checkpoint in that folder: start a new run"
 
 
-def restore(checkpoint: Mapping[str, Any], objects: Mapping[str, Stateful], path: Path | str) -> None:
+def restore(
+    checkpoint: Mapping[str, Any], objects: Mapping[str, Stateful], path: Path | str, partial: bool = False
+) -> None:
     """Load each object's state from `checkpoint` (as read from `path`, which only messages use).
+
+    partial: the checkpoint may hold other objects too, which are left unread; else it must hold exactly these.
 
     Names, keys and shapes are compared first, so a mismatch raises `CheckpointError` before anything is loaded. A
     module's (or an EMA's) tensors must exist in it already; only an optimiser fills its own later. A scaler that is
     off on either side (another precision) keeps its fresh state. Loaded states may share memory with `checkpoint`:
-    restore once, then drop it.
+    restore once, then drop it, or its tensors stay in memory beside the objects'.
     """
     saved: Mapping[str, Any] = checkpoint["objects"]
-    for name in [*objects, *saved]:
+    for name in objects if partial else [*objects, *saved]:
         if name not in saved or name not in objects:
             where = "this run has it, the checkpoint does not" if name in objects else "the checkpoint alone has it"
             raise _mismatch(path, f"object {name!r}: {where}")

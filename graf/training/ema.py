@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -31,9 +31,16 @@ class ModelAverage:
             kept.copy_(buffer)
         self.updates += 1
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "updates": self.updates}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        self.updates = int(state["updates"])
+class UpdateCounts:
+    """How many updates each average has seen: what a checkpoint holds of them beside their modules."""
+
+    def __init__(self, averages: Mapping[str, ModelAverage]) -> None:
+        self.averages = averages
+
+    def state_dict(self) -> dict[str, int]:
+        return {name: average.updates for name, average in self.averages.items()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        for name, average in self.averages.items():
+            average.updates = int(state[name])

@@ -30,7 +30,7 @@ from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.randomness import Draws
 from graf.training.augment import Augmentation
-from graf.training.ema import ModelAverage
+from graf.training.ema import ModelAverage, UpdateCounts
 from graf.training.inputs import FakeInputs, InputSampler, RealInputs, StepSettings
 from graf.training.losses import MCE_Loss
 from graf.training.objective import GANObjective, LossSettings, RenderedPatches, SuperResolutionRules, Terms
@@ -141,9 +141,9 @@ class Trainer:
     @property
     def state(self) -> dict[str, Stateful]:
         """Every stateful object by name: what a checkpoint holds."""
-        state: dict[str, Stateful] = {"average": self.average, "progress": self.progress}
-        if self.sr_average is not None:
-            state["average_ccsr"] = self.sr_average
+        averages = {"generator": self.average} | ({} if self.sr_average is None else {"ccsr": self.sr_average})
+        state: dict[str, Stateful] = {"progress": self.progress, "averages": UpdateCounts(averages)}
+        state |= {f"{name}_average": average.module for name, average in averages.items()}
         for player in self.players:
             state |= {
                 player.name: player.network,

@@ -66,7 +66,7 @@ def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start,
 def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
     expected = [1, 10, 50, 100, 250, 400, 800] if expected is None else expected
     drawn: list[int] = []
-    hook = hooks.SampleHook(*[None] * 5, every, [], CacheRelease("never", CPU))  # type: ignore[arg-type]
+    hook = hooks.SampleHook(*[None] * 4, every, CacheRelease("never", CPU))  # type: ignore[arg-type]
     monkeypatch.setattr(hook, "write", drawn.append)
     for iteration in range(1, 1001):
         hook(trainer_at(iteration), {})

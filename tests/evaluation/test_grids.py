@@ -7,20 +7,22 @@ from torch import Tensor
 
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.pictures import to_uint8
-from graf.evaluation.sampler import Renders
+from graf.evaluation.renderer import Renders
 from graf.geometry.views import Cameras, Views
 
 CAMERAS = Cameras(3.5, (0.2, 0.4))
 SIZE = 4
 
 
-class FlatSampler:
-    """Stands in for Sampler: paints each image in one colour that says its code, class and azimuth."""
+class FlatRenderer:
+    """Stands in for Renderer: paints each image in one colour that says its code, class and azimuth."""
+
+    cameras = CAMERAS
 
     def __init__(self) -> None:
         self.views: list[Views] = []
 
-    def render(self, z: Tensor, views: Views, super_resolve: bool = False) -> Renders:
+    def render_views(self, z: Tensor, views: Views, super_resolve: bool = False) -> Renders:
         self.views.append(views)
         colours = torch.stack([z[:, 0], views.class_idx / 10, views.u * 2 - 1], 1)
         plane = torch.ones(len(z), 1, SIZE, SIZE)
@@ -44,8 +46,8 @@ def colour(z: float, class_idx: int, u: float) -> list[int]:
 def test_objects_are_rows_and_azimuths_columns():
     showcase = Showcase.around(torch.tensor([[0.1], [-0.6]]), [2, 1], 4, 0.3)
     assert showcase.columns == 4
-    sampler = FlatSampler()
-    pictures = draw_showcase(render_showcase(sampler, CAMERAS, showcase), showcase.columns, 2.5, 4.5)
+    renderer = FlatRenderer()
+    pictures = draw_showcase(render_showcase(renderer, showcase), showcase.columns, 2.5, 4.5)
     assert set(pictures) == {"rgb", "depth", "opacity"}
     for picture in pictures.values():
         assert picture.shape == (2 * (SIZE + 2) + 2, 4 * (SIZE + 2) + 2, 3)
@@ -54,13 +56,13 @@ def test_objects_are_rows_and_azimuths_columns():
         for column, u in enumerate((0, 0.25, 0.5, 0.75)):
             assert tile(pictures["rgb"], row, column) == colour(z, class_idx, u)
     assert tile(pictures["opacity"], 1, 2) == [128, 128, 128]
-    heights = torch.cat([views.v for views in sampler.views])
+    heights = torch.cat([views.v for views in renderer.views])
     assert torch.allclose(heights, torch.full((8,), 0.3))
 
 
 def test_super_resolved_images_are_shown_beside_their_bicubic_counterparts_at_their_own_size():
     showcase = Showcase.around(torch.tensor([[0.1], [-0.6]]), [2, 1], 4, 0.3)
-    pictures = draw_showcase(render_showcase(FlatSampler(), CAMERAS, showcase, super_resolve=True), 4, 2.5, 4.5)
+    pictures = draw_showcase(render_showcase(FlatRenderer(), showcase, super_resolve=True), 4, 2.5, 4.5)
     assert set(pictures) == {"rgb", "depth", "opacity", "sr", "bicubic"}
     assert pictures["sr"].shape == pictures["bicubic"].shape == (2 * (2 * SIZE + 2) + 2, 4 * (2 * SIZE + 2) + 2, 3)
     assert (
@@ -71,14 +73,14 @@ def test_super_resolved_images_are_shown_beside_their_bicubic_counterparts_at_th
 
 def test_a_sharpened_path_shows_both_in_two_rows():
     z, u, v = torch.zeros(1, 2, 1), torch.tensor([0.25]), torch.tensor([0.3])
-    (frame,) = path_frames(FlatSampler(), CAMERAS, z, [1, 3], u, v, super_resolve=True)
+    (frame,) = path_frames(FlatRenderer(), z, [1, 3], u, v, super_resolve=True)
     assert tile(frame, 0, 1, 2 * SIZE) == colour(0, 3, 0.25)
     assert tile(frame, 1, 1, 2 * SIZE) == to_uint8(torch.tensor([[[0.0]], [[-0.3]], [[0.5]]]))[:, 0, 0].tolist()
 
 
 def test_captions_take_a_margin_and_leave_the_images_as_they_are():
     showcase = Showcase.around(torch.tensor([[0.1], [-0.6]]), [2, 1], 4, 0.3)
-    renders = list(render_showcase(FlatSampler(), CAMERAS, showcase))
+    renders = list(render_showcase(FlatRenderer(), showcase))
     plain = draw_showcase(renders, 4, 2.5, 4.5)["rgb"]
     labelled = draw_showcase(renders, 4, 2.5, 4.5, ["car", "mug"], ["0", "90", "180", "270"])["rgb"]
     top, left = labelled.shape[0] - plain.shape[0], labelled.shape[1] - plain.shape[1]
@@ -101,19 +103,19 @@ def test_a_far_surface_is_drawn_darker(depth, darker):
 def test_a_path_shows_frame_by_frame_the_codes_and_the_camera_of_that_frame():
     z = torch.tensor([[[0.0], [0.5]], [[0.2], [0.6]], [[0.4], [0.7]]])
     u, v = torch.tensor([0.0, 0.3, 0.6]), torch.tensor([0.2, 0.3, 0.4])
-    sampler = FlatSampler()
-    frames = path_frames(sampler, CAMERAS, z, [0, 2], u, v)
+    renderer = FlatRenderer()
+    frames = path_frames(renderer, z, [0, 2], u, v)
     first = next(frames)
-    assert len(sampler.views) == 1  # rendered as they are asked for
+    assert len(renderer.views) == 1  # rendered as they are asked for
     frames = [first, *frames]
     assert len(frames) == 3
     for number, frame in enumerate(frames):
         assert frame.shape == (SIZE + 4, 2 * (SIZE + 2) + 2, 3)
         for column, class_idx in enumerate((0, 2)):
             assert tile(frame, 0, column) == colour(float(z[number, column, 0]), class_idx, float(u[number]))
-        assert torch.allclose(sampler.views[number].v, v[number].expand(2))
+        assert torch.allclose(renderer.views[number].v, v[number].expand(2))
 
 
 def test_a_path_whose_parts_differ_in_length_is_an_error():
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        list(path_frames(FlatSampler(), CAMERAS, torch.zeros(3, 1, 1), [0], torch.zeros(2), torch.zeros(3)))
+        list(path_frames(FlatRenderer(), torch.zeros(3, 1, 1), [0], torch.zeros(2), torch.zeros(3)))

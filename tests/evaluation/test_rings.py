@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from graf.evaluation.consistency import ConsistencyTask
+from graf.evaluation.renderer import Renderer
 from graf.evaluation.rings import TrueViews
-from graf.evaluation.sampler import Sampler
 from graf.geometry.cameras import Intrinsics, angles_from_pose
 from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras
@@ -65,8 +65,17 @@ def make_bicubic(projection: nn.Module | None = None) -> CCSR:
 
 def make_task(paint, ccsr: CCSR | None = None, classes=(0, 2), **options) -> tuple[ConsistencyTask, Ball]:
     ball = Ball(paint)
-    sampler = Sampler(ball, CASTER, Precision("cpu", None), CPU, SIDE, ccsr=ccsr or make_bicubic())
-    return ConsistencyTask(sampler, CAMERAS, classes, 0.4, NUM_VIEWS, **options), ball
+    networks = {"generator": ball, "ccsr": ccsr or make_bicubic()}
+    renderer = Renderer(
+        caster=CASTER,
+        precision=Precision("cpu", None),
+        device=CPU,
+        resolution=SIDE,
+        cameras=CAMERAS,
+        classes=("car", "duck", "mug"),
+        **networks,
+    )
+    return ConsistencyTask(renderer, classes, 0.4, NUM_VIEWS, **options), ball
 
 
 def test_super_resolution_that_only_upsamples_adds_no_disagreement():
@@ -96,7 +105,7 @@ def test_one_object_of_each_class_is_seen_from_a_full_ring():
     rings = list(task.render_rings())
     assert len(rings) == 3
     assert [int(class_idx) for _, class_idx in ball.asked] == [2] * NUM_VIEWS + [0] * NUM_VIEWS + [1] * NUM_VIEWS
-    code = task.sampler.codes(5, range(1))[0]
+    code = task.renderer.codes(5, range(1))[0]
     assert all(torch.equal(z[0], code) for z, _ in ball.asked)
     for ring in rings:
         u, v = angles_from_pose(ring.views.poses)
@@ -104,7 +113,7 @@ def test_one_object_of_each_class_is_seen_from_a_full_ring():
         torch.testing.assert_close(v, torch.full((NUM_VIEWS,), 0.4), atol=1e-6, rtol=0)
         assert ring.sr.shape == (NUM_VIEWS, 3, 2 * SIDE, 2 * SIDE)
         assert ring.views.image.shape == (NUM_VIEWS, 3, SIDE, SIDE)
-    assert ConsistencyTask(task.sampler, CAMERAS, (0,), 0.4).num_views == 24
+    assert ConsistencyTask(task.renderer, (0,), 0.4).num_views == 24
 
 
 def test_the_seed_chooses_the_object():

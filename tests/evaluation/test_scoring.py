@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from graf.evaluation import scoring
 from graf.evaluation.extractor import OfflineFeatures, choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, RenderedImages, score_images
-from graf.evaluation.sampler import Renders
+from graf.evaluation.renderer import Renders
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import Cameras, PoseSampler
 from graf.runtime.memory import OutOfMemory
@@ -20,8 +20,8 @@ POOL = PoseSampler(LABELS, Cameras(3.5, (0.3,)))
 PROTOCOL = FidelityProtocol(seed=3, batch_size=4, kid_subsets=3, kid_subset_size=8)
 
 
-class NoiseSampler:
-    """Stands in for Sampler: image i is noise that depends on (seed, i) alone."""
+class NoiseRenderer:
+    """Stands in for Renderer: image i is noise that depends on (seed, i) alone."""
 
     device = torch.device("cpu")
 
@@ -45,33 +45,33 @@ def photographs() -> TensorDataset:
     return TensorDataset(torch.rand(10, 3, 16, 16) * 2 - 1, LABELS[torch.arange(10) % 3])
 
 
-def score(sampler, photographs, folder, fingerprint="photos", output="render"):
+def score(renderer, photographs, folder, fingerprint="photos", output="render"):
     provenance = {"iteration": 5, "ema": True}
-    task = ScoringTask(sampler, POOL, choose_extractor("offline"), PROTOCOL, 9, folder)
+    task = ScoringTask(renderer, POOL, choose_extractor("offline"), PROTOCOL, 9, folder)
     return task.score(output, photographs, fingerprint, provenance)
 
 
 def test_the_score_is_that_of_the_numbered_images_against_all_photographs(photographs, tmp_path):
-    sampler = NoiseSampler()
-    scores = score(sampler, photographs, tmp_path)
+    renderer = NoiseRenderer()
+    scores = score(renderer, photographs, tmp_path)
     fakes = RenderedImages(lambda i: Draws(3, 0, tuple(i)).uniform("noise", 3, 16, 16) * 2 - 1, 9, 3)
-    expected = score_images(ImagesAsUint8(photographs), fakes, choose_extractor("offline"), PROTOCOL, sampler.device)
+    expected = score_images(ImagesAsUint8(photographs), fakes, choose_extractor("offline"), PROTOCOL, renderer.device)
     assert scores.values == expected.values
-    assert set(range(9)) == set(sampler.asked)
-    assert sampler.seeds == {3}
+    assert set(range(9)) == set(renderer.asked)
+    assert renderer.seeds == {3}
 
 
 def test_the_score_does_not_depend_on_how_many_images_are_rendered_at_once(photographs, tmp_path, monkeypatch):
-    expected = score(NoiseSampler(), photographs, tmp_path / "a").values
+    expected = score(NoiseRenderer(), photographs, tmp_path / "a").values
     monkeypatch.setattr(scoring, "RENDER_BATCH", 2)
-    assert score(NoiseSampler(), photographs, tmp_path / "b").values == expected
+    assert score(NoiseRenderer(), photographs, tmp_path / "b").values == expected
 
 
 def test_the_cached_photographs_give_the_same_score_and_the_provenance_says_where_it_comes_from(photographs, tmp_path):
-    first = score(NoiseSampler(), photographs, tmp_path)
+    first = score(NoiseRenderer(), photographs, tmp_path)
     cached = sorted(path.name for path in tmp_path.iterdir())
     assert cached
-    again = score(NoiseSampler(), photographs, tmp_path)
+    again = score(NoiseRenderer(), photographs, tmp_path)
     assert again == first
     assert sorted(path.name for path in tmp_path.iterdir()) == cached
     assert first.provenance["poses"] == "the 3 views of the data set, equally likely"
@@ -81,15 +81,15 @@ def test_the_cached_photographs_give_the_same_score_and_the_provenance_says_wher
 
 
 def test_other_photographs_are_not_scored_from_the_cache(photographs, tmp_path):
-    first = score(NoiseSampler(), photographs, tmp_path, "photos")
+    first = score(NoiseRenderer(), photographs, tmp_path, "photos")
     others = TensorDataset(photographs.tensors[0].flip(0) * 0.3, photographs.tensors[1])
-    fresh = score(NoiseSampler(), others, tmp_path / "empty", "others")
-    assert score(NoiseSampler(), others, tmp_path, "others").values == fresh.values != first.values
+    fresh = score(NoiseRenderer(), others, tmp_path / "empty", "others")
+    assert score(NoiseRenderer(), others, tmp_path, "others").values == fresh.values != first.values
 
 
 def test_super_resolved_images_are_scored_under_their_own_name(photographs, tmp_path):
     large = TensorDataset(torch.rand(10, 3, 32, 32) * 2 - 1, photographs.tensors[1])
-    scores = score(NoiseSampler(), large, tmp_path, "large", "sr")
+    scores = score(NoiseRenderer(), large, tmp_path, "large", "sr")
     fakes = RenderedImages(lambda i: Draws(3, 0, tuple(i)).uniform("sharp", 3, 32, 32) * 2 - 1, 9, 3)
     expected = score_images(ImagesAsUint8(large), fakes, choose_extractor("offline"), PROTOCOL, torch.device("cpu"))
     assert scores.values == {f"sr_{name}": value for name, value in expected.values.items()}
@@ -100,7 +100,7 @@ def test_super_resolved_images_are_scored_under_their_own_name(photographs, tmp_
 def test_where_the_extractor_runs_out_of_memory_it_sees_fewer_images_from_then_on(
     photographs, tmp_path, monkeypatch, caplog
 ):
-    expected = score(NoiseSampler(), photographs, tmp_path / "a").values
+    expected = score(NoiseRenderer(), photographs, tmp_path / "a").values
     forward, sizes = OfflineFeatures.forward, []
 
     def limited(extractor, images):
@@ -110,7 +110,7 @@ def test_where_the_extractor_runs_out_of_memory_it_sees_fewer_images_from_then_o
         return forward(extractor, images)
 
     monkeypatch.setattr(OfflineFeatures, "forward", limited)
-    task = ScoringTask(NoiseSampler(), POOL, choose_extractor("offline"), PROTOCOL, 9, tmp_path / "b")
+    task = ScoringTask(NoiseRenderer(), POOL, choose_extractor("offline"), PROTOCOL, 9, tmp_path / "b")
     with caplog.at_level(logging.WARNING, "graf"):
         assert task.score("render", photographs, "photos").values == pytest.approx(expected)
         task.score("render", photographs, "others")
@@ -125,16 +125,16 @@ def test_where_one_image_is_too_much_for_the_extractor_that_is_said(photographs,
 
     monkeypatch.setattr(OfflineFeatures, "forward", fail)
     with pytest.raises(OutOfMemory, match=r"data\.imsize.*training\.fid_every"):
-        score(NoiseSampler(), photographs, tmp_path)
+        score(NoiseRenderer(), photographs, tmp_path)
 
 
 def test_images_that_cannot_be_rendered_in_any_size_are_not_tried_with_a_smaller_extractor(photographs, tmp_path):
-    class TooSmall(NoiseSampler):
+    class TooSmall(NoiseRenderer):
         def render_random(self, *_: object, **__: object) -> Renders:
             self.asked.append(0)
             raise OutOfMemory("out of memory even at the smallest size; lower data.imsize")
 
-    sampler = TooSmall()
+    renderer = TooSmall()
     with pytest.raises(OutOfMemory, match=r"data\.imsize"):
-        score(sampler, photographs, tmp_path)
-    assert len(sampler.asked) == 1
+        score(renderer, photographs, tmp_path)
+    assert len(renderer.asked) == 1

@@ -31,6 +31,7 @@ from graf.runtime.checkpoint import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
+FORMAT_1 = REPOSITORY / "tests" / "files" / "format_1" / "checkpoints" / "model_00000006.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_objects_and_meta_come_back_equal(tmp_path: Path) -> None:
     saved, fresh = make_objects(seed=2), make_objects(seed=7)
     save_checkpoint(path, saved, META)
     contents = read_checkpoint(path)
-    assert contents["format"] == 1
+    assert contents["format"] == 2
     assert contents["meta"] == META
     restore(contents, fresh, path)
     for name in saved:
@@ -354,9 +355,28 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 2, "meta": {}, "objects": {}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="has format 2, this version reads 1"):
+    torch.save({"format": 3, "meta": {}, "objects": {}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="has format 3, this version reads 1 and 2"):
         read_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_file_of_format_1_is_read_as_one_of_today() -> None:
+    """FORMAT_1 was written by the version before format 2."""
+    raw, contents = torch.load(FORMAT_1, weights_only=True), read_checkpoint(FORMAT_1)
+    assert (raw["format"], contents["format"]) == (1, 2)
+    old, new = raw["objects"], contents["objects"]
+    assert new["averages"] == {"generator": 6, "ccsr": 6}
+    assert_equal_states(new["generator_average"], old["average"]["module"])
+    assert_equal_states(new["ccsr_average"], old["average_ccsr"]["module"])
+    kept = old.keys() - {"average", "average_ccsr"}
+    assert new.keys() == kept | {"generator_average", "ccsr_average", "averages"}
+    for name in kept:
+        assert_equal_states(new[name], old[name])
+    assert contents["meta"]["dataset"] == raw["meta"]["scene"]
+    assert {name: contents["meta"][name] for name in ("config", "iteration")} == {
+        name: raw["meta"][name] for name in ("config", "iteration")
+    }
+    assert contents["meta"].keys() == {"config", "iteration", "dataset"}
 
 
 def test_running_out_of_memory_while_reading_does_not_blame_the_file(
@@ -417,6 +437,19 @@ def test_a_missing_and_an_unexpected_object_are_named(tmp_path: Path) -> None:
     one = {"generator": torch.nn.Linear(2, 2)}
     assert "'ccsr': this run has it" in message_of_restore(saved_contents(tmp_path, one), both)
     assert "'ccsr': the checkpoint alone has it" in message_of_restore(saved_contents(tmp_path, both), one)
+
+
+def test_some_objects_can_be_restored_without_the_others(tmp_path: Path) -> None:
+    saved, fresh = make_objects(seed=2), make_objects(seed=7)
+    contents = saved_contents(tmp_path, saved)
+    before = fresh["ema"].state_dict()["weights"]["mlp.0.weight"].clone()
+    restore(contents, {"generator": fresh["generator"]}, "a.pt", partial=True)
+    assert_equal_states(fresh["generator"].state_dict(), saved["generator"].state_dict())
+    assert torch.equal(fresh["ema"].weights["mlp.0.weight"], before)
+    with pytest.raises(CheckpointError, match="'ccsr': this run has it, the checkpoint does not"):
+        restore(contents, {"ccsr": torch.nn.Linear(2, 2)}, "a.pt", partial=True)
+    with pytest.raises(CheckpointError, match=r"'generator': '0\.weight' is of shape"):
+        restore(contents, {"generator": make_objects(2, width=5)["generator"]}, "a.pt", partial=True)
 
 
 def test_another_kind_of_optimiser_is_noticed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from graf.training.ema import ModelAverage
+from graf.training.ema import ModelAverage, UpdateCounts
 
 
 class Counter(nn.Module):
@@ -83,7 +83,8 @@ def test_state_round_trip_continues_as_if_nothing_had_happened():
     for value in (1.0, 4.0, -2.0):
         module.set(value)
         first.update(module)
-    second.load_state_dict(first.state_dict())
+    second.module.load_state_dict(first.module.state_dict())
+    UpdateCounts({"module": second}).load_state_dict(UpdateCounts({"module": first}).state_dict())
     module.set(10.0)
     for average in (first, second):
         average.update(module)

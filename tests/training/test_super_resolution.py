@@ -669,7 +669,7 @@ def test_the_average_follows_ccsr_once_a_step(make_trainer, batches, photographs
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(make_trainer, batches, photographs, tmp_path):
     options = ("training.optimizer=adam", "training.betas=[0.5,0.99]", "ccsr.start_iteration=1", "ccsr.every=2")
     unbroken, first, resumed = (make_trainer(*options) for _ in range(3))
-    assert set(unbroken.state) >= {"ccsr", "optimizer_sr", "scaler_sr", "average_ccsr"}
+    assert set(unbroken.state) >= {"ccsr", "optimizer_sr", "scaler_sr", "ccsr_average", "averages"}
     for batch in batches(4, data=photographs):
         unbroken.step(*batch)
     for batch in batches(2, data=photographs):

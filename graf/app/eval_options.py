@@ -1,0 +1,56 @@
+"""What an evaluation can be asked for, with the defaults; it imports no torch, so that --help answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from graf.config import ConfigError
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The choices of one evaluation, named as on the command line. Raises ConfigError for values out of range.
+
+    run: folder; checkpoint: file; None: the newest run of `outdir`, its best checkpoint. actions: keys of
+    graf.app.eval_tasks.ACTIONS. heights: values v in [0, 1]; elevations: the same in degrees, one of the two at most.
+    """
+
+    run: str | None = None
+    outdir: str = "results"
+    checkpoint: str | None = None
+    actions: Sequence[str] = ("grid", "rotation")
+    classes: Sequence[str] | None = None
+    seed: int | None = None
+    objects: int = 1
+    sr: bool = False
+    views: int = 8
+    heights: Sequence[float] | None = None
+    elevations: Sequence[float] | None = None
+    frames: int = 72
+    fps: int = 24
+    num_images: int | None = None
+    resolution: int | None = None
+    device: str = "auto"
+    chunk: int | None = None
+    datadir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("views", 1, 360),
+            ("frames", 2, 100_000),
+            ("seed", 0, 2**31),
+            ("objects", 1, 10_000),
+            ("resolution", 8, 8192),
+            ("fps", 1, 240),
+            ("num_images", 2, 10**7),
+            ("chunk", 1, inf),
+            ("heights", 0, 1),
+            ("elevations", -90, 90),
+        ):
+            given = getattr(self, name)
+            for value in given if isinstance(given, Sequence) else [] if given is None else [given]:
+                if not low <= value <= high:
+                    allowed = f"at least {low}" if high == inf else f"{low} to {high}"
+                    raise ConfigError(f"--{name}={value}: expected {allowed}")

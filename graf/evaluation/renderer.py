@@ -1,0 +1,381 @@
+"""Renders objects of a generator from codes, classes and cameras: in eval mode, without a graph, in bounded memory.
+
+It opens no files: `graf.load` makes a Renderer of a trained run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from graf.base.errors import UserError
+from graf.base.tensors import TensorBatch
+from graf.evaluation.pictures import to_uint8
+from graf.geometry.cameras import angles_from_pose, elevation_from_height, height_from_elevation, median_height
+from graf.geometry.rays import Patches, RayCaster
+from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
+from graf.geometry.views import Cameras, PoseSampler, Views
+from graf.geometry.volume_rendering import RayColours, RaySampling
+from graf.models.ccsr import CCSR
+from graf.models.generator import Generator, rays_to_image
+from graf.runtime.amp import Precision
+from graf.runtime.memory import retry_smaller
+from graf.runtime.randomness import Draws
+
+#: pixels of super-resolved output that the trunk works on at once, besides borders: 1024 x 1024
+STRIP_PIXELS = 2**20
+
+#: one value for all images of a batch, or one for each
+Numbers = float | Sequence[float]
+ClassNames = str | int | Sequence[str | int]
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside, the former mode of every submodule afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@dataclass(frozen=True)
+class Renders(TensorBatch):
+    """Images on the CPU: rgb (B, 3, H, W), z-depth (B, 1, H, W) in world units and opacity (B, 1, H, W) in [0, 1].
+
+    sr: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection
+    wants it; whoever shows them clips them.
+    """
+
+    rgb: Tensor
+    depth: Tensor
+    opacity: Tensor
+    sr: Tensor | None = None
+
+    def numpy(self, output: str = "rgb") -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The images of `output`, "rgb" or "sr", clipped, as uint8 (B, H, W, 3).
+
+        Raises UserError where there is no super-resolution.
+
+        >>> renderer.sample(azimuth=[0, 90]).numpy().shape
+        (2, 16, 16, 3)
+        """
+        images = {"rgb": self.rgb, "sr": self.sr}.get(output)
+        if images is None:
+            raise UserError(f"output={output!r}: expected rgb, or sr of what was rendered with super_resolve=True")
+        return to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+    def pil(self, output: str = "rgb") -> list[Image.Image]:
+        """The same as a list of PIL images, one for each row of the batch.
+
+        >>> renderer.sample(super_resolve=True).pil("sr")[0].size
+        (32, 32)
+        """
+        return [Image.fromarray(image) for image in self.numpy(output)]
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """A generator ready to render: what `graf.load` returns, and what training samples and scores with.
+
+    generator, ccsr: networks on `device` (None: no super-resolution); caster, cameras: how rays and poses are made;
+    resolution: side of the images, pixels; classes: the names of the classes, in the order of their indices;
+    uniform_z: the distribution of the codes, uniform in [-1, 1] instead of normal; sampling: samples per ray, None for
+    as many as in training; config: the configuration that the networks were trained with, kept for whoever asks.
+
+    Every method works in eval mode and without gradients, in chunks that are halved where memory runs out, and returns
+    float32 tensors on the CPU. Arguments that cannot be used raise UserError.
+    """
+
+    generator: Generator = field(repr=False)
+    caster: RayCaster
+    precision: Precision
+    device: torch.device
+    resolution: int
+    cameras: Cameras
+    classes: tuple[str, ...]
+    uniform_z: bool = False
+    ccsr: CCSR | None = field(default=None, repr=False)
+    sampling: RaySampling | None = None
+    config: Any = field(default=None, repr=False)
+
+    # ------------------------------------------------------------------------------------------------ for people
+
+    def sample(
+        self,
+        seed: int | Sequence[int] = 0,
+        z: Tensor | None = None,
+        class_name: ClassNames | None = None,
+        azimuth: Numbers = 45.0,
+        elevation: Numbers | None = None,
+        radius: Numbers | None = None,
+        resolution: int | None = None,
+        super_resolve: bool = False,
+        num_samples: int | None = None,
+    ) -> Renders:
+        """Render objects from cameras around them that look at the origin.
+
+        A list for any of the first six arguments makes a batch of B images; the others then have one value or B.
+
+        seed: names the object; z: its code instead, (dim_z,) or (B, dim_z); class_name: a name out of `classes`, or an
+        index (default: the first). azimuth: degrees, counter-clockwise from +x seen from above; elevation: degrees
+        above the horizon in [-90, 90] (default: the median of the data set's heights); radius: distance of the camera
+        from the origin, world units (default: as in training). resolution: side of the renders, pixels;
+        num_samples: samples per ray besides importance samples, at least 2 (both: as the run's samples).
+
+        Returns rgb (B, 3, H, W) in [-1, 1], z-depth and opacity (B, 1, H, W) and, with super_resolve, sr
+        (B, 3, s H, s W). Raises UserError for an unknown class, for values out of range, for lists whose lengths do not
+        fit, and for super_resolve where the run has no super-resolution.
+
+        >>> renders = renderer.sample(seed=[0, 1, 2], class_name="mug", azimuth=90, elevation=20)
+        >>> renders.rgb.shape, renders.depth.shape, renders.opacity.shape
+        (torch.Size([3, 3, 16, 16]), torch.Size([3, 1, 16, 16]), torch.Size([3, 1, 16, 16]))
+        >>> turn = renderer.sample(azimuth=range(0, 360, 90), super_resolve=True)
+        >>> turn.sr.shape
+        torch.Size([4, 3, 32, 32])
+        """
+        given = _broadcast(
+            seed=seed,
+            z=None if z is None else z.reshape(-1, z.shape[-1]),
+            class_name=0 if class_name is None else class_name,
+            azimuth=azimuth,
+            elevation=self.default_elevation if elevation is None else elevation,
+            radius=self.cameras.radius if radius is None else radius,
+        )
+        for degrees in given["elevation"]:
+            if not -90 <= degrees <= 90:
+                raise UserError(f"elevation={degrees}: expected -90 to 90 degrees above the horizon")
+        for distance in given["radius"]:
+            if not distance > 0:
+                raise UserError(f"radius={distance}: expected a distance above 0 from the origin, world units")
+        views = self.cameras.views_at(
+            self._class_indices(given["class_name"]),
+            torch.tensor([float(degrees) % 360 / 360 for degrees in given["azimuth"]]),
+            torch.tensor([height_from_elevation(degrees) for degrees in given["elevation"]]),
+            torch.tensor([float(distance) for distance in given["radius"]]),
+        )
+        return self._with(resolution, num_samples).render_views(self._codes_of(given), views, super_resolve)
+
+    def render(
+        self,
+        z: Tensor,
+        class_name: ClassNames,
+        camera_to_world: Tensor,
+        resolution: int | None = None,
+        super_resolve: bool = False,
+        num_samples: int | None = None,
+    ) -> Renders:
+        """Render objects from any cameras.
+
+        z: codes (B, dim_z), see :meth:`codes`, or (dim_z,); class_name: as in :meth:`sample`; camera_to_world:
+        (B, 4, 4) or (4, 4), right-handed, x right, y up, the camera looks down -z, in a world with z up and the object
+        at the origin. Each of the three has one row or B. Super-resolution takes its view from the azimuth of the
+        camera's centre. The rest, the result and the errors are as in :meth:`sample`.
+
+        >>> pose = torch.eye(4)
+        >>> pose[2, 3] = 3.5  # above the object, looking straight down
+        >>> renderer.render(renderer.codes(0, range(2)), ["car", "duck"], pose, resolution=24).rgb.shape
+        torch.Size([2, 3, 24, 24])
+        """
+        if camera_to_world.shape[-2:] != (4, 4) or camera_to_world.dim() > 3:
+            raise UserError(f"camera_to_world has shape {tuple(camera_to_world.shape)}: expected (4, 4) or (B, 4, 4)")
+        given = _broadcast(
+            z=z.reshape(-1, z.shape[-1]), class_name=class_name, camera_to_world=camera_to_world.reshape(-1, 4, 4)
+        )
+        poses = torch.stack(given["camera_to_world"]).float().cpu()
+        class_idx = self._class_indices(given["class_name"])
+        views = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
+        return self._with(resolution, num_samples).render_views(self._codes_of(given), views, super_resolve)
+
+    def density(
+        self,
+        points: Tensor,
+        seed: int | Sequence[int] = 0,
+        z: Tensor | None = None,
+        class_name: ClassNames | None = None,
+    ) -> Tensor:
+        """Volume density, per world unit, at points of objects; no colour is computed.
+
+        points: (N, 3) of one object, or (B, N, 3); seed, z, class_name: as in :meth:`sample`, one value or B. Returns
+        densities >= 0 of shape (N,) or (B, N). Raises UserError as :meth:`sample` does.
+
+        >>> renderer.density(torch.zeros(5, 3), seed=3, class_name="mug").shape
+        torch.Size([5])
+        >>> bool((renderer.density(torch.rand(2, 5, 3), seed=[0, 1]) >= 0).all())
+        True
+        """
+        if points.shape[-1:] != (3,) or points.dim() not in (2, 3):
+            raise UserError(f"points has shape {tuple(points.shape)}: expected (N, 3) or (B, N, 3)")
+        given = _broadcast(
+            points=points[None] if points.dim() == 2 else points,
+            seed=seed,
+            z=None if z is None else z.reshape(-1, z.shape[-1]),
+            class_name=0 if class_name is None else class_name,
+        )
+        if points.dim() == 2 and len(given["points"]) > 1:
+            raise UserError(f"points has shape {tuple(points.shape)}, of one object: expected (B, N, 3) for several")
+        codes, class_idx = self._codes_of(given), self._class_indices(given["class_name"])
+        advice = "lower training.chunk"
+        with eval_mode(self.generator):
+            densities = [
+                retry_smaller(
+                    partial(self._density, given["points"][i], codes[i : i + 1], class_idx[i : i + 1]),
+                    self.generator.halve_chunk,
+                    self.device,
+                    advice,
+                )
+                for i in range(len(codes))
+            ]
+        return densities[0] if points.dim() == 2 else torch.stack(densities)
+
+    def codes(self, seed: int, indices: range) -> Tensor:
+        """Codes z (len(indices), dim_z): row i depends on (seed, indices[i]) alone; index 0 is what a seed names.
+
+        >>> torch.equal(renderer.codes(0, range(8))[5:], renderer.codes(0, range(5, 8)))
+        True
+        """
+        draws = Draws(seed, 0, indices)
+        dim_z = self.generator.dim_z
+        return draws.uniform("sample/z", dim_z) * 2 - 1 if self.uniform_z else draws.normal("sample/z", dim_z)
+
+    @property
+    def default_height(self) -> float:
+        """Height v of the cameras where none is asked for: the median of the data set's heights."""
+        return self.cameras.v_list[median_height(self.cameras.v_list)]
+
+    @property
+    def default_elevation(self) -> float:
+        """The same in degrees above the horizon."""
+        return elevation_from_height(self.default_height)
+
+    def class_index(self, name: str | int) -> int:
+        """The index of a class named by its name or its index. Raises UserError for any other.
+
+        >>> renderer.classes
+        ('car', 'duck', 'house', 'mug')
+        >>> renderer.class_index("house")
+        2
+        """
+        if name in self.classes:
+            return self.classes.index(str(name))
+        if isinstance(name, (int, np.integer)) and 0 <= name < len(self.classes):
+            return int(name)
+        (nearest,) = difflib.get_close_matches(str(name), self.classes, n=1, cutoff=0)
+        known = ", ".join(self.classes)
+        raise UserError(f"class {name!r}: expected a name or an index of {known}; did you mean {nearest}?")
+
+    # ------------------------------------------------------------------------------------------------ for the program
+
+    def render_views(self, z: Tensor, views: Views, super_resolve: bool = False) -> Renders:
+        """Render each z (B, dim_z) from its view (B); one image at a time on the device, rays in chunks."""
+        with eval_mode(self.generator):
+            return Renders.cat(
+                [self._render_one(z[i : i + 1], views.images(i, i + 1), super_resolve) for i in range(len(views))]
+            )
+
+    def render_random(
+        self, pose_sampler: PoseSampler, seed: int, indices: range, super_resolve: bool = False
+    ) -> Renders:
+        """Random objects from random views; image i depends on (seed, indices[i]) alone."""
+        views = pose_sampler.pick(Draws(seed, 0, indices).uniform("sample/view", NUM_VIEW_UNIFORMS))
+        return self.render_views(self.codes(seed, indices), views, super_resolve)
+
+    def _with(self, resolution: int | None, num_samples: int | None) -> Renderer:
+        """The same generator at another resolution, with another number of samples per ray."""
+        changes: dict[str, Any] = {}
+        if resolution is not None:
+            if resolution < 1:
+                raise UserError(f"resolution={resolution}: expected at least 1 pixel")
+            changes["resolution"] = resolution
+        if num_samples is not None:
+            if num_samples < 2:
+                raise UserError(f"num_samples={num_samples}: expected at least 2 samples per ray")
+            changes["sampling"] = replace(self.sampling or self.generator.sampling, coarse=num_samples)
+        return replace(self, **changes)
+
+    def _codes_of(self, given: dict[str, list[Any]]) -> Tensor:
+        """The codes (B, dim_z) that broadcast arguments name, by `z` or else by `seed`."""
+        if "z" not in given:
+            return torch.cat([self.codes(seed, range(1)) for seed in given["seed"]])
+        z = torch.stack(given["z"]).float().cpu()
+        if z.shape[-1] != self.generator.dim_z:
+            raise UserError(f"z has {z.shape[-1]} numbers: expected {self.generator.dim_z}, the length of a code")
+        return z
+
+    def _class_indices(self, names: Sequence[str | int]) -> Tensor:
+        return torch.tensor([self.class_index(name) for name in names])
+
+    def _render_one(self, z: Tensor, view: Views, super_resolve: bool) -> Renders:
+        """One image; where memory runs out, with fewer rays or rows at once, now and from then on."""
+        if super_resolve and self.ccsr is None:
+            raise UserError("super_resolve=True: this run has no super-resolution; train one with ccsr.enabled=true")
+        view = view.to(self.device)
+        colours = retry_smaller(
+            lambda: self._cast(z, view), self.generator.halve_chunk, self.device, "lower --resolution or data.imsize"
+        )
+        parts = (colours.rgb, colours.depth, colours.opacity)
+        rgb, depth, opacity = (rays_to_image(part.float(), self.resolution) for part in parts)
+        sr = None
+        if super_resolve and self.ccsr is not None:
+            halve = partial(self.ccsr.halve_rows, self.resolution)
+            advice = "lower --resolution, or ccsr.features and ccsr.blocks of the next run"
+            sr = retry_smaller(lambda: self._super_resolve(rgb, view), halve, self.device, advice)
+        return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
+
+    def _cast(self, z: Tensor, view: Views) -> RayColours:
+        rays = self.caster.cast_images(view.poses, self.resolution)
+        with self.precision.autocast():
+            return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
+
+    def _super_resolve(self, rgb: Tensor, view: Views) -> Tensor:
+        assert self.ccsr is not None
+        # A CPU that runs out of memory kills instead of raising an error that could be answered with fewer rows.
+        rows = max(1, STRIP_PIXELS // (self.ccsr.scale**2 * rgb.shape[-1]))
+        self.ccsr.rows = min(self.ccsr.rows or rows, rows)
+        with eval_mode(self.ccsr), self.precision.autocast():
+            return self.ccsr(rgb, view.labels[:, 2], Patches.whole(len(rgb), rgb.device)).image.float().cpu()
+
+    def _density(self, points: Tensor, z: Tensor, class_idx: Tensor) -> Tensor:
+        """Densities (N,) of one object at points (N, 3), as many at once as a chunk of rays has samples."""
+        step, densities = self.generator.chunk * self.generator.sampling.total, torch.empty(len(points))
+        with self.precision.autocast():
+            codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
+            for start in range(0, len(points), step):
+                part = points[start : start + step].to(self.device, torch.float32)[None, :, None]
+                densities[start : start + step] = _field_density(self.generator.field, part, codes)[0, :, 0]
+        return densities
+
+
+def _field_density(network: Any, points: Tensor, codes: Any) -> Tensor:
+    """Densities (B, N, S) of a field at points (B, N, S, 3)."""
+    # merged with: field.density
+    return network(points, torch.zeros_like(points[:, :, 0]), codes)[1]
+
+
+def _broadcast(**arguments: Any) -> dict[str, list[Any]]:
+    """Every argument but None as a list, those of one value repeated to the length of the longest."""
+    lists = {name: _as_list(value) for name, value in arguments.items() if value is not None}
+    longest = max(lists, key=lambda name: len(lists[name]))
+    count = len(lists[longest])
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise UserError(f"{name} has {len(values)} values and {longest} {count}: give one value or {count}")
+    return {name: values * count if len(values) == 1 else values for name, values in lists.items()}
+
+
+def _as_list(value: Any) -> list[Any]:
+    many = isinstance(value, (Tensor, np.ndarray, Sequence)) and not isinstance(value, str)
+    return list(value) if many else [value]
