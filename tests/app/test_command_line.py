@@ -73,4 +73,4 @@ def test_a_failing_command_is_one_line_and_an_exit_code(restored_process, capsys
         error = "error: training.batchsize=4: unknown key; did you mean training.batch_size?\n"
         assert capsys.readouterr().err == error
     assert main(["eval", "--run", "nowhere"]) == 1
-    assert capsys.readouterr().err.startswith("error: --run nowhere: no run is there")
+    assert capsys.readouterr().err.startswith("error: nowhere: no run is there")
