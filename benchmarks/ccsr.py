@@ -27,7 +27,7 @@ from graf.data.datasets import DataSettings, open_dataset
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.rays import Patches
-from graf.models.ccsr import CCSR, BoxProjection, SuperResolved, ViewLatents, upsample
+from graf.models.ccsr import CCSR, BoxProjection, LatentMixture, SuperResolved, ViewLatents, upsample
 
 SCALE = 2
 COMMON = (
@@ -73,7 +73,7 @@ class Bicubic(CCSR):
         super().__init__(nn.Identity(), ViewLatents(1, 3, 1), BoxProjection(SCALE))
         self.project = project
 
-    def forward(self, render: Tensor, angles: Tensor, patches: Patches) -> SuperResolved:
+    def forward(self, render: Tensor, angles: Tensor | LatentMixture, patches: Patches) -> SuperResolved:
         render = render.float()
         image = upsample(render, SCALE)
         return SuperResolved(self.projection(image, render) if self.project else image, image)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,19 +83,8 @@ class Float64Inputs:
     def __init__(self, inputs: Any) -> None:
         self.inputs = inputs
 
-    def draw_fakes(self, *arguments: Any) -> Any:
-        return _in_float64(self.inputs.draw_fakes(*arguments))
-
-    def draw_reals(self, *arguments: Any) -> Any:
-        return _in_float64(self.inputs.draw_reals(*arguments))
-
-
-def _in_float64(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _in_float64(getattr(value, item.name)) for item in fields(value)})
-    return value
+    def draw(self, *arguments: Any) -> Any:
+        return self.inputs.draw(*arguments).map(lambda part: part.double() if part.is_floating_point() else part)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -31,7 +31,14 @@ from torch.nn import functional
 import train as train_program
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.app import builders
-from graf.app.memory_estimator import PhaseRecorder, Plan, Settings, StepPlanner, configured_settings, imagine_dataset
+from graf.app.memory_estimator import (
+    MemorySettings,
+    PhaseRecorder,
+    Plan,
+    StepPlanner,
+    configured_settings,
+    imagine_dataset,
+)
 from graf.app.memory_planner import GIB, USABLE_SHARE, BudgetError, candidate_settings, choose_settings
 from graf.config import CONFIG_FOLDER, Config, load_config
 from graf.geometry.views import PoseSampler
@@ -141,7 +148,7 @@ class Measured:
 # ---------------------------------------------------------------------------------------------------- the program
 
 
-def measure_step(config: Config, settings: Settings, warm_up: bool = True) -> Measured:
+def measure_step(config: Config, settings: MemorySettings, warm_up: bool = True) -> Measured:
     """The peaks and the time of a real step with these settings.
 
     The optimisers' states exist by then: a first step makes them or, without `warm_up`, where one step takes long
@@ -174,15 +181,14 @@ def make_optimizer_states(trainer: Trainer) -> None:
         player.optimizer.zero_grad(set_to_none=True)
 
 
-def build_trainer(config: Config, settings: Settings, device: torch.device) -> Trainer:
+def build_trainer(config: Config, settings: MemorySettings, device: torch.device) -> Trainer:
     """A trainer with these settings and no photographs."""
     dataset_info = imagine_dataset(config)
     labels = torch.tensor([(number, 0, 0) for number in range(len(dataset_info.class_names))])
     precision = Precision(device.type, torch.bfloat16 if config.training.use_amp else None)
     pose_sampler = PoseSampler(labels, builders.build_cameras(config, dataset_info))
     trainer = builders.build_trainer(config, dataset_info, pose_sampler, precision, device)
-    trainer.micro_batch_size = settings.micro_batch_size
-    trainer.generator.chunk, trainer.generator.strategy = settings.chunk, settings.strategy
+    trainer.use(settings)
     return trainer
 
 
@@ -214,13 +220,13 @@ def measure_on_gpu(step: Callable[[], float], device: torch.device) -> tuple[flo
     return max(own_peak, float(torch.cuda.max_memory_allocated(device))), time.perf_counter() - started
 
 
-def step_of_program(config: Config, settings: Settings, device: torch.device) -> Callable[[], float]:
+def step_of_program(config: Config, settings: MemorySettings, device: torch.device) -> Callable[[], float]:
     """A step for :func:`measure_on_gpu`; its phases restart the peak, so it tells the largest."""
     trainer = build_trainer(config, settings, device)
 
     def step() -> float:
         step_with_everything(trainer)
-        if Settings(trainer.micro_batch_size, trainer.generator.strategy, trainer.generator.chunk) != settings:
+        if trainer.memory != settings:
             raise OutOfMemory("these settings do not fit")
         return max(reading["peak"] for reading in trainer.profiler.readings.values()) * MIB
 
@@ -411,12 +417,12 @@ def measure_measures(patches: Sequence[int], overrides: Sequence[str] = ()) -> l
                 rows[-1] += _gpu_cells(measure_on_gpu(step_of_plain_loop(config, measures, gpu), gpu) if fits else None)
         assert plain is not None
         cases = {
-            "this program: codes and views not concatenated": (config, Settings(batch, "dense", 4096)),
-            "+ bfloat16": (amp, Settings(batch, "dense", 4096)),
-            "+ checkpoint, chunks of 1,024": (config, Settings(batch, "checkpoint", 1024)),
-            "+ deferred, chunks of 1,024": (config, Settings(batch, "deferred", 1024)),
-            "+ parts of 1 image": (config, Settings(1, "dense", 4096)),
-            "all: bfloat16, checkpoint, chunks of 512, parts of 1": (amp, Settings(1, "checkpoint", 512)),
+            "this program: codes and views not concatenated": (config, MemorySettings(batch, "dense", 4096)),
+            "+ bfloat16": (amp, MemorySettings(batch, "dense", 4096)),
+            "+ checkpoint, chunks of 1,024": (config, MemorySettings(batch, "checkpoint", 1024)),
+            "+ deferred, chunks of 1,024": (config, MemorySettings(batch, "deferred", 1024)),
+            "+ parts of 1 image": (config, MemorySettings(1, "dense", 4096)),
+            "all: bfloat16, checkpoint, chunks of 512, parts of 1": (amp, MemorySettings(1, "checkpoint", 512)),
         }
         for name, (case, settings) in cases.items():
             predicted = StepPlanner(case).predict(settings, between=False).peak
@@ -489,8 +495,8 @@ def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = 
     config = load_config(CONFIG_FOLDER / "smoke.yaml", keys)
     planner, batch = StepPlanner(config), config.training.batch_size
     smallest = min(settings.chunk for settings in candidate_settings(config))
-    low = planner.predict(Settings(1, "checkpoint", smallest)).peak
-    high = planner.predict(Settings(batch, "dense", 4096)).peak
+    low = planner.predict(MemorySettings(1, "checkpoint", smallest)).peak
+    high = planner.predict(MemorySettings(batch, "dense", 4096)).peak
     trials = []
     for index in range(count):
         budget = round(1.02 * low * (high / low) ** (index / max(count - 1, 1)))
@@ -536,7 +542,7 @@ def _messages(start: str) -> Iterator[list[str]]:
 # ---------------------------------------------------------------------------------------------------- what is left
 
 
-def name_what_is_left(config: Config, settings: Settings) -> list[list[str]]:
+def name_what_is_left(config: Config, settings: MemorySettings) -> list[list[str]]:
     """Rows of what lives at the worst moment of a step, predicted: part, MiB."""
     plan = StepPlanner(config).predict(settings, between=False)
     name, phase = max(plan.phases.items(), key=lambda item: item[1].peak)
@@ -582,7 +588,7 @@ def curve(patches: Sequence[int], overrides: Sequence[str] = ()) -> dict[str, li
         rays, planner = config.training.batch_size * patch * patch, StepPlanner(config)
         peaks = {"plain loop": measure_plain(config, fake=True)[0]}
         for strategy in ("dense", "checkpoint", "deferred"):
-            settings = Settings(config.training.batch_size, strategy, 1024)
+            settings = MemorySettings(config.training.batch_size, strategy, 1024)
             peaks[strategy] = planner.predict(settings, between=False).phases["g"].peak
         for name, peak in peaks.items():
             lines.setdefault(name, []).append((rays, peak / MIB))
@@ -628,7 +634,7 @@ def draw_curve(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
 
 def write_whole(path: Path, overrides: Sequence[str] = ()) -> None:
     """One real step on whole images of 256 x 256, batch 8, float32, written as a section of its own."""
-    config, settings = published(256, *overrides), Settings(8, "checkpoint", 1024)
+    config, settings = published(256, *overrides), MemorySettings(8, "checkpoint", 1024)
     predicted = StepPlanner(config).predict(settings, between=False)
     measured = measure_step(config, settings, warm_up=False)
     rows = [
@@ -676,7 +682,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw_curve(curve((16, 32) if options.quick else (16, 32, 64, 128, 256), shrunk), path)
     text += [f"![peak against rays, predicted]({path.name})", "", "The curve is predicted.", ""]
 
-    whole, settings = published(patches[-1], *shrunk), Settings(2 if options.quick else 8, "checkpoint", 1024)
+    whole, settings = published(patches[-1], *shrunk), MemorySettings(2 if options.quick else 8, "checkpoint", 1024)
     text += [f"Whole images of {patches[-1]} x {patches[-1]}, float32, {settings}: what is left, predicted:", ""]
     text += [format_table(["part", "MiB"], name_what_is_left(whole, settings)), ""]
 

@@ -446,9 +446,14 @@ def test_heights_and_elevations_name_the_same_cameras_and_exclude_each_other(loo
 
 def test_the_command_line_offers_what_can_be_done_with_the_defaults_of_the_options():
     assert list(eval_command.ACTIONS) == list(eval_tasks.ACTIONS)
-    assert eval_tasks.EvalOptions(**vars(eval_command.build_parser().parse_args([]))) == eval_tasks.EvalOptions()
-    given = vars(eval_command.build_parser().parse_args(["--sr", "--heldout", "--grid"]))
-    assert eval_tasks.EvalOptions(**given) == eval_tasks.EvalOptions(sr=True, actions=["heldout", "grid"])
+
+    def options(*arguments: str) -> eval_tasks.EvalOptions:
+        given = vars(eval_command.build_parser().parse_args(arguments))
+        assert given.pop("debug") is False
+        return eval_tasks.EvalOptions(**given)
+
+    assert options() == eval_tasks.EvalOptions()
+    assert options("--sr", "--heldout", "--grid") == eval_tasks.EvalOptions(sr=True, actions=["heldout", "grid"])
 
 
 def test_the_program_itself_returns_the_exit_code(run_command_line, tmp_path):

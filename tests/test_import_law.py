@@ -115,9 +115,9 @@ def test_there_is_a_composition_room_inside_graf():
     [
         ("config", "import graf.runtime.logs"),
         ("runtime.amp", "from graf.config import Config"),
-        ("geometry.rays", "from graf.models.field import FieldShape"),
+        ("geometry.rays", "from graf.models.field import RadianceField"),
         ("geometry.rays", "def f():\n    from graf.runtime import amp"),
-        ("data.labels", "from graf.models.field import FieldShape"),
+        ("data.labels", "from graf.models.field import RadianceField"),
         ("data.labels", "from ..config import Config"),
         ("data.labels", "from ..app import doctor"),
         ("models.field", "from graf.data import labels"),

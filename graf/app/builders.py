@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graf.config import Config, ConfigError, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
@@ -21,20 +21,22 @@ from graf.data.synthetic import render_views
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import FidelityProtocol
 from graf.evaluation.renderer import Renderer
-from graf.evaluation.rings import TrueViews
 from graf.geometry.cameras import Intrinsics
 from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler, Views
-from graf.geometry.volume_rendering import RaySampling
+from graf.geometry.volume_rendering import RaySampling, Render
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, UnitRange, ViewLatents
 from graf.models.discriminator import DiscriminatorShape, PatchDiscriminator
-from graf.models.field import FieldShape
+from graf.models.field import RadianceField
 from graf.models.generator import Generator
+from graf.models.mlp_field import MLPField, MLPShape
 from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def build_consistency(
 
 def _render_truth(
     config: Config, dataset_info: DatasetInfo, class_idx: int, views: Views, low: int, high: int
-) -> TrueViews:
+) -> Render:
     """A synthetic object as it really looks: colours at `high`, depth and mask at `low` resolution."""
     known = config.data.synthetic
     toy = CLASS_NAMES.index(dataset_info.class_names[class_idx])
@@ -180,7 +182,7 @@ def _render_truth(
 
     images, _, _ = render(high)
     _, depth, mask = render(low)
-    return TrueViews(images, depth, mask)
+    return Render(images, depth, mask)
 
 
 def build_protocol(config: Config) -> FidelityProtocol:
@@ -189,14 +191,9 @@ def build_protocol(config: Config) -> FidelityProtocol:
     return FidelityProtocol(evaluation.seed, evaluation.batch_size, evaluation.kid_subsets, evaluation.kid_subset_size)
 
 
-def build_generator(config: Config, num_classes: int) -> Generator:
-    """The generator of a configuration, with weights that depend on config.seed alone."""
+def _build_mlp(config: Config, num_classes: int) -> RadianceField:
     nerf, z_dist = config.nerf, config.z_dist
-    background = nerf.background
-    learn_background = background == "learned"
-    if background in ("auto", "learned"):
-        background = "white" if config.data.white_bkgd else "black"
-    shape = FieldShape(
+    shape = MLPShape(
         depth=nerf.netdepth,
         width=nerf.netwidth,
         multires=nerf.multires,
@@ -214,9 +211,24 @@ def build_generator(config: Config, num_classes: int) -> Generator:
         prior_radius=nerf.prior_radius,
         bounding_radius=nerf.bounding_radius,
     )
+    return MLPField(shape)
+
+
+#: the values of nerf.field
+FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp}
+
+
+def build_generator(config: Config, num_classes: int) -> Generator:
+    """The generator of a configuration, with weights that depend on config.seed alone."""
+    nerf = config.nerf
+    background = nerf.background
+    learn_background = background == "learned"
+    if background in ("auto", "learned"):
+        background = "white" if config.data.white_bkgd else "black"
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
-        generator = Generator(shape, sampling, background, learn_background, config.training.rays_per_chunk)
+        field = FIELDS[nerf.field](config, num_classes)
+        generator = Generator(field, sampling, background, learn_background, config.training.rays_per_chunk)
     strategy = config.training.memory_strategy
     generator.strategy = "dense" if strategy == "auto" else strategy
     return generator
@@ -287,14 +299,19 @@ def build_trainer(
     ccsr = build_ccsr(config, pretrained)
     return Trainer(
         config,
-        build_generator(config, len(dataset_info.class_names)).to(device),
-        build_discriminator(config, dataset_info).to(device),
+        _move(build_generator(config, len(dataset_info.class_names)), device),
+        _move(build_discriminator(config, dataset_info), device),
         build_caster(config, dataset_info),
         pose_sampler,
         precision,
         device,
-        None if ccsr is None else ccsr.to(device),
+        None if ccsr is None else _move(ccsr, device),
     )
+
+
+def _move(network: Network, device: torch.device) -> Network:
+    """A network on a device; fake ones, which the memory estimator builds, exist on the CPU alone."""
+    return network if device.type == "cpu" else network.to(device)
 
 
 @contextmanager

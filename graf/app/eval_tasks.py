@@ -205,7 +205,7 @@ def write_interpolation(evaluation: Evaluation) -> list[Path]:
 def write_shape_appearance(evaluation: Evaluation) -> list[Path]:
     """Per class a grid of shape codes (rows) x appearance codes (columns), from azimuth 45 degrees."""
     renderer, count, written = evaluation.renderer, max(evaluation.options.objects, 5), []
-    z, split = renderer.codes(evaluation.seed, range(count)), renderer.generator.field.shape.dim_shape
+    z, split = renderer.codes(evaluation.seed, range(count)), renderer.generator.field.dim_shape
     codes = torch.cat([z[:, None, :split].expand(-1, count, -1), z[None, :, split:].expand(count, -1, -1)], dim=-1)
     u, v = torch.full((count * count,), 0.125), torch.full((count * count,), evaluation.heights[0])
     rows, columns = ([f"{part} {number}" for number in range(count)] for part in ("shape", "appearance"))

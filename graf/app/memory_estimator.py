@@ -9,13 +9,12 @@ with what these have needed; of many equal parts of a batch, two are run. memory
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,36 +32,25 @@ from graf.evaluation.consistency import ConsistencyTask, measure_ring
 from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
 from graf.evaluation.renderer import Renderer, Renders
-from graf.evaluation.rings import Ring, TrueViews
+from graf.evaluation.rings import Ring
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring
-from graf.geometry.rays import Patches, Rays
+from graf.geometry.rays import Patches
 from graf.geometry.views import PoseRanges, PoseSampler
-from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling
+from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView
-from graf.models.field import FieldCodes
 from graf.models.generator import Generator
+from graf.runtime.activation_checkpointing import ChunkFunction
 from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
 from graf.runtime.memory_profiler import MemoryProfiler
+from graf.runtime.memory_settings import MemorySettings
 from graf.training.trainer import Trainer
 
 #: tensors up to this many elements are real
 CONTROL_ELEMENTS = 4096
 #: length of Inception's pooled features
 INCEPTION_DIMENSIONS = 2048
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a budget may change: images on the device at once, which activations are kept, rays rendered at once."""
-
-    micro_batch_size: int
-    strategy: str
-    chunk: int
-
-    def __str__(self) -> str:
-        return f"micro_batch_size={self.micro_batch_size} memory_strategy={self.strategy} chunk={self.chunk}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class PhasePeak:
 class Plan:
     """The predicted peaks of one step and of what happens between steps, bytes of live tensors, by phase."""
 
-    settings: Settings
+    settings: MemorySettings
     phases: dict[str, PhasePeak]
 
     @property
@@ -93,10 +81,10 @@ class Plan:
         return max(phase.peak for phase in self.phases.values())
 
 
-def configured_settings(config: Config) -> Settings:
+def configured_settings(config: Config) -> MemorySettings:
     """The settings of a configuration; what is `auto` takes what it means without a budget."""
     training = config.training
-    return Settings(
+    return MemorySettings(
         micro_batch_size=training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size,
         strategy="dense" if training.memory_strategy == "auto" else training.memory_strategy,
         chunk=training.rays_per_chunk,
@@ -163,51 +151,6 @@ class _Rehearsal:
 # ---------------------------------------------------------------------------------------------------- equal chunks
 
 
-class _FewChunks(Generator):
-    """A generator that computes the first and last two chunks and accounts for the others with what these needed."""
-
-    rehearsal: _Rehearsal
-    rendering: _Rendering
-
-    @classmethod
-    def adopt(cls, generator: Generator, rehearsal: _Rehearsal) -> _FewChunks:
-        """Turn a generator into one of these."""
-        generator.__class__ = cls
-        generator.rehearsal = rehearsal  # type: ignore[assignment]
-        assert isinstance(generator, cls)
-        return generator
-
-    def forward(
-        self,
-        z: Tensor,
-        class_idx: Tensor,
-        rays: Rays,
-        noise: RayNoise | None = None,
-        sampling: RaySampling | None = None,
-    ) -> RayColours:
-        step = max(1, self.chunk // len(z))
-        one = copy.copy(self)  # the chunks of one rendering, and its backward pass, belong together
-        object.__setattr__(one, "rendering", _Rendering(self.rehearsal.meter, step, -(-len(rays) // step)))
-        return Generator.forward(one, z, class_idx, rays, noise, sampling)
-
-    def _render(self, codes: FieldCodes, rays: Rays, noise: RayNoise, sampling: RaySampling) -> tuple[Tensor, ...]:
-        rendering = self.rendering
-        number = int(rays.near.storage_offset()) // rendering.step
-        keeps_graph = torch.is_grad_enabled() and self.strategy == "dense"
-        measured = rendering.begin(number)
-        if measured is None:
-            return super()._render(codes, rays, noise, sampling)
-        self.rehearsal.meter.expect(measured.peak)
-        shape = rays.near.shape
-        sizes = ((*shape[:2], 3), tuple(shape), tuple(shape))
-        if not torch.is_grad_enabled():
-            return tuple(rays.near.new_empty(size) for size in sizes)
-        outputs: tuple[Tensor, ...] = _UncomputedChunk.apply(
-            sizes, measured.kept if keeps_graph else 0, *codes.tensors, *self.field.parameters(), self.background
-        )
-        return outputs
-
-
 @dataclass
 class _Measured:
     """What a computed chunk needed: bytes above where it began, and bytes that it left behind, its outputs included."""
@@ -217,18 +160,38 @@ class _Measured:
 
 
 @dataclass
-class _Rendering:
-    """The chunks of one rendering, first forwards, then, with recomputation, once more in the backward pass."""
+class _FewChunks:
+    """Runs the chunks of one rendering, forwards and, where they are recomputed, once more in the backward pass.
+
+    The first and last two are computed; the others are accounted for with what these have needed.
+    """
 
     meter: LiveTensorMeter
-    step: int
+    generator: Generator
     num_chunks: int
     begun: int = 0
     started_at: int | None = None
     outer_peak: int = 0
+    sizes: list[torch.Size] = field(default_factory=list)
     last: list[_Measured] = field(default_factory=lambda: [_Measured(), _Measured()])
 
-    def begin(self, number: int) -> _Measured | None:
+    def __call__(
+        self, function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        keeps_graph = torch.is_grad_enabled() and self.generator.strategy == "dense"
+        measured = self._begin(number)
+        if measured is None:
+            outputs = function(number, shared)
+            self.sizes = [output.shape for output in outputs]
+            return outputs
+        self.meter.expect(measured.peak)
+        if not torch.is_grad_enabled():
+            return tuple(shared[0].new_empty(size) for size in self.sizes)
+        kept = measured.kept if keeps_graph else 0
+        uncomputed: tuple[Tensor, ...] = _UncomputedChunk.apply(self.sizes, kept, *shared, *parameters)
+        return uncomputed
+
+    def _begin(self, number: int) -> _Measured | None:
         """Call where chunk `number` begins; returns what it will have needed, or None if it has to be computed."""
         direction = 0 if self.begun < self.num_chunks else 1
         self._end_previous(direction if self.begun != self.num_chunks else 0)
@@ -340,7 +303,7 @@ class StepPlanner:
         self.config = config.model_copy(update={"ccsr": ccsr})
         self.dataset_info = imagine_dataset(config) if dataset_info is None else dataset_info
         self.rehearsal = _Rehearsal()
-        self._steps: dict[Settings, dict[str, PhasePeak]] = {}
+        self._steps: dict[MemorySettings, dict[str, PhasePeak]] = {}
         self._between: dict[tuple[str, int], PhasePeak] = {}
         dtype = torch.bfloat16 if config.training.use_amp else None
         # float16 needs as many bytes as bfloat16, and a CPU's autocast knows only the latter
@@ -363,31 +326,24 @@ class StepPlanner:
             self._drop_gradients()
 
     def _build_trainer(self) -> Trainer:
-        config, dataset_info = self.config, self.dataset_info
-        generator = builders.build_generator(config, len(dataset_info.class_names))
-        return Trainer(
-            config,
-            _FewChunks.adopt(generator, self.rehearsal),
-            builders.build_discriminator(config, dataset_info),
-            builders.build_caster(config, dataset_info),
-            self.pose_sampler,
-            self.precision,
-            torch.device("cpu"),
-            builders.build_ccsr(config, pretrained=False),
+        trainer = builders.build_trainer(
+            self.config, self.dataset_info, self.pose_sampler, self.precision, torch.device("cpu"), pretrained=False
         )
+        for generator in (trainer.generator, trainer.averaged_networks[0]):
+            generator.make_runner = partial(_FewChunks, self.rehearsal.meter, generator)
+        return trainer
 
-    def predict(self, settings: Settings, between: bool = True) -> Plan:
+    def predict(self, settings: MemorySettings, between: bool = True) -> Plan:
         """The peaks of one step with these settings; `between`: also of sampling and scoring."""
         if settings not in self._steps:
             self._steps[settings] = self._predict_step(settings)
         more = self._predict_between(settings) if between else {}
         return Plan(settings, self._steps[settings] | more)
 
-    def _predict_step(self, settings: Settings) -> dict[str, PhasePeak]:
+    def _predict_step(self, settings: MemorySettings) -> dict[str, PhasePeak]:
         trainer, training = self.trainer, self.config.training
         trainer.progress.iteration = 0
-        trainer.micro_batch_size = settings.micro_batch_size
-        trainer.generator.strategy, trainer.generator.chunk = settings.strategy, settings.chunk
+        trainer.use(settings)
         with self.rehearsal.running() as meter:
             recorder = PhaseRecorder(meter, trainer)
             trainer.profiler = recorder  # type: ignore[assignment]
@@ -413,12 +369,12 @@ class StepPlanner:
         for player in self.trainer.players:
             player.optimizer.zero_grad(set_to_none=True)
 
-    def _predict_between(self, settings: Settings) -> dict[str, PhasePeak]:
+    def _predict_between(self, settings: MemorySettings) -> dict[str, PhasePeak]:
         """Sampling depends on the chunk alone, scoring, but for its renders, on nothing that a budget changes."""
         tasks = {"sample": (("sample", settings.chunk), self._sample)}
         if self.config.training.fid_every:
             tasks["score"] = (("score", 0), self._score)
-        self.trainer.average.module.chunk = settings.chunk  # type: ignore[assignment]
+        self.trainer.use(settings)
         with self.rehearsal.running() as meter:
             self._leave_gradients()
             for name, (key, task) in tasks.items():
@@ -525,9 +481,9 @@ class StepPlanner:
         renders, caster = self._imagine_renders(2), builders.build_caster(self.config, self.dataset_info)
         assert renders.sr is not None
         plane = (2, 1, side, side)
-        truth = TrueViews(torch.empty_like(renders.sr), torch.empty(plane), torch.empty(plane))
+        truth = Render(torch.empty_like(renders.sr), torch.empty(plane), torch.empty(plane))
         poses = self.pose_sampler.cameras.views_at(torch.zeros(2).long(), *ring(2, 0.25)).poses
-        surface = SurfaceView.from_render(renders.rgb, renders.depth, renders.opacity, poses, Patches.whole(2), caster)
+        surface = SurfaceView.from_render(renders, poses, Patches.whole(2), caster)
         ccsr = self.trainer.averaged_networks[1]
         assert ccsr is not None
         measure_ring(Ring(surface, renders.sr, truth), caster.intrinsics, down=ccsr.down)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from graf.app.builders import DatasetInfo
-from graf.app.memory_estimator import Plan, Settings, StepPlanner, configured_settings
+from graf.app.memory_estimator import Plan, StepPlanner, configured_settings
 from graf.config import Config, ConfigError, parse_bytes
-from graf.models.generator import SMALLEST_CHUNK
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import pick_device
 from graf.runtime.logs import logger
 from graf.runtime.memory import MIB, read_usable_memory
+from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings
 from graf.training.trainer import Trainer
 
 GIB = 2**30
@@ -54,7 +54,7 @@ class BudgetError(ConfigError):
     """No setting fits the budget, or the budget is not readable; the message says what is needed."""
 
 
-def relative_cost(config: Config, settings: Settings) -> float:
+def relative_cost(config: Config, settings: MemorySettings) -> float:
     """A simple model of a step's time: recomputation adds a forward pass (4/3), chunks and parts cost launches."""
     training = config.training
     rays = config.ray_sampler.N_samples
@@ -68,7 +68,7 @@ def relative_cost(config: Config, settings: Settings) -> float:
     return work * passes
 
 
-def candidate_settings(config: Config) -> list[Settings]:
+def candidate_settings(config: Config) -> list[MemorySettings]:
     """Everything that a budget may choose from, cheapest first: only what is `auto` varies."""
     training, own = config.training, configured_settings(config)
     sizes = range(training.batch_size, 0, -1) if training.micro_batch_size == "auto" else [own.micro_batch_size]
@@ -76,7 +76,7 @@ def candidate_settings(config: Config) -> list[Settings]:
     chunks = [own.chunk]
     while training.chunk == "auto" and chunks[-1] > SMALLEST_CHUNK:  # 4096, 3072, 2048, 1536, ...
         chunks.append(chunks[-1] * 3 // 4 if chunks[-1] & (chunks[-1] - 1) == 0 else chunks[-1] * 2 // 3)
-    found = [Settings(size, strategy, chunk) for strategy in strategies for size in sizes for chunk in chunks]
+    found = [MemorySettings(size, strategy, chunk) for strategy in strategies for size in sizes for chunk in chunks]
     return sorted(found, key=lambda settings: relative_cost(config, settings))
 
 
@@ -116,15 +116,15 @@ class _Search:
 
     def __init__(self, planner: StepPlanner, budget: int) -> None:
         self.planner, self.budget = planner, budget
-        self.plans: dict[Settings, Plan] = {}
+        self.plans: dict[MemorySettings, Plan] = {}
         self._planes: dict[str, dict[str, Tensor]] = {}
 
-    def predict(self, settings: Settings) -> Plan:
+    def predict(self, settings: MemorySettings) -> Plan:
         if settings not in self.plans:
             self.plans[settings] = self.planner.predict(settings)
         return self.plans[settings]
 
-    def estimate(self, settings: Settings) -> float:
+    def estimate(self, settings: MemorySettings) -> float:
         """Bytes with margin."""
         if settings in self.plans:
             return with_margin(self.plans[settings].peak, self.planner.device_type)
@@ -140,7 +140,7 @@ class _Search:
         chunks = sorted({settings.chunk for settings in candidates})
         middle = sizes[(len(sizes) - 1) // 2]  # the whole batch is special with share_fakes
         corners = dict.fromkeys([(sizes[0], chunks[0]), (middle, chunks[0]), (middle, chunks[-1])])
-        plans = [self.predict(Settings(size, strategy, chunk)) for size, chunk in corners]
+        plans = [self.predict(MemorySettings(size, strategy, chunk)) for size, chunk in corners]
         places = torch.tensor([self._coordinates(plan.settings) for plan in plans], dtype=torch.float64)
         inverse = torch.linalg.pinv(places)
         return {
@@ -148,11 +148,11 @@ class _Search:
             for name in plans[0].phases
         }
 
-    def _coordinates(self, settings: Settings) -> tuple[float, float, float]:
+    def _coordinates(self, settings: MemorySettings) -> tuple[float, float, float]:
         return 1.0, settings.micro_batch_size, _rays_at_once(self.planner.config, settings)
 
 
-def _rays_at_once(config: Config, settings: Settings) -> int:
+def _rays_at_once(config: Config, settings: MemorySettings) -> int:
     return min(settings.chunk, config.ray_sampler.N_samples * settings.micro_batch_size)
 
 
@@ -185,10 +185,7 @@ def apply_budget(config: Config, trainer: Trainer, dataset_info: DatasetInfo, of
         evaluation = config.evaluation.model_copy(update={"feature_extractor": "offline"})
         config = config.model_copy(update={"evaluation": evaluation})
     plan = choose_settings(StepPlanner(config, dataset_info, trainer.objective.precision, device.type), budget)
-    trainer.micro_batch_size = plan.settings.micro_batch_size
-    for generator in (trainer.generator, trainer.average.module):
-        generator.strategy = plan.settings.strategy  # type: ignore[assignment]
-        generator.chunk = plan.settings.chunk  # type: ignore[assignment]
+    trainer.use(plan.settings)
     logger.info(
         "memory: %s, the fastest that fits training.memory_budget=%s (%s): %s predicted, %s (%.0f s)",
         plan.settings,
@@ -254,8 +251,10 @@ def _describe_alternatives(config: Config, planner: StepPlanner, plan: Plan) -> 
     sizes = {size}
     while min(sizes) > 1:
         sizes.add(min(sizes) // 2)
-    found = [Settings(part, strategy, own.chunk) for part in sorted(sizes, reverse=True) for strategy in STRATEGIES]
-    found += [Settings(size, "checkpoint", max(SMALLEST_CHUNK, own.chunk // 4))]
+    found = [
+        MemorySettings(part, strategy, own.chunk) for part in sorted(sizes, reverse=True) for strategy in STRATEGIES
+    ]
+    found += [MemorySettings(size, "checkpoint", max(SMALLEST_CHUNK, own.chunk // 4))]
     fastest = min(relative_cost(config, settings) for settings in found)
     lines = []
     for settings in found:

@@ -22,8 +22,9 @@ from graf.evaluation.fidelity import Plain, json_value
 from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.pictures import to_uint8
 from graf.evaluation.renderer import Renderer
-from graf.evaluation.rings import Ring, TrueViews, TruthRenderer, render_ring
+from graf.evaluation.rings import Ring, TruthRenderer, render_ring
 from graf.geometry.cameras import Intrinsics
+from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import DEFAULT_VISIBILITY, SurfaceView, Visibility, warp_between
 from graf.models.ccsr import upsample
 
@@ -182,7 +183,7 @@ def reprojection_error(
     pairs = {tuple(sorted((i, (i + 1) % count))) for i in range(count)}  # two views are one pair, not two
     for first, second in sorted(pairs):
         for i, j in ((first, second), (second, first)):
-            a, b = views.images(i, i + 1), views.images(j, j + 1)
+            a, b = views[i : i + 1], views[j : j + 1]
             warped, mask = warp_between(a, b, intrinsics, visibility)
             difference += ((a.image - warped).abs().mean(1, keepdim=True) * mask).sum().item()
             shared += mask.sum().item()
@@ -193,17 +194,17 @@ def reprojection_error(
 
 
 @torch.no_grad()
-def depth_error(depth: Tensor, truth: TrueViews) -> float:
+def depth_error(depth: Tensor, truth: Render) -> float:
     """Mean |z - z_true| in world units over the pixels that the truth covers by more than a half; NaN for none.
 
     depth: (V, 1, H, W), z-depth of the surface, the background's where nothing was rendered.
     """
-    if depth.shape != truth.depth.shape or depth.shape != truth.mask.shape:
+    if depth.shape != truth.depth.shape or depth.shape != truth.opacity.shape:
         raise ConsistencyError(
             f"depth is {tuple(depth.shape)}, the true one {tuple(truth.depth.shape)} with a mask of "
-            f"{tuple(truth.mask.shape)}: expected three times (V, 1, H, W)"
+            f"{tuple(truth.opacity.shape)}: expected three times (V, 1, H, W)"
         )
-    covered = (truth.mask > 0.5).to(depth.dtype)
+    covered = (truth.opacity > 0.5).to(depth.dtype)
     return (((depth - truth.depth).abs() * covered).sum() / covered.sum()).item()
 
 
@@ -247,7 +248,7 @@ def measure_ring(
         "coverage": of_sr.coverage,
     }
     if ring.truth is not None:
-        true_images = ring.truth.images
+        true_images = ring.truth.rgb
         if true_images.shape != shown.shape:
             raise ConsistencyError(
                 f"SR is {tuple(shown.shape)}, the true images {tuple(true_images.shape)}: expected equal"

@@ -215,7 +215,7 @@ def measure_heldout(
         for start in range(0, len(labels), batch_size):
             rows = slice(start, min(start + batch_size, len(labels)))
             for name, seen in views.items():
-                rendered = render(seen.images(rows.start, rows.stop), z_index).cpu()
+                rendered = render(seen[rows], z_index).cpu()
                 if rendered.shape != images[rows].shape:
                     raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images[rows].shape)}")
                 scores_db[name][z_index, rows] = psnr(rendered, images[rows])

@@ -18,15 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from graf.base.errors import UserError
-from graf.base.tensors import TensorBatch
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.cameras import angles_from_pose, elevation_from_height, height_from_elevation, median_height
 from graf.geometry.rays import Patches, RayCaster
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import Cameras, PoseSampler, Views
-from graf.geometry.volume_rendering import RayColours, RaySampling
+from graf.geometry.volume_rendering import RaySampling, Render
 from graf.models.ccsr import CCSR
-from graf.models.generator import Generator, rays_to_image
+from graf.models.generator import Generator
 from graf.runtime.amp import Precision
 from graf.runtime.memory import retry_smaller
 from graf.runtime.randomness import Draws
@@ -53,16 +52,13 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Renders(TensorBatch):
+class Renders(Render):
     """Images on the CPU: rgb (B, 3, H, W), z-depth (B, 1, H, W) in world units and opacity (B, 1, H, W) in [0, 1].
 
-    sr: (B, 3, s H, s W), super-resolved, where that was asked for. Colours leave [-1, 1] where CCSR's projection
-    wants it; whoever shows them clips them.
+    sr: (B, 3, s H, s W), super-resolved, where that was asked for. CCSR's projection may leave [-1, 1]: clip its
+    colours before they are shown.
     """
 
-    rgb: Tensor
-    depth: Tensor
-    opacity: Tensor
     sr: Tensor | None = None
 
     def numpy(self, output: str = "rgb") -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -283,7 +279,7 @@ class Renderer:
         """Render each z (B, dim_z) from its view (B); one image at a time on the device, rays in chunks."""
         with eval_mode(self.generator):
             return Renders.cat(
-                [self._render_one(z[i : i + 1], views.images(i, i + 1), super_resolve) for i in range(len(views))]
+                [self._render_one(z[i : i + 1], views[i : i + 1], super_resolve) for i in range(len(views))]
             )
 
     def render_random(
@@ -326,8 +322,7 @@ class Renderer:
         colours = retry_smaller(
             lambda: self._cast(z, view), self.generator.halve_chunk, self.device, "lower --resolution or data.imsize"
         )
-        parts = (colours.rgb, colours.depth, colours.opacity)
-        rgb, depth, opacity = (rays_to_image(part.float(), self.resolution) for part in parts)
+        rgb, depth, opacity = colours.as_images().map(Tensor.float).tensors()
         sr = None
         if super_resolve and self.ccsr is not None:
             halve = partial(self.ccsr.halve_rows, self.resolution)
@@ -335,7 +330,7 @@ class Renderer:
             sr = retry_smaller(lambda: self._super_resolve(rgb, view), halve, self.device, advice)
         return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
 
-    def _cast(self, z: Tensor, view: Views) -> RayColours:
+    def _cast(self, z: Tensor, view: Views) -> Render:
         rays = self.caster.cast_images(view.poses, self.resolution)
         with self.precision.autocast():
             return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
@@ -355,14 +350,8 @@ class Renderer:
             codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
             for start in range(0, len(points), step):
                 part = points[start : start + step].to(self.device, torch.float32)[None, :, None]
-                densities[start : start + step] = _field_density(self.generator.field, part, codes)[0, :, 0]
+                densities[start : start + step] = self.generator.field.density(part, codes)[0, :, 0]
         return densities
-
-
-def _field_density(network: Any, points: Tensor, codes: Any) -> Tensor:
-    """Densities (B, N, S) of a field at points (B, N, S, 3)."""
-    # merged with: field.density
-    return network(points, torch.zeros_like(points[:, :, 0]), codes)[1]
 
 
 def _broadcast(**arguments: Any) -> dict[str, list[Any]]:

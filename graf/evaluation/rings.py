@@ -12,32 +12,25 @@ from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import ring
 from graf.geometry.rays import Patches
 from graf.geometry.views import Views
+from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView
-
-
-@dataclass(frozen=True)
-class TrueViews:
-    """The truth: images (V, 3, s H, s W) in [-1, 1]; z-depth and mask (V, 1, H, W), the mask a covered share."""
-
-    images: Tensor
-    depth: Tensor
-    mask: Tensor
 
 
 @dataclass(frozen=True)
 class Ring:
     """One object from V neighbouring views, the last of which is the first one's neighbour.
 
-    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: if known.
+    views: whole-image renders (V, 3, H, W) with their surface; sr: (V, 3, s H, s W), not clipped; truth: where it is
+    known, rgb as fine as sr, z-depth and opacity (the covered share) as the renders.
     """
 
     views: SurfaceView
     sr: Tensor
-    truth: TrueViews | None = None
+    truth: Render | None = None
 
 
 #: (class index, views, side of the renders, side of the super-resolved images) -> what a true object looks like
-TruthRenderer = Callable[[int, Views, int, int], TrueViews]
+TruthRenderer = Callable[[int, Views, int, int], Render]
 
 
 def render_ring(
@@ -52,8 +45,6 @@ def render_ring(
     views = renderer.cameras.views_at(torch.full((num_views,), class_idx), *ring(num_views, v))
     renders = renderer.render_views(z.expand(num_views, -1), views, super_resolve=True)
     assert renders.sr is not None
-    surface = SurfaceView.from_render(
-        renders.rgb, renders.depth, renders.opacity, views.poses, Patches.whole(len(views)), renderer.caster
-    )
+    surface = SurfaceView.from_render(renders, views.poses, Patches.whole(len(views)), renderer.caster)
     low, high = renders.rgb.shape[-1], renders.sr.shape[-1]
     return Ring(surface, renders.sr, None if truth is None else truth(class_idx, views, low, high))

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.cameras import Intrinsics, rotate
 
 
 @dataclass(frozen=True)
-class Rays:
+class Rays(TensorBatch):
     """A bundle of rays per image.
 
     origins, directions: (B, N, 3), directions of unit length. near, far: (B, N, 1), distances along the ray between
@@ -35,30 +36,22 @@ class Rays:
     far: Tensor
     axis_cosine: Tensor
 
-    def __len__(self) -> int:
+    @property
+    def per_image(self) -> int:
+        """N, the number of rays of each image."""
         return self.origins.shape[1]
 
     def slice(self, start: int, stop: int) -> Rays:
         """The rays start..stop of every image."""
-        return Rays(*(part[:, start:stop] for part in self._parts()))
-
-    def images(self, start: int, stop: int) -> Rays:
-        """All rays of the images start..stop."""
-        return Rays(*(part[start:stop] for part in self._parts()))
-
-    def _parts(self) -> tuple[Tensor, ...]:
-        return self.origins, self.directions, self.near, self.far, self.axis_cosine
+        return self.map(lambda part: part[:, start:stop])
 
 
 @dataclass(frozen=True)
-class Patches:
+class Patches(TensorBatch):
     """Where a batch of square patches lies: `scale` (B,) in (0, 1] and `centre` (B, 2) with |centre| <= 1 - scale."""
 
     scale: Tensor
     centre: Tensor
-
-    def images(self, start: int, stop: int) -> Patches:
-        return Patches(self.scale[start:stop], self.centre[start:stop])
 
     @classmethod
     def whole(cls, count: int, device: torch.device | str = "cpu") -> Patches:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.cameras import angle_label, elevation_from_height, label_angles, pose_from_angles
 
 #: random numbers that `PoseSampler.pick` takes per view
@@ -15,7 +16,7 @@ NUM_UNIFORMS = 4
 
 
 @dataclass(frozen=True)
-class Views:
+class Views(TensorBatch):
     """class_idx (B,) int64, azimuth u and height v (B,), camera-to-world poses (B, 4, 4) and labels (B, 3) int64.
 
     Where data come with true poses, `poses` are these and render; u and v stay the labels' and condition D.
@@ -27,17 +28,6 @@ class Views:
     poses: Tensor
     labels: Tensor
     angle_sign: int = 1
-
-    def __len__(self) -> int:
-        return len(self.class_idx)
-
-    def images(self, start: int, stop: int) -> Views:
-        """The views start..stop."""
-        return self._map(lambda part: part[start:stop])
-
-    def to(self, device: torch.device | str) -> Views:
-        """The same views on another device."""
-        return self._map(lambda part: part.to(device, non_blocking=True))
 
     def turn(self, degrees: Tensor | float) -> Views:
         """The same objects from cameras moved counter-clockwise around the z axis by `degrees`, one for all or (B,)."""
@@ -60,14 +50,6 @@ class Views:
         labels[:, 2] = torch.remainder(-labels[:, 2], 360)
         poses = reflection[:, None] * self.poses * flip
         return Views(self.class_idx, torch.remainder(-self.u, 1.0), self.v, poses, labels, self.angle_sign)
-
-    def select(self, indices: Tensor) -> Views:
-        """The views with these indices."""
-        return self._map(lambda part: part[indices])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Views:
-        class_idx, u, v, poses, labels = map(change, (self.class_idx, self.u, self.v, self.poses, self.labels))
-        return Views(class_idx, u, v, poses, labels, self.angle_sign)
 
 
 @dataclass(frozen=True)
@@ -134,7 +116,7 @@ class PoseSampler:
 
     def select(self, indices: Tensor | Sequence[int]) -> Views:
         """The views of the images with these indices."""
-        return self.views.select(torch.as_tensor(indices))
+        return self.views[torch.as_tensor(indices)]
 
     def pick(self, uniforms: Tensor) -> Views:
         """One view per row of random numbers `uniforms` (B, NUM_UNIFORMS) in [0, 1)."""

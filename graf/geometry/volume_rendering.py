@@ -12,23 +12,27 @@ All shapes are (B, N, S) for samples and (B, N, ...) for rays. Everything here i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Rays
 
 #: (points (B, N, S, 3), directions (B, N, 3), noise (B, N, S) added to the raw density, or None)
 #: -> (rgb (B, N, S, 3) in [-1, 1], density (B, N, S) >= 0)
-RadianceField = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+FieldFunction = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class RayColours:
-    """What the rays see: rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and opacity (B, N, 1) in [0, 1].
+class Render(TensorBatch):
+    """rgb in [-1, 1], z-depth and opacity in [0, 1]: of rays (B, N, 3), (B, N, 1), (B, N, 1), or of square images
+    (B, 3, H, H), (B, 1, H, H), (B, 1, H, H).
 
     The depth is composited like the colour, over a background at `far`: sum_i w_i z_i + (1 - opacity) z_far.
     """
@@ -36,6 +40,11 @@ class RayColours:
     rgb: Tensor
     depth: Tensor
     opacity: Tensor
+
+    def as_images(self) -> Render:
+        """Of the rays of square images, row by row, as images."""
+        size = math.isqrt(self.rgb.shape[1])
+        return self.map(lambda part: part.transpose(1, 2).reshape(part.shape[0], -1, size, size))
 
 
 def stratified_distances(near: Tensor, far: Tensor, num_samples: int, jitter: Tensor | None = None) -> Tensor:
@@ -87,7 +96,7 @@ def importance_distances(
 
 def composite_along_rays(
     rgb: Tensor, density: Tensor, distances: Tensor, rays: Rays, background: Tensor | None = None
-) -> RayColours:
+) -> Render:
     """Colour, depth and opacity of rays from their samples (NeRF, eq. 3).
 
     rgb: (B, N, S, 3); density, distances: (B, N, S); background: (3,) or (B, 1, 3) in [-1, 1], None for
@@ -99,11 +108,23 @@ def composite_along_rays(
     if background is not None:
         colour = colour + (1 - opacity) * background
     distance = (weights * distances).sum(-1, keepdim=True) + (1 - opacity) * rays.far
-    return RayColours(colour, distance * rays.axis_cosine, opacity)
+    return Render(colour, distance * rays.axis_cosine, opacity)
 
 
 @dataclass(frozen=True)
-class RayNoise:
+class RaySampling:
+    """Samples of a ray: `coarse` in equal bins, then `importance` more where the first ones found density."""
+
+    coarse: int
+    importance: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.coarse + self.importance
+
+
+@dataclass(frozen=True)
+class RayNoise(TensorBatch):
     """The random numbers of one rendering, drawn beforehand so that it can be repeated, split and resumed.
 
     jitter (B, N, S) and importance_jitter (B, N, S_importance), in [0, 1), place the samples in their bins; density
@@ -116,36 +137,30 @@ class RayNoise:
 
     def slice(self, start: int, stop: int) -> RayNoise:
         """The noise of the rays start..stop of every image."""
-        return self._map(lambda part: part[:, start:stop])
+        return self.map(lambda part: part[:, start:stop])
 
-    def images(self, start: int, stop: int) -> RayNoise:
-        """The noise of all rays of the images start..stop."""
-        return self._map(lambda part: part[start:stop])
-
-    def _map(self, take: Callable[[Tensor], Tensor]) -> RayNoise:
-        parts = (self.jitter, self.importance_jitter, self.density)
-        return RayNoise(*(None if part is None else take(part) for part in parts))
+    def of_rays(self, start: int, stop: int, sampling: RaySampling) -> RayNoise:
+        """As :class:`NoiseSource`: what has been drawn already."""
+        return self.slice(start, stop)
 
 
-@dataclass(frozen=True)
-class RaySampling:
-    """How many samples a ray gets: `coarse` in equal bins, then `importance` more where those found density."""
+class NoiseSource(Protocol):
+    """Makes the random numbers of the rays start..stop of every image, whenever they are asked for."""
 
-    coarse: int
-    importance: int = 0
+    def of_rays(self, start: int, stop: int, sampling: RaySampling) -> RayNoise: ...
 
-    @property
-    def total(self) -> int:
-        return self.coarse + self.importance
+
+#: samples in the middle of their bins, densities as they are
+NO_NOISE = RayNoise()
 
 
 def render_rays(
-    field: RadianceField,
+    field: FieldFunction,
     rays: Rays,
     sampling: RaySampling,
     noise: RayNoise,
     background: Tensor | None = None,
-) -> RayColours:
+) -> Render:
     """Render rays through any radiance field; `background` as in :func:`composite_along_rays`.
 
     Importance samples are merged with the coarse ones, so that no evaluation of the field is thrown away.

@@ -10,14 +10,16 @@ Geometry is taken as given: gradients flow into the colours alone. Everything he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.cameras import Intrinsics, project_points
 from graf.geometry.rays import Patches, RayCaster, cast_rays, patch_grid
+from graf.geometry.volume_rendering import Render
 
 #: below this opacity a composited depth says nothing about a surface
 LEAST_OPACITY = 1e-3
@@ -43,7 +45,7 @@ DEFAULT_VISIBILITY = Visibility()
 
 
 @dataclass(frozen=True)
-class SurfaceView:
+class SurfaceView(TensorBatch):
     """What a camera sees of a surface: image (B, C, N, N), the surface's z-depth and its opacity, both (B, 1, n, n).
 
     poses: (B, 4, 4); patches: the part of each view that is covered. Where the opacity is low the depth has no meaning,
@@ -68,25 +70,16 @@ class SurfaceView:
 
     @classmethod
     def from_render(
-        cls, image: Tensor, depth: Tensor, opacity: Tensor, poses: Tensor, patches: Patches, caster: RayCaster
+        cls, render: Render, poses: Tensor, patches: Patches, caster: RayCaster, image: Tensor | None = None
     ) -> SurfaceView:
-        """From composited z-depth and opacity (B, 1, n, n) as the renderer gives them; `caster` cast its rays."""
-        background = background_depth(caster, poses, patches, depth.shape[-1])
-        return cls(image, recover_surface_depth(depth, opacity, background), opacity, poses, patches)
+        """From rendered images, whose rays `caster` cast; `image`: other colours than theirs, at any resolution."""
+        background = background_depth(caster, poses, patches, render.depth.shape[-1])
+        surface = recover_surface_depth(render.depth, render.opacity, background)
+        return cls(render.rgb if image is None else image, surface, render.opacity, poses, patches)
 
     def with_image(self, image: Tensor) -> SurfaceView:
         """The same surface with other colours, for example at a higher resolution."""
-        return SurfaceView(image, self.depth, self.opacity, self.poses, self.patches)
-
-    def images(self, start: int, stop: int) -> SurfaceView:
-        """The views start..stop."""
-        return SurfaceView(
-            self.image[start:stop],
-            self.depth[start:stop],
-            self.opacity[start:stop],
-            self.poses[start:stop],
-            self.patches.images(start, stop),
-        )
+        return replace(self, image=image)
 
 
 def background_depth(caster: RayCaster, poses: Tensor, patches: Patches, size: int) -> Tensor:
@@ -120,8 +113,8 @@ def reproject(
     rays = cast_rays(poses_a, grid, intrinsics, 0.0, 1.0)
     distance = depth.reshape(batch, -1, 1) / rays.axis_cosine
     pixels, depth_b = project_points(rays.origins + distance * rays.directions, poses_b[:, None], intrinsics)
-    size = torch.tensor([intrinsics.width, intrinsics.height], dtype=pixels.dtype, device=pixels.device)
-    return (2 * pixels / size - 1).reshape(grid.shape), depth_b.reshape(batch, 1, height, width)
+    x, y = 2 * pixels[..., 0] / intrinsics.width - 1, 2 * pixels[..., 1] / intrinsics.height - 1
+    return torch.stack([x, y], dim=-1).reshape(grid.shape), depth_b.reshape(batch, 1, height, width)
 
 
 def warp_to_view(
@@ -191,9 +184,7 @@ def _sample_surface(view: SurfaceView, place: Tensor, visibility: Visibility) ->
     total = (weights * opacity).sum(-1)
     mean = (weights * opacity * depth).sum(-1) / total.clamp(min=LEAST_OPACITY)
     counts = (opacity > visibility.min_opacity) & (weights > FRAME_SLACK)
-    step = depth.where(counts, depth.new_tensor(-torch.inf)).amax(-1) - depth.where(
-        counts, depth.new_tensor(torch.inf)
-    ).amin(-1)
+    step = depth.masked_fill(~counts, -torch.inf).amax(-1) - depth.masked_fill(~counts, torch.inf).amin(-1)
     solid = (total > visibility.min_opacity) & (step <= visibility.max_step)
     shape = (len(place), 1, height, width)
     return _Surface(mean.reshape(shape), solid.reshape(shape))

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Patches, crop_images
 from graf.models.rrdb import RRDBTrunk
 from graf.runtime.amp import float32_region
+
+
+@dataclass(frozen=True)
+class LatentMixture(TensorBatch):
+    """How much each view's latent counts, (B, num_views), and the views that count for any image of the batch."""
+
+    weights: Tensor
+    used: tuple[int, ...]
 
 
 class ViewLatents(nn.Module):
@@ -38,6 +47,11 @@ class ViewLatents(nn.Module):
             raise ValueError(f"mode={mode!r}: expected 'blend' or 'nearest'")
         self.mode = mode
         self.views = nn.ParameterList(nn.Parameter(torch.zeros(channels, size, size)) for _ in range(num_views))
+
+    def mix(self, angles: Tensor) -> LatentMixture:
+        """Which views the label angles (B,) use: computed on the CPU, once for all that a step does with them."""
+        weights = self.mixing_weights(angles.cpu())
+        return LatentMixture(weights.to(angles.device), tuple(weights.sum(0).nonzero()[:, 0].tolist()))
 
     def mixing_weights(self, angles: Tensor) -> Tensor:
         """How much each view counts for label angles (B,) in [0, 360) degrees: (B, num_views), rows sum to 1."""
@@ -56,12 +70,12 @@ class ViewLatents(nn.Module):
         weights[rows, (low.long() + 1) % count] += share
         return weights
 
-    def forward(self, angles: Tensor) -> Tensor:
-        """Latent images (B, channels, size, size) of label angles (B,)."""
-        weights = self.mixing_weights(angles)
-        used = weights.sum(0).nonzero()[:, 0].tolist()
+    def forward(self, angles: Tensor | LatentMixture) -> Tensor:
+        """Latent images (B, channels, size, size) of label angles (B,), or of what :meth:`mix` made of them."""
+        mixture = angles if isinstance(angles, LatentMixture) else self.mix(angles)
+        weights = mixture.weights
         # A matrix product would be as short, and rounded to 10 bits where TF32 is on.
-        parts = (weights[:, view, None, None, None].to(self.views[view]) * self.views[view] for view in used)
+        parts = (weights[:, view, None, None, None].to(self.views[view]) * self.views[view] for view in mixture.used)
         return reduce(torch.add, parts)
 
 
@@ -153,6 +167,7 @@ class KernelProjection(nn.Module):
         self.scale = scale
         self.taps = tuple(taps)
         self._matrices: dict[int, tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def matrices(self, size: int) -> tuple[Tensor, Tensor]:
         """(D, P) for rows of `size` pixels: (size / s, size) and (size, size / s), float64 on the CPU."""
@@ -179,10 +194,15 @@ class KernelProjection(nn.Module):
         In float64 where the device has it: CUDA may round float32 products to ten bits (TF32).
         """
         exact = torch.float64 if images.device.type != "mps" else images.dtype
-        vertical, horizontal = (
-            self.matrices(size * factor)[which].to(images.device, exact) for size in images.shape[-2:]
-        )
-        return (vertical @ images.to(exact) @ horizontal.t()).to(images.dtype)
+        vertical, horizontal = (self._on_device(which, size * factor, images.device) for size in images.shape[-2:])
+        return (vertical.to(exact) @ images.to(exact) @ horizontal.to(exact).t()).to(images.dtype)
+
+    def _on_device(self, which: int, size: int, device: torch.device) -> Tensor:
+        """One of the matrices on a device, copied there once."""
+        if (which, size, device) not in self._moved:
+            exact = torch.float64 if device.type != "mps" else torch.float32
+            self._moved[which, size, device] = self.matrices(size)[which].to(device, exact)
+        return self._moved[which, size, device]
 
 
 @dataclass(frozen=True)
@@ -212,11 +232,12 @@ class CCSR(nn.Module):
         with float32_region(images.device.type):
             return self.projection.down(images)
 
-    def forward(self, render: Tensor, angles: Tensor, patches: Patches) -> SuperResolved:
+    def forward(self, render: Tensor, angles: Tensor | LatentMixture, patches: Patches) -> SuperResolved:
         """Super-resolve patches (or whole images: Patches.whole) of renders.
 
-        render: (B, 3, h, h); angles: (B,), the labels' angles in degrees; patches: where the renders lie in their
-        views. The trunk runs under the caller's autocast; latent addition and projection run in float32.
+        render: (B, 3, h, h); angles: (B,), the labels' angles in degrees, or the mixture of latents that they stand for
+        (:meth:`ViewLatents.mix`); patches: where the renders lie in their views. The trunk runs under the caller's
+        autocast; latent addition and projection run in float32.
         """
         device_type = render.device.type
         with float32_region(device_type):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Patches
 from graf.runtime.amp import float32_region
 
@@ -156,16 +157,10 @@ class PatchDiscriminator(nn.Module):
 
 
 @dataclass(frozen=True)
-class PatchCondition:
+class PatchCondition(TensorBatch):
     """What the discriminator is told of patches: class_idx (B,) int64, azimuth u and height v (B,), and their place."""
 
     class_idx: Tensor
     u: Tensor
     v: Tensor
     patches: Patches
-
-    def images(self, start: int, stop: int) -> PatchCondition:
-        """The images start..stop."""
-        return PatchCondition(
-            self.class_idx[start:stop], self.u[start:stop], self.v[start:stop], self.patches.images(start, stop)
-        )

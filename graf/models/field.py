@@ -1,230 +1,56 @@
-"""The conditional radiance field: GRAF's MLP (Schwarz et al. 2020, section 3.1), with nothing constant recomputed.
+"""What a radiance field is: the protocol between the volume renderer and whatever represents the objects.
 
-The plain network concatenates [encoded point; shape code] for its trunk and [feature; encoded view direction;
-appearance code] for its colour branch, and so multiplies the codes at every point. A linear layer splits over a
-concatenation, W [x; z] + b = W_x x + (W_z z + b): here the code's share is computed once per image and the view
-direction's once per ray, which gives the same function and the same gradients (tested) for about half the work.
-`feature_linear`, which no non-linearity separates from the view layer, is folded into it for the same reason.
-
-The field is conditioned on the class through an embedding and on nothing else of the label: height and angle act
-through the camera alone, otherwise the field could paint each view separately and would not be 3D.
+To add a field, write a file beside this one with a subclass of :class:`RadianceField`, and a line in
+`graf.app.builders.FIELDS` that builds it under a name for `nerf.field`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import cast
+from abc import ABC, abstractmethod
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from graf.runtime.amp import float32_region
+from graf.base.tensors import TensorBatch
 
 
-@dataclass(frozen=True)
-class FieldShape:
-    """Sizes and output functions of :class:`ConditionalField`.
+class RadianceField(nn.Module, ABC):
+    """Radiance and density of points in the world, given a latent code and a class.
 
-    depth x width: the density trunk; `skip`: the layer that sees the input again (GRAF: 5 of 8, counted from 0).
-    multires, multires_views: octaves of the positional encoding of points and directions, whose first angular
-    frequency is base_frequency; use_viewdirs: whether colour may depend on the direction. dim_shape, dim_appearance:
-    latent codes; num_classes, dim_class: the class embedding.
-    density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius -
-    |p|)), which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
-    bounding_radius: no density outside this distance from the origin (None: everywhere).
+    A field may draw no random numbers and keep nothing from call to call, so that it can be evaluated in any chunks and
+    once more in the backward pass. dim_shape, dim_appearance: lengths of the two parts of the latent code, of which the
+    second one may change colours only.
     """
 
-    depth: int = 8
-    width: int = 256
-    multires: int = 10
-    multires_views: int = 4
-    base_frequency: float = math.pi
-    use_viewdirs: bool = True
-    dim_shape: int = 128
-    dim_appearance: int = 128
-    num_classes: int = 1
-    dim_class: int = 32
-    density: str = "relu"
-    density_scale: float = 1.0
-    density_bias: float = 0.0
-    sphere_prior: float = 0.0
-    prior_radius: float = 0.6
-    bounding_radius: float | None = None
+    dim_shape: int
+    dim_appearance: int
 
     @property
-    def skip(self) -> int | None:
-        """Index of the layer whose input is joined by the encoded point and shape code again."""
-        return self.depth // 2 + 1 if self.depth >= 4 else None
+    def dim_z(self) -> int:
+        """Length of the latent code: shape code first, then appearance code."""
+        return self.dim_shape + self.dim_appearance
 
+    @abstractmethod
+    def prepare(self, z: Tensor, class_idx: Tensor) -> Any:
+        """Everything that does not depend on the point, as a :class:`TensorBatch` of B rows, computed once per batch.
 
-def positional_encoding(x: Tensor, octaves: int, base_frequency: float = math.pi) -> Tensor:
-    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency (NeRF, eq. 4).
-
-    (..., D) -> (..., D (1 + 2 octaves)).
-    Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only
-    every fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an
-    octave. Whole periods are taken off before the product with w is rounded (the period in two parts, as Cody & Waite
-    do), so the error stays below 1e-5 in each of 10 octaves.
-    """
-    period = 2 * math.pi / base_frequency
-    mantissa, exponent = math.frexp(period)
-    coarse = math.ldexp(round(256 * mantissa) / 256, exponent)  # 8 bits: exact when multiplied by up to 2^16 periods
-    with float32_region(x.device.type):
-        x = _at_least_float32(x)
-        parts = [x]
-        for octave in range(octaves):
-            if octave % 5 == 0:
-                scaled = 2**octave * x
-                periods = torch.round(scaled / period)
-                angle = base_frequency * (scaled - periods * coarse - periods * (period - coarse))
-                sin, cos = torch.sin(angle), torch.cos(angle)
-            else:
-                sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
-            parts += [sin, cos]
-        return torch.cat(parts, dim=-1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-    """W x + share, in the dtype of W x; `share` (B, 1, out) comes from the same layer's other columns."""
-    product = functional.linear(x, weight)
-    return product + share.to(product.dtype)
-
-
-def encoding_size(octaves: int) -> int:
-    """Channels of :func:`positional_encoding` of a 3-vector."""
-    return 3 * (1 + 2 * octaves)
-
-
-@dataclass(frozen=True)
-class FieldCodes:
-    """Everything of one batch that does not depend on the point: made once by `ConditionalField.prepare`, float32.
-
-    trunk_in, trunk_skip, view: each (B, 1, width of its layer), the latents' shares with the layer's bias.
-    view_weight: (half width, width), `feature_linear` folded into the view layer.
-    """
-
-    trunk_in: Tensor
-    trunk_skip: Tensor | None
-    view: Tensor
-    view_weight: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors in a fixed order."""
-        parts = (self.trunk_in, self.trunk_skip, self.view, self.view_weight)
-        return tuple(part for part in parts if part is not None)
-
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> FieldCodes:
-        """The same codes made of other `tensors`, in that order."""
-        given = iter(tensors)
-        return FieldCodes(next(given), None if self.trunk_skip is None else next(given), next(given), next(given))
-
-
-class ConditionalField(nn.Module):
-    """Radiance and density of points, conditioned on shape code, appearance code and class."""
-
-    def __init__(self, shape: FieldShape) -> None:
-        super().__init__()
-        self.shape = shape
-        points, directions = encoding_size(shape.multires), encoding_size(shape.multires_views)
-        codes = shape.dim_shape + shape.dim_class
-        width, half = shape.width, shape.width // 2
-        self.class_embedding = nn.Embedding(shape.num_classes, shape.dim_class)
-        self.trunk_in = nn.Linear(points, width)
-        self.trunk_in_codes = nn.Linear(codes, width, bias=False)
-        self.trunk = nn.ModuleList(nn.Linear(width, width) for _ in range(shape.depth - 1))
-        if shape.skip is not None:
-            self.trunk_skip = nn.Linear(points, width, bias=False)
-            self.trunk_skip_codes = nn.Linear(codes, width, bias=False)
-        self.density = nn.Linear(width, 1)
-        self.feature_linear = nn.Linear(width, width)
-        self.view = nn.Linear(width, half)
-        self.view_codes = nn.Linear(shape.dim_appearance + shape.dim_class, half, bias=False)
-        if shape.use_viewdirs:
-            self.view_directions = nn.Linear(directions, half, bias=False)
-        self.rgb = nn.Linear(half, 3)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Each split layer starts as one concatenated Linear would: uniform within 1 / sqrt(its whole fan-in)."""
-        shape = self.shape
-        points, codes = encoding_size(shape.multires), shape.dim_shape + shape.dim_class
-        view_fan_in = shape.width + shape.dim_appearance + shape.dim_class
-        view_fan_in += encoding_size(shape.multires_views) if shape.use_viewdirs else 0
-        groups: list[tuple[int, list[nn.Linear]]] = [(points + codes, [self.trunk_in, self.trunk_in_codes])]
-        if shape.skip is not None:
-            joined = [self.trunk[shape.skip - 1], self.trunk_skip, self.trunk_skip_codes]
-            groups.append((shape.width + points + codes, joined))  # type: ignore[arg-type]
-        views = [self.view, self.view_codes] + ([self.view_directions] if shape.use_viewdirs else [])
-        groups.append((view_fan_in, views))
-        for fan_in, layers in groups:
-            bound = 1 / math.sqrt(fan_in)
-            for layer in layers:
-                nn.init.uniform_(layer.weight, -bound, bound)
-                if layer.bias is not None:
-                    nn.init.uniform_(layer.bias, -bound, bound)
-
-    def prepare(self, z: Tensor, class_idx: Tensor) -> FieldCodes:
-        """The share of the latents: z (B, dim_shape + dim_appearance), class_idx (B,) int64."""
-        with float32_region(z.device.type):
-            embedding = self.class_embedding(class_idx)
-            shape_code = torch.cat([z[:, : self.shape.dim_shape], embedding], dim=-1)
-            appearance_code = torch.cat([z[:, self.shape.dim_shape :], embedding], dim=-1)
-            trunk_in = self.trunk_in_codes(shape_code) + self.trunk_in.bias
-            skip = None
-            if self.shape.skip is not None:
-                skip = (self.trunk_skip_codes(shape_code) + self._skip_layer.bias)[:, None]
-            view = self.view_codes(appearance_code) + (self.view.weight @ self.feature_linear.bias + self.view.bias)
-            return FieldCodes(trunk_in[:, None], skip, view[:, None], self.view.weight @ self.feature_linear.weight)
-
-    def forward(
-        self, points: Tensor, directions: Tensor, codes: FieldCodes, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """rgb (B, N, S, 3) in [-1, 1] and density (B, N, S) >= 0, float32 (float64 for float64 points and weights).
-
-        points: (B, N, S, 3); directions: (B, N, 3), unit length; noise: (B, N, S), added to the raw density.
+        z: (B, dim_z); class_idx: (B,) int64. Gradients to z, and to weights used here, flow through the result.
         """
-        batch, num_rays, num_samples, _ = points.shape
-        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).reshape(
-            batch, num_rays * num_samples, -1
-        )
-        hidden = torch.relu_(_linear_plus(encoded, self.trunk_in.weight, codes.trunk_in))
-        for layer in self.trunk:
-            if codes.trunk_skip is not None and layer is self._skip_layer:
-                again = _linear_plus(encoded, self.trunk_skip.weight, codes.trunk_skip)
-                hidden = torch.relu_(functional.linear(hidden, self._skip_layer.weight) + again)
-            else:
-                hidden = torch.relu_(layer(hidden))
-        raw = _at_least_float32(self.density(hidden)).view(batch, num_rays, num_samples)
 
-        colour = functional.linear(hidden, codes.view_weight).view(batch, num_rays, num_samples, -1)
-        per_ray = codes.view
-        if self.shape.use_viewdirs:
-            encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
-            per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
-        colour = torch.relu_(colour + per_ray[:, :, None].to(colour.dtype))
-        return torch.tanh(_at_least_float32(self.rgb(colour))), self._activate_density(raw, points, noise)
+    @abstractmethod
+    def forward(
+        self, points: Tensor, directions: Tensor, codes: Any, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """rgb (B, N, S, 3) in [-1, 1] and density (B, N, S) >= 0, float32 or float64.
 
-    @property
-    def _skip_layer(self) -> nn.Linear:
-        assert self.shape.skip is not None
-        return cast(nn.Linear, self.trunk[self.shape.skip - 1])
+        points: (B, N, S, 3), S samples along N rays; directions: (B, N, 3), unit length; codes: of :meth:`prepare`;
+        noise: (B, N, S), added to the density before its activation.
+        """
 
-    def _activate_density(self, raw: Tensor, points: Tensor, noise: Tensor | None) -> Tensor:
-        shape = self.shape
-        if noise is not None:
-            raw = raw + noise
-        distance = points.norm(dim=-1)
-        raw = raw + shape.density_bias
-        if shape.sphere_prior:
-            raw = raw + shape.sphere_prior * (shape.prior_radius - distance)
-        density = torch.relu(raw) if shape.density == "relu" else functional.softplus(raw)
-        if shape.bounding_radius is not None:
-            density = density * (distance <= shape.bounding_radius)
-        return shape.density_scale * density
+    @abstractmethod
+    def density(self, points: Tensor, codes: Any) -> Tensor:
+        """The density of :meth:`forward` alone (B, N, S), without noise and without computing colours."""
+
+
+#: codes of a field: a batch whose rows belong to the images
+FieldCodes = TensorBatch

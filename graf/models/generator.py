@@ -1,32 +1,34 @@
-"""The generator: latent code, class and rays in; colour, depth and opacity out."""
+"""The generator: latent code, class and rays in; colour, depth and opacity out, chunk by chunk."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Rays
-from graf.geometry.volume_rendering import RayColours, RayNoise, RaySampling, render_rays
-from graf.models.field import ConditionalField, FieldCodes, FieldShape
-from graf.runtime.activation_checkpointing import evaluate_chunks
+from graf.geometry.volume_rendering import NO_NOISE, NoiseSource, RaySampling, Render, render_rays
+from graf.models.field import RadianceField
+from graf.runtime.activation_checkpointing import ChunkRunner, call_chunk, evaluate_chunks
+from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings, halve_chunk
 
 BACKGROUNDS = {"white": 1.0, "black": -1.0}
-#: fewer rays at once save no memory that matters
-SMALLEST_CHUNK = 64
 
 
 class Generator(nn.Module):
-    """A conditional radiance field seen through a volume renderer.
+    """A radiance field seen through a volume renderer.
 
     background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
     chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept
-    for the backward pass, "dense" | "checkpoint" | "deferred" (graf.runtime.activation_checkpointing). Both may be
-    changed at any time.
+    for the backward pass (graf.runtime.activation_checkpointing). :meth:`use` changes both at any time.
+    make_runner: called with the number of chunks of each rendering; what it returns executes them.
     """
 
     def __init__(
         self,
-        shape: FieldShape,
+        field: RadianceField,
         sampling: RaySampling,
         background: str = "white",
         learn_background: bool = False,
@@ -35,10 +37,11 @@ class Generator(nn.Module):
         super().__init__()
         if background not in BACKGROUNDS:
             raise ValueError(f"background={background!r}: expected one of {', '.join(BACKGROUNDS)}")
-        self.field = ConditionalField(shape)
+        self.field = field
         self.sampling = sampling
         self.chunk = chunk
         self.strategy = "dense"
+        self.make_runner: Callable[[int], ChunkRunner] = _call_every_chunk
         colour = torch.full((3,), BACKGROUNDS[background])
         if learn_background:
             self.background = nn.Parameter(colour)
@@ -47,15 +50,19 @@ class Generator(nn.Module):
 
     @property
     def dim_z(self) -> int:
-        """Length of the latent code: shape code first, then appearance code."""
-        return self.field.shape.dim_shape + self.field.shape.dim_appearance
+        """Length of the latent code."""
+        return self.field.dim_z
+
+    def use(self, settings: MemorySettings) -> None:
+        """Render in these chunks and with this strategy from now on."""
+        self.strategy, self.chunk = settings.strategy, settings.chunk
 
     def halve_chunk(self) -> str | None:
         """Render half as many rays at once from now on; says what changed, None where that would no longer help."""
         before = self.chunk
         if before <= SMALLEST_CHUNK:
             return None
-        self.chunk = max(SMALLEST_CHUNK, before // 2)
+        self.chunk = halve_chunk(before)
         return f"training.chunk {before} -> {self.chunk}"
 
     def forward(
@@ -63,39 +70,35 @@ class Generator(nn.Module):
         z: Tensor,
         class_idx: Tensor,
         rays: Rays,
-        noise: RayNoise | None = None,
+        noise: NoiseSource = NO_NOISE,
         sampling: RaySampling | None = None,
-    ) -> RayColours:
+    ) -> Render:
         """Render `rays` (B x N) of the objects z (B, dim_z) of class class_idx (B,), int64.
 
-        Without `noise` samples sit in the middle of their bins and nothing is added to the density; `sampling` takes
-        another number of samples than in training. Returns float32 rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and
-        opacity (B, N, 1).
+        noise: makes the random numbers of each chunk of rays; without it samples sit in the middle of their bins and
+        nothing is added to the density. sampling: another number of samples than in training. Returns float32
+        rgb (B, N, 3) in [-1, 1], z-depth (B, N, 1) and opacity (B, N, 1).
         """
-        codes = self.field.prepare(z, class_idx)
-        noise = RayNoise() if noise is None else noise
+        codes: TensorBatch = self.field.prepare(z, class_idx)
         sampling = self.sampling if sampling is None else sampling
         step = max(1, self.chunk // len(z))
 
         def render_chunk(number: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            start, stop = number * step, (number + 1) * step
-            part, part_noise = rays.slice(start, stop), noise.slice(start, stop)
-            return self._render(codes.with_tensors(tensors), part, part_noise, sampling)
+            start, stop = number * step, min((number + 1) * step, rays.per_image)
+            own_codes = codes.with_tensors(tensors)
 
+            def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+                found: tuple[Tensor, Tensor] = self.field(points, directions, own_codes, density_noise)
+                return found
+
+            drawn = noise.of_rays(start, stop, sampling)
+            return render_rays(field, rays.slice(start, stop), sampling, drawn, self.background).tensors()
+
+        num_chunks = -(-rays.per_image // step)
         parameters = [*self.field.parameters(), self.background]
-        outputs = evaluate_chunks(render_chunk, -(-len(rays) // step), codes.tensors, parameters, self.strategy)
-        return RayColours(*outputs)
-
-    def _render(self, codes: FieldCodes, rays: Rays, noise: RayNoise, sampling: RaySampling) -> tuple[Tensor, ...]:
-        """Colour, depth and opacity of one chunk of rays."""
-
-        def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self.field(points, directions, codes, density_noise)
-
-        colours = render_rays(field, rays, sampling, noise, self.background)
-        return colours.rgb, colours.depth, colours.opacity
+        runner = self.make_runner(num_chunks)
+        return Render(*evaluate_chunks(render_chunk, num_chunks, codes.tensors(), parameters, self.strategy, runner))
 
 
-def rays_to_image(values: Tensor, size: int) -> Tensor:
-    """(B, size * size, C) of a square grid of rays -> (B, C, size, size)."""
-    return values.transpose(1, 2).reshape(values.shape[0], -1, size, size)
+def _call_every_chunk(num_chunks: int) -> ChunkRunner:
+    return call_chunk

@@ -1,11 +1,10 @@
-"""Trading time for memory: evaluation chunk by chunk without keeping every chunk's activations for the backward pass.
+"""Evaluating something chunk by chunk without keeping every chunk's activations for the backward pass.
 
 * "dense" keeps them all: fastest, and memory grows with the number of chunks.
 * "checkpoint" keeps each chunk's inputs and computes its activations again when its gradient is due
   (Chen et al. 2016, arXiv 1604.06174).
-* "deferred" runs all chunks without a graph, and runs each again with one when the gradient of the whole output is
-  known (deferred back-propagation, ARF, Zhang et al., ECCV 2022): the chunks' graphs do not even coexist with what
-  follows.
+* "deferred" runs all chunks without a graph, and each again with one when the gradient of the whole output is known
+  (deferred back-propagation, ARF, Zhang et al., ECCV 2022): not even the chunks' graphs coexist with what follows.
 
 All three give the same gradients, provided that the function draws no random numbers of its own.
 """
@@ -25,6 +24,15 @@ STRATEGIES = ("dense", "checkpoint", "deferred")
 
 #: (number of the chunk, tensors shared by all chunks) -> outputs (B, rays of the chunk, ...)
 ChunkFunction = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]]
+#: executes one chunk: (function, number of the chunk, tensors shared by all chunks, parameters) -> its outputs
+ChunkRunner = Callable[[ChunkFunction, int, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+def call_chunk(
+    function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The runner that computes every chunk."""
+    return function(number, shared)
 
 
 def evaluate_chunks(
@@ -33,24 +41,30 @@ def evaluate_chunks(
     shared: tuple[Tensor, ...],
     parameters: Sequence[Tensor],
     strategy: str = "dense",
+    run: ChunkRunner = call_chunk,
 ) -> tuple[Tensor, ...]:
     """The outputs of all chunks, concatenated along dimension 1.
 
     shared: tensors that every chunk uses, through which gradients flow; parameters: the leaves that `function` uses
-    besides them, which only "deferred" needs to know. Without gradients every strategy is a plain loop.
+    besides them, which only "deferred" needs to know. run: executes each chunk, in the forward pass and again where it
+    is recomputed. Without gradients every strategy is a plain loop.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"memory strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
+
+    def execute(number: int, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return run(function, number, shared, parameters)
+
     if strategy == "deferred" and torch.is_grad_enabled():
-        outputs: tuple[Tensor, ...] = _Deferred.apply(function, num_chunks, len(shared), *shared, *parameters)
+        outputs: tuple[Tensor, ...] = _Deferred.apply(execute, num_chunks, len(shared), *shared, *parameters)
         return outputs
     if strategy == "checkpoint" and torch.is_grad_enabled():
         chunks = [
-            checkpoint(function, number, shared, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(execute, number, shared, use_reentrant=False, preserve_rng_state=False)
             for number in range(num_chunks)
         ]
         return _ZeroForNone.apply(*_concatenate(chunks))  # type: ignore[no-any-return]
-    return _concatenate([function(number, shared) for number in range(num_chunks)])
+    return _concatenate([execute(number, shared) for number in range(num_chunks)])
 
 
 def _concatenate(chunks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -60,10 +74,10 @@ def _concatenate(chunks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 class _ZeroForNone(torch.autograd.Function):
-    """The tensors themselves; in the backward pass unused ones get zeros instead of no gradient.
+    """The tensors themselves; in the backward pass those that nobody used get zeros instead of no gradient.
 
-    Without the zeros, what an unused output was made from is recomputed with its chunk and, since no gradient consumes
-    it, kept until the backward pass of all chunks has ended: one number per sample for an unused depth.
+    Without it what such an output was made from is recomputed with its chunk, never asked for, and kept until the
+    backward pass of all chunks has ended: one number per sample for an unused depth.
     """
 
     @staticmethod

@@ -179,15 +179,37 @@ def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
     return lambda: torch.amp.autocast(device_type, dtype=dtype)
 
 
-def optimizer_step(scaler: Scaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Step `optimizer` through `scaler` and say whether it really stepped; False means an inf or NaN gradient.
+def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """Whether unscaling met an inf or NaN gradient, as a bool on the device; None where gradients are not scaled.
 
-    Does not call `update()`: that happens once per scaler at the end of the step. Reading the answer costs a
-    device synchronisation, which an enabled scaler pays in `step` anyway.
+    Unscales the gradients if that has not been done.
     """
-    scaler.step(optimizer)
     if not scaler.is_enabled():
-        return True
+        return None
     # Torch records found_inf per optimiser and has no public reader for it; the name is the same since torch 1.6.
-    found_inf = cast(Any, scaler)._found_inf_per_device(optimizer)
-    return not any(bool(value.item()) for value in found_inf.values())
+    records = cast(Any, scaler)._found_inf_per_device(optimizer)
+    if not records:
+        scaler.unscale_(optimizer)
+        records = cast(Any, scaler)._found_inf_per_device(optimizer)
+    first, *others = records.values()
+    return sum((value.to(first.device) for value in others), first).squeeze() > 0
+
+
+def optimizer_step(scaler: Scaler, optimizer: torch.optim.Optimizer, skip: bool | None = None) -> bool:
+    """Step `optimizer` unless a gradient is inf or NaN under an enabled scaler; says whether it stepped.
+
+    skip: what :func:`find_inf` found, where the caller has read it already; reading it is a wait for the device, which
+    `GradScaler.step` would do once more. Does not call `update()`: that happens once per scaler at the end of the step.
+    """
+    if skip is None:
+        found = find_inf(scaler, optimizer)
+        skip = found is not None and bool(found)
+    if not skip:
+        optimizer.step()
+    return not skip
+
+
+def scale_of(scaler: Scaler, device: torch.device) -> torch.Tensor:
+    """The loss scale as a tensor on `device`, without waiting for it as `get_scale` does."""
+    scale: torch.Tensor = scaler.scale(torch.ones((), device=device))
+    return scale

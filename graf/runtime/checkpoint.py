@@ -133,12 +133,15 @@ def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") 
 
 
 def _from_format_1(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Format 1 kept averaged weights and their count of updates in one object, and called the data set a scene."""
+    """Format 1 kept averaged weights and their count of updates in one object, and used other names."""
     objects, meta, updates = dict(contents["objects"]), dict(contents["meta"]), {}
     for old, name in (("average", "generator"), ("average_ccsr", "ccsr")):
         if old in objects:
             average = objects.pop(old)
             objects[f"{name}_average"], updates[name] = average["module"], average["updates"]
+    for name in objects.keys() & {"generator", "generator_average"}:
+        state = objects[name].items()
+        objects[name] = {key.replace("field.density.", "field.raw_density."): value for key, value in state}
     if updates:
         objects["averages"] = updates
     if "scene" in meta:

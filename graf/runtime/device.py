@@ -6,11 +6,18 @@ A device is a `torch.device` with an explicit index on CUDA (`cuda:0`), so that 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graf.base.errors import UserError
+from graf.base.tensors import TensorBatch
+
+Batch = TypeVar("Batch", bound=TensorBatch)
 
 
 class DeviceError(UserError):
@@ -91,3 +98,38 @@ def _processor_name() -> str:
     except FileNotFoundError:  # not Linux
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+#: bytes to which tensors are aligned in a common buffer: the largest element
+_ALIGNMENT = 16
+
+
+def move_in_one_copy(batch: Batch, device: torch.device) -> Batch:
+    """A batch of small tensors on the CPU, on `device`.
+
+    On CUDA they travel together in one pinned buffer, whose copy does not block: many small copies would each wait.
+    """
+    if device.type != "cuda":
+        return batch.to(device)
+    tensors = batch.tensors()
+    buffer, offsets = pack(tensors)
+    moved = buffer.pin_memory().to(device, non_blocking=True)
+    return batch.with_tensors(unpack(moved, tensors, offsets))
+
+
+def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """The bytes of tensors one behind the other in a uint8 tensor, and where each begins."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    buffer = torch.zeros(starts[-1], dtype=torch.uint8)
+    for tensor, start, size in zip(tensors, starts, sizes, strict=False):
+        buffer[start : start + size] = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return buffer, starts[:-1]
+
+
+def unpack(buffer: Tensor, like: Sequence[Tensor], starts: Sequence[int]) -> list[Tensor]:
+    """Tensors of the dtypes and shapes of `like` out of the bytes that :func:`pack` made of them."""
+    return [
+        buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(like, starts, strict=True)
+    ]

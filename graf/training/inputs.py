@@ -1,32 +1,51 @@
-"""Everything random about one training step, drawn before it: latents, views, patch places, ray noise, augmentation.
+"""What is drawn once before a training step, for all players: codes, views, places of patches, random numbers.
 
 Row i of every tensor depends on (seed, iteration, purpose, i) alone, so a step can be repeated, split over
-micro-batches and resumed with equal results.
+micro-batches and resumed with equal results. Inputs are drawn on the CPU and go to the device in one copy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from graf.base.tensors import TensorBatch, move
 from graf.geometry.rays import Patches, place_patches
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import PoseSampler, Views
 from graf.geometry.volume_rendering import RayNoise, RaySampling
+from graf.models.ccsr import LatentMixture
 from graf.models.discriminator import PatchCondition
+from graf.runtime.device import move_in_one_copy
 from graf.runtime.randomness import Draws
 from graf.training.augment import NUM_UNIFORMS
 
 
 @dataclass(frozen=True)
-class FakeInputs:
-    """What a batch of generated patches is made from: z (B, dim), views, places and ray noise.
+class SuperResolutionInputs(TensorBatch):
+    """What super-resolution needs of a batch of patches besides their pixels.
 
-    augment_d, augment_g, augment_sr: the augmentation's random numbers in D's step, in G's and of super-resolved crops.
-    crop (B, 2) in [0, 1): where super-resolved patches are cropped to D's size; turn (B,), 1 or -1: to which side the
-    neighbouring view of the agreement loss lies.
+    latents: of their views; crop (B, 2) in [0, 1): where their super-resolution is cropped to D's size; augment: the
+    augmentation's random numbers for these crops. Of generated patches only: neighbours, the views that they have to
+    agree with, and neighbour_latents.
+    """
+
+    latents: LatentMixture
+    crop: Tensor
+    augment: Tensor
+    neighbours: Views | None = None
+    neighbour_latents: LatentMixture | None = None
+
+
+@dataclass(frozen=True)
+class FakeInputs(TensorBatch):
+    """What a batch of generated patches is made from: z (B, dim_z), views, places and ray noise.
+
+    augment_d, augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step
+    that does not train it.
     """
 
     z: Tensor
@@ -35,9 +54,7 @@ class FakeInputs:
     noise: RayNoise
     augment_d: Tensor
     augment_g: Tensor
-    augment_sr: Tensor
-    crop: Tensor
-    turn: Tensor
+    super_resolution: SuperResolutionInputs | None = None
 
     @property
     def condition(self) -> PatchCondition:
@@ -46,24 +63,39 @@ class FakeInputs:
 
 
 @dataclass(frozen=True)
-class RealInputs:
+class RealInputs(TensorBatch):
     """A batch of photographs (B, 3, H, W), their views, which patches of them to show, and random numbers.
 
-    crop (B, 2) in [0, 1): where high-resolution crops lie in the patches; mix (B,): WGAN-GP's place between real and
-    fake.
+    augment: the augmentation's; mix (B,): the place between real and fake of WGAN-GP; mirrored (B,): bool, photographs
+    to mirror, None for none; super_resolution: as in :class:`FakeInputs`.
     """
 
     images: Tensor
     views: Views
     patches: Patches
     augment: Tensor
-    crop: Tensor
     mix: Tensor
+    mirrored: Tensor | None = None
+    super_resolution: SuperResolutionInputs | None = None
 
     @property
     def condition(self) -> PatchCondition:
         """What the discriminator is told about these patches."""
         return describe_patches(self.views, self.patches)
+
+
+@dataclass(frozen=True)
+class StepInputs(TensorBatch):
+    """The inputs of all players in one step; where D and G share their fakes, fakes_d is None."""
+
+    reals: RealInputs
+    fakes_g: FakeInputs
+    fakes_d: FakeInputs | None
+
+    @property
+    def fakes_of_d(self) -> FakeInputs:
+        """The generated patches of D's step."""
+        return self.fakes_g if self.fakes_d is None else self.fakes_d
 
 
 def describe_patches(views: Views, patches: Patches) -> PatchCondition:
@@ -73,16 +105,23 @@ def describe_patches(views: Views, patches: Patches) -> PatchCondition:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The schedules' values at one iteration: range of patch scales and standard deviation of the density noise."""
+    """What the schedules say of one iteration: range of patch scales, standard deviation of the density noise, and
+    whether super-resolution is trained.
+    """
 
     min_scale: float
     max_scale: float
     density_noise: float
+    super_resolve: bool = False
 
 
 @dataclass(frozen=True)
 class InputSampler:
-    """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random."""
+    """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random.
+
+    mix_latents: which view latents the label angles (B,) stand for, None without super-resolution; agreement_degrees:
+    between a view and the neighbour it has to agree with, None where that is not asked.
+    """
 
     pose_sampler: PoseSampler
     dim_z: int
@@ -91,59 +130,83 @@ class InputSampler:
     sampling: RaySampling
     jitter: bool
     hflip: bool
+    share_fakes: bool
     device: torch.device
+    mix_latents: Callable[[Tensor], LatentMixture] | None = None
+    agreement_degrees: float | None = None
+
+    def draw(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings) -> StepInputs:
+        """The inputs of a step on photographs (B, 3, H, W) with labels (B, 3), on the device."""
+        fakes_g = self.draw_fakes(draws, "g", settings)
+        fakes_d = None if self.share_fakes else self.draw_fakes(draws, "d", settings)
+        reals = self.draw_reals(draws, labels, settings)
+        inputs = move_in_one_copy(StepInputs(reals, fakes_g, fakes_d), self.device)
+        return replace(inputs, reals=self.add_photographs(inputs.reals, images))
 
     def draw_fakes(self, draws: Draws, purpose: str, settings: StepSettings) -> FakeInputs:
-        """Inputs of generated patches; `purpose` tells the D step's from the G step's."""
-        num_rays = self.patch_size**2
-        z = (
-            draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1
-            if self.uniform_z
-            else draws.normal(f"{purpose}/z", self.dim_z)
-        )
+        """Inputs of generated patches, on the CPU; `purpose` tells the D step's from the G step's."""
+        if self.uniform_z:
+            z = draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1
+        else:
+            z = draws.normal(f"{purpose}/z", self.dim_z)
         views = self.pose_sampler.pick(draws.uniform(f"{purpose}/view", NUM_VIEW_UNIFORMS))
         places = draws.uniform(f"{purpose}/patch", 3)
-        jitter = fine_jitter = density = None
-        if self.jitter:
-            jitter = draws.uniform(f"{purpose}/jitter", num_rays, self.sampling.coarse, device=self.device)
-            if self.sampling.importance:
-                shape = (num_rays, self.sampling.importance)
-                fine_jitter = draws.uniform(f"{purpose}/importance", *shape, device=self.device)
-        if settings.density_noise > 0:
-            density = draws.normal(f"{purpose}/density", num_rays, self.sampling.total, device=self.device)
-            density *= settings.density_noise
-        augment_d, augment_g, augment_sr = (
-            self._move(draws.uniform(f"{purpose}/augment_{player}", NUM_UNIFORMS)) for player in ("d", "g", "sr")
-        )
+        augment_d, augment_g = (draws.uniform(f"{purpose}/augment_{player}", NUM_UNIFORMS) for player in ("d", "g"))
         return FakeInputs(
-            z=self._move(z),
-            views=views.to(self.device),
-            patches=place_patches(self._move(places), settings.min_scale, settings.max_scale),
-            noise=RayNoise(jitter, fine_jitter, density),
+            z=z,
+            views=views,
+            patches=place_patches(places, settings.min_scale, settings.max_scale),
+            noise=self._draw_noise(draws, purpose, settings),
             augment_d=augment_d,
             augment_g=augment_g,
-            augment_sr=augment_sr,
-            crop=self._move(draws.uniform(f"{purpose}/crop", 2)),
-            turn=self._move(2.0 * draws.integers(f"{purpose}/turn", 2) - 1),
+            super_resolution=self._draw_super_resolution(draws, purpose, views, settings),
         )
 
-    def draw_reals(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings) -> RealInputs:
-        """Inputs of real patches from a batch of photographs and labels, which may still be on the CPU."""
-        images = images.to(self.device, non_blocking=True)
-        if self.hflip:
-            mirrored = self._move(draws.uniform("real/hflip")) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        patches = place_patches(self._move(draws.uniform("real/patch", 3)), settings.min_scale, settings.max_scale)
+    def draw_reals(self, draws: Draws, labels: Tensor, settings: StepSettings) -> RealInputs:
+        """Inputs of real patches of photographs with labels (B, 3), still without the photographs, on the CPU."""
+        views = self.pose_sampler.views_of_labels(labels, draws.uniform("real/view", NUM_VIEW_UNIFORMS))
         return RealInputs(
-            images=images,
-            views=self.pose_sampler.views_of_labels(labels, draws.uniform("real/view", NUM_VIEW_UNIFORMS)).to(
-                self.device
-            ),
-            patches=patches,
-            augment=self._move(draws.uniform("real/augment", NUM_UNIFORMS)),
-            crop=self._move(draws.uniform("real/crop", 2)),
-            mix=self._move(draws.uniform("real/mix")),
+            images=torch.empty(len(labels), 0),
+            views=views,
+            patches=place_patches(draws.uniform("real/patch", 3), settings.min_scale, settings.max_scale),
+            augment=draws.uniform("real/augment", NUM_UNIFORMS),
+            mix=draws.uniform("real/mix"),
+            mirrored=draws.uniform("real/hflip") < 0.5 if self.hflip else None,
+            super_resolution=self._draw_super_resolution(draws, "real", views, settings),
         )
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def add_photographs(self, reals: RealInputs, images: Tensor) -> RealInputs:
+        """The same inputs with their photographs, which are moved to the device."""
+        images = move(images, self.device)
+        if reals.mirrored is not None:
+            images = torch.where(reals.mirrored[:, None, None, None], images.flip(3), images)
+        return replace(reals, images=images)
+
+    def _draw_noise(self, draws: Draws, purpose: str, settings: StepSettings) -> RayNoise:
+        num_rays, sampling = self.patch_size**2, self.sampling
+        jitter = fine_jitter = density = None
+        if self.jitter:
+            jitter = draws.uniform(f"{purpose}/jitter", num_rays, sampling.coarse)
+            if sampling.importance:
+                fine_jitter = draws.uniform(f"{purpose}/importance", num_rays, sampling.importance)
+        if settings.density_noise > 0:
+            density = draws.normal(f"{purpose}/density", num_rays, sampling.total) * settings.density_noise
+        return RayNoise(jitter, fine_jitter, density)
+
+    def _draw_super_resolution(
+        self, draws: Draws, purpose: str, views: Views, settings: StepSettings
+    ) -> SuperResolutionInputs | None:
+        if self.mix_latents is None or not settings.super_resolve:
+            return None
+        neighbours = neighbour_latents = None
+        if self.agreement_degrees is not None and purpose == "g":
+            side = 2.0 * draws.integers(f"{purpose}/turn", 2) - 1
+            neighbours = views.turn(self.agreement_degrees * side)
+            neighbour_latents = self.mix_latents(neighbours.labels[:, 2])
+        return SuperResolutionInputs(
+            latents=self.mix_latents(views.labels[:, 2]),
+            crop=draws.uniform(f"{purpose}/crop", 2),
+            augment=draws.uniform(f"{purpose}/augment_sr", NUM_UNIFORMS),
+            neighbours=neighbours,
+            neighbour_latents=neighbour_latents,
+        )

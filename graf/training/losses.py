@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graf.runtime.amp import Scaler
+from graf.runtime.amp import Scaler, scale_of
 
 
 def discriminator_real_loss(gan_type: str, logits: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def input_gradient_norms(logits: Tensor, images: Tensor, scaler: Scaler) -> Tens
     The inner gradient is scaled as well, else it could underflow in half precision, and unscaled before it is squared.
     """
     (gradient,) = torch.autograd.grad(scaler.scale(logits.sum()), images, create_graph=True)
-    return (gradient / scaler.get_scale()).square().flatten(1).sum(1)
+    return (gradient / scale_of(scaler, gradient.device)).square().flatten(1).sum(1)
 
 
 def r1_penalty(logits: Tensor, real: Tensor, scaler: Scaler) -> Tensor:

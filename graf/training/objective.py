@@ -1,300 +1,338 @@
-"""The losses of one micro-batch: what discriminator, generator and super-resolution minimise, term by term.
+"""What discriminator, generator and super-resolution minimise: which terms there are, what each weighs, their formulas.
 
-Every function returns named terms that are sums over the images of the micro-batch divided by the size of the whole
-batch, so that terms and gradients of micro-batches add up to those of the batch. Nothing here steps an optimiser.
+Each loss is returned with its statistics: the terms by name. Terms are sums over the images of a micro-batch divided by
+the size of the whole batch, so that losses and gradients of micro-batches add up to those of the batch. Nothing here
+steps an optimiser. To add a term, add its weight to the settings and its formula to the loss of its player.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from graf.geometry.rays import Patches, RayCaster, crop_images, subdivide_patches
 from graf.geometry.views import Views
+from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView, warp_between
-from graf.models.ccsr import CCSR, upsample
+from graf.models.ccsr import CCSR, LatentMixture, upsample
 from graf.models.discriminator import PatchCondition, PatchDiscriminator
-from graf.models.generator import Generator, rays_to_image
+from graf.models.generator import Generator
 from graf.runtime.amp import Precision, Scaler, float32_region
 from graf.training import losses
 from graf.training.augment import Augmentation, augment_patches
-from graf.training.inputs import FakeInputs, RealInputs, describe_patches
+from graf.training.inputs import FakeInputs, RealInputs, SuperResolutionInputs, describe_patches
 from graf.training.perceptual import PerceptualDistance
 
-Terms = dict[str, Tensor]
-#: patches (B, 3, K, K) and what the discriminator is told of them
-Patched = tuple[Tensor, PatchCondition]
+Statistics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class SuperResolutionRules:
-    """Which terms CCSR is trained with besides consistency; neighbouring views lie agreement_degrees apart."""
+class SuperResolutionLossSettings:
+    """Weights of CCSR's terms, 0 leaves one out, and when it is trained; keys of the configuration's `ccsr`.
 
-    adversarial: bool = True
-    agreement: bool = False
-    agreement_degrees: float = 15.0
-    supervision: bool = False
+    The consistency term weighs max(alpha_min, alpha_init exp(-alpha_decay it)); supervise_generator is a term of G.
+    """
+
+    adversarial: float
+    agreement: float
+    agreement_degrees: float
+    photographs: float
+    perceptual: float
+    supervise_generator: float
+    alpha_init: float
+    alpha_min: float
+    alpha_decay: float
+    start_iteration: int
+    every: int
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether super-resolution takes part in a step: D judges its crops, G may learn from it, it is updated."""
+        return iteration >= self.start_iteration and iteration % self.every == 0
+
+    def consistency_weight(self, iteration: int) -> float:
+        """The weight of the consistency term at an iteration."""
+        return max(self.alpha_min, self.alpha_init * math.exp(-self.alpha_decay * iteration))
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which losses there are; num_views: azimuth bins of the class loss."""
+    """Which losses are taken and what they weigh.
 
-    gan_type: str = "standard"
-    reg_type: str = "real"
-    num_views: int = 8
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    super_resolution: SuperResolutionRules = field(default_factory=SuperResolutionRules)
+    reg_type: "none" | "real" (R1) | "wgangp", weight reg_param, taken every reg_every steps with so many times the
+    weight; class_loss: weight of the label classification; num_views: its azimuth bins; super_resolution: None without.
+    """
+
+    gan_type: str
+    reg_type: str
+    reg_param: float
+    reg_every: int
+    class_loss: float
+    num_views: int
+    augmentation: Augmentation
+    super_resolution: SuperResolutionLossSettings | None = None
 
 
 @dataclass(frozen=True)
-class RenderedPatches:
-    """Patches as rendered: rgb (B, 3, K, K), z-depth and opacity (B, 1, K, K)."""
+class LabelledPatches:
+    """Patches (B, 3, K, K), what they are said to show, and the random numbers of their augmentation."""
 
-    rgb: Tensor
-    depth: Tensor
-    opacity: Tensor
-
-    def detach(self) -> RenderedPatches:
-        """The same patches without a graph."""
-        return RenderedPatches(self.rgb.detach(), self.depth.detach(), self.opacity.detach())
-
-    def part(self, indices: range) -> RenderedPatches:
-        """The patches of some samples."""
-        chosen = slice(indices.start, indices.stop)
-        return RenderedPatches(self.rgb[chosen], self.depth[chosen], self.opacity[chosen])
-
-    @classmethod
-    def join(cls, parts: Sequence[RenderedPatches]) -> RenderedPatches:
-        """All patches of several parts, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rgb", "depth", "opacity")))
+    images: Tensor
+    condition: PatchCondition
+    augment: Tensor
 
 
 @dataclass(frozen=True)
 class GANObjective:
-    """Networks and rules; `ccsr` is None without super-resolution."""
+    """The losses of networks under settings; `ccsr` is None without super-resolution."""
 
     generator: Generator
     discriminator: PatchDiscriminator
     ccsr: CCSR | None
     caster: RayCaster
-    rules: LossSettings
+    settings: LossSettings
     patch_size: int
     precision: Precision
     class_criterion: losses.MCE_Loss
     perceptual: PerceptualDistance | None = None
 
+    def penalty_is_due(self, iteration: int) -> bool:
+        """Whether D's gradient penalty is taken in a step."""
+        return self.settings.reg_type != "none" and iteration % self.settings.reg_every == 0
+
+    def super_resolution_is_due(self, iteration: int) -> bool:
+        """Whether super-resolution takes part in a step."""
+        settings = self.settings.super_resolution
+        return settings is not None and settings.is_due(iteration)
+
+    @property
+    def agreement_degrees(self) -> float | None:
+        """The angle between views that have to agree; None where that is not asked."""
+        settings = self.settings.super_resolution
+        return settings.agreement_degrees if settings is not None and settings.agreement > 0 else None
+
     # ------------------------------------------------------------------------------------------------ rendering
 
-    def render_patches(self, fakes: FakeInputs, views: Views | None = None) -> RenderedPatches:
+    def render_patches(self, fakes: FakeInputs, views: Views | None = None) -> Render:
         """Generated patches; whether a graph is kept is the caller's choice. `views`: other views of these objects."""
         views = fakes.views if views is None else views
         rays = self.caster.cast_patches(views.poses, fakes.patches, self.patch_size)
         with self.precision.autocast():
-            colours = self.generator(fakes.z, views.class_idx, rays, fakes.noise)
-        rgb, depth, opacity = (
-            rays_to_image(part, self.patch_size) for part in (colours.rgb, colours.depth, colours.opacity)
-        )
-        return RenderedPatches(rgb, depth, opacity)
+            return self.generator(fakes.z, views.class_idx, rays, fakes.noise).as_images()
 
-    def super_resolve(self, render: Tensor, views: Views, patches: Patches) -> tuple[Tensor, Tensor]:
+    def render_neighbours(self, fakes: FakeInputs) -> Render | None:
+        """The same objects and patches from the views that they have to agree with, without a graph; None without."""
+        if fakes.super_resolution is None or fakes.super_resolution.neighbours is None:
+            return None
+        with torch.no_grad():
+            return self.render_patches(fakes, fakes.super_resolution.neighbours)
+
+    def super_resolve(self, render: Tensor, latents: LatentMixture, patches: Patches) -> tuple[Tensor, Tensor]:
         """CCSR's output (B, 3, s K, s K) and the trunk's output before the projection."""
         assert self.ccsr is not None
         with self.precision.autocast():
-            resolved = self.ccsr(render, views.labels[:, 2], patches)
+            resolved = self.ccsr(render, latents, patches)
         return resolved.image, resolved.unprojected
 
     # ------------------------------------------------------------------------------------------------ discriminator
 
-    def discriminator_terms(
-        self, reals: RealInputs, fakes: FakeInputs, render: Tensor, batch_size: int, super_resolve: bool = False
-    ) -> Terms:
-        """D's loss on real and generated patches; with `super_resolve` also on high-resolution crops."""
-        real, fake = self.real_patches(reals), (render.detach(), fakes.condition)
-        terms = self._decide(real, reals, fake, fakes.augment_d, batch_size)
-        if super_resolve:
+    def cut_reals(self, reals: RealInputs) -> list[LabelledPatches]:
+        """Patches of photographs at the generator's resolution and, with super-resolution, high-resolution crops."""
+        images = reals.images if self.ccsr is None else self.ccsr.down(reals.images)
+        patches = crop_images(images, reals.patches, self.patch_size)
+        found = [LabelledPatches(patches, reals.condition, reals.augment)]
+        if reals.super_resolution is not None:
+            _, places = self._place_crops(reals.patches, reals.super_resolution)
+            crops = crop_images(reals.images, places, self.patch_size)
+            found.append(LabelledPatches(crops, describe_patches(reals.views, places), reals.augment))
+        return found
+
+    def cut_fakes(self, fakes: FakeInputs, render: Tensor) -> list[LabelledPatches]:
+        """Generated patches for D and, with super-resolution, crops of their super-resolution; without a graph."""
+        render = render.detach()
+        found = [LabelledPatches(render, fakes.condition, fakes.augment_d)]
+        if fakes.super_resolution is not None:
             with torch.no_grad():
-                image, _ = self.super_resolve(render.detach(), fakes.views, fakes.patches)
-            crops = self._crop_super_resolved(image, fakes)
-            more = self._decide(self.real_crops(reals), reals, crops, fakes.augment_sr, batch_size)
-            for name in ("loss_d", "loss_d_class"):
-                if name in more:
-                    terms[name] = terms[name] + more.pop(name)
-            terms |= {f"{name}_sr": value for name, value in more.items()}
-        return terms
+                image, _ = self.super_resolve(render, fakes.super_resolution.latents, fakes.patches)
+            found.append(self._crop_super_resolved(image, fakes, fakes.super_resolution))
+        return found
 
-    def _decide(self, real: Patched, reals: RealInputs, fake: Patched, fake_augment: Tensor, batch_size: int) -> Terms:
-        law = self.rules.augmentation
+    def discriminator_loss(
+        self, reals: list[LabelledPatches], fakes: list[LabelledPatches], views: Views, batch_size: int
+    ) -> tuple[Tensor, Statistics]:
+        """D's loss on real and generated patches, with super-resolution at both resolutions; views: of the reals."""
+        statistics: Statistics = {}
+        for suffix, real, fake in zip(("", "_sr"), reals, fakes, strict=False):
+            with self.precision.autocast():  # one context for both: weights are cast once
+                real_logits, label_logits = self._discriminate(real)
+                fake_logits, _ = self._discriminate(fake)
+            real_loss = losses.discriminator_real_loss(self.settings.gan_type, real_logits)
+            fake_loss = losses.discriminator_fake_loss(self.settings.gan_type, fake_logits)
+            _add(statistics, "loss_d", (real_loss.sum() + fake_loss.sum()) / batch_size)
+            statistics[f"d_real{suffix}"] = torch.sigmoid(real_logits.detach()).sum() / batch_size
+            statistics[f"d_fake{suffix}"] = torch.sigmoid(fake_logits.detach()).sum() / batch_size
+            if label_logits is not None:
+                _add(statistics, "loss_d_class", self._class_loss(label_logits, views).sum() / batch_size)
+        loss = statistics["loss_d"]
+        if "loss_d_class" in statistics:
+            loss = loss + self.settings.class_loss * statistics["loss_d_class"]
+        return loss, statistics
+
+    def penalty_loss(
+        self, reals: list[LabelledPatches], mix: Tensor, render: Tensor, batch_size: int, scaler: Scaler
+    ) -> tuple[Tensor, Statistics]:
+        """The gradient penalty on D (R1 or WGAN-GP) at its augmented input, at both resolutions.
+
+        mix, render: WGAN-GP's places (B,) between real and generated patches, and the latter.
+        """
+        penalty = self._penalise(reals[0], mix, render.detach(), scaler)
+        for real in reals[1:]:
+            penalty = penalty + self._penalise(real, mix, render.detach(), scaler)
+        statistics = {"penalty": penalty.sum() / batch_size}
+        return self.settings.reg_param * self.settings.reg_every * statistics["penalty"], statistics
+
+    def _discriminate(self, patches: LabelledPatches) -> tuple[Tensor, Tensor | None]:
         with self.precision.autocast():
-            real_logits, label_logits = self.discriminator(augment_patches(real[0], law, reals.augment), real[1])
-            fake_logits, _ = self.discriminator(augment_patches(fake[0], law, fake_augment), fake[1])
-        real_loss = losses.discriminator_real_loss(self.rules.gan_type, real_logits)
-        fake_loss = losses.discriminator_fake_loss(self.rules.gan_type, fake_logits)
-        terms = {
-            "loss_d": (real_loss.sum() + fake_loss.sum()) / batch_size,
-            "d_real": torch.sigmoid(real_logits.detach()).sum() / batch_size,
-            "d_fake": torch.sigmoid(fake_logits.detach()).sum() / batch_size,
-        }
-        if label_logits is not None:
-            terms["loss_d_class"] = self._class_loss(label_logits, reals.views).sum() / batch_size
-        return terms
+            images = augment_patches(patches.images, self.settings.augmentation, patches.augment)
+            logits: tuple[Tensor, Tensor | None] = self.discriminator(images, patches.condition)
+            return logits
 
-    def penalty_terms(
-        self, reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler, super_resolve: bool = False
-    ) -> Terms:
-        """The gradient penalty on D (R1 or WGAN-GP) at its augmented input; R1 also on high-resolution crops."""
-        penalty = self._penalise(self.real_patches(reals), reals, render.detach(), scaler)
-        if super_resolve:
-            penalty = penalty + self._penalise(self.real_crops(reals), reals, render.detach(), scaler)
-        return {"penalty": penalty.sum() / batch_size}
-
-    def _penalise(self, real: Patched, reals: RealInputs, fake: Tensor, scaler: Scaler) -> Tensor:
-        law = self.rules.augmentation
+    def _penalise(self, real: LabelledPatches, mix: Tensor, fake: Tensor, scaler: Scaler) -> Tensor:
         # Half precision would drown the second derivatives, hence float32 outside autocast.
         with float32_region(fake.device.type):
-            inputs = augment_patches(real[0], law, reals.augment)
-            if self.rules.reg_type == "wgangp":
-                mix = reals.mix[:, None, None, None]
-                inputs = mix * inputs + (1 - mix) * augment_patches(fake, law, reals.augment)
+            inputs = augment_patches(real.images, self.settings.augmentation, real.augment)
+            if self.settings.reg_type == "wgangp":
+                share = mix[:, None, None, None]
+                other = augment_patches(fake, self.settings.augmentation, real.augment)
+                inputs = share * inputs + (1 - share) * other
             inputs = inputs.detach().requires_grad_(True)
-            logits, _ = self.discriminator(inputs, real[1])
-            penalise = losses.gradient_penalty if self.rules.reg_type == "wgangp" else losses.r1_penalty
+            logits, _ = self.discriminator(inputs, real.condition)
+            penalise = losses.gradient_penalty if self.settings.reg_type == "wgangp" else losses.r1_penalty
             return penalise(logits, inputs, scaler)
-
-    def real_patches(self, reals: RealInputs) -> Patched:
-        """Patches of the photographs at the generator's resolution."""
-        images = reals.images if self.ccsr is None else self.ccsr.down(reals.images)
-        return crop_images(images, reals.patches, self.patch_size), reals.condition
-
-    def real_crops(self, reals: RealInputs) -> Patched:
-        """High-resolution crops of D's size out of the same patches of the photographs."""
-        _, patches = self._place_crops(reals.patches, reals.crop)
-        return crop_images(reals.images, patches, self.patch_size), describe_patches(reals.views, patches)
 
     # ------------------------------------------------------------------------------------------------ generator
 
-    def generator_terms(self, fakes: FakeInputs, render: Tensor, batch_size: int, super_resolve: bool = False) -> Terms:
-        """G's loss; D must be frozen. With supervision, also the distance of a finer render to SR."""
-        patches = augment_patches(render, self.rules.augmentation, fakes.augment_g)
-        with self.precision.autocast():
-            logits, label_logits = self.discriminator(patches, fakes.condition)
-        terms = {"loss_g": losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size}
+    def generator_loss(self, fakes: FakeInputs, render: Tensor, batch_size: int) -> tuple[Tensor, Statistics]:
+        """G's loss; D must be frozen. With supervision, also the distance of a finer render to super-resolution."""
+        logits, label_logits = self._discriminate(LabelledPatches(render, fakes.condition, fakes.augment_g))
+        statistics = {"loss_g": losses.generator_loss(self.settings.gan_type, logits).sum() / batch_size}
+        loss = statistics["loss_g"]
         if label_logits is not None:
-            terms["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
-        if super_resolve and self.rules.super_resolution.supervision:
-            terms["loss_g_supervision"] = self._supervision(fakes, render.detach()).sum() / batch_size
-        return terms
+            statistics["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
+            loss = loss + self.settings.class_loss * statistics["loss_g_class"]
+        settings = self.settings.super_resolution
+        if settings is not None and settings.supervise_generator and fakes.super_resolution is not None:
+            distance = self._supervise(fakes, fakes.super_resolution, render.detach())
+            statistics["loss_g_supervision"] = distance.sum() / batch_size
+            loss = loss + settings.supervise_generator * statistics["loss_g_supervision"]
+        return loss, statistics
 
-    def _supervision(self, fakes: FakeInputs, render: Tensor) -> Tensor:
+    def _supervise(self, fakes: FakeInputs, inputs: SuperResolutionInputs, render: Tensor) -> Tensor:
         """Super-NeRF's joint optimisation: detached SR crops are targets of the field rendered at their resolution."""
         with torch.no_grad():
-            image, _ = self.super_resolve(render, fakes.views, fakes.patches)
-        target, condition = self._crop_super_resolved(image, fakes)
-        finer = self.render_patches(replace(fakes, patches=condition.patches))
-        return (finer.rgb - target).square().mean((1, 2, 3))
+            image, _ = self.super_resolve(render, inputs.latents, fakes.patches)
+        target = self._crop_super_resolved(image, fakes, inputs)
+        finer = self.render_patches(replace(fakes, patches=target.condition.patches))
+        return (finer.rgb - target.images).square().mean((1, 2, 3))
 
     # ------------------------------------------------------------------------------------------------ super-resolution
 
-    def render_neighbours(self, fakes: FakeInputs) -> RenderedPatches:
-        """The same objects and patches from the neighbouring views of the agreement term, without a graph."""
-        with torch.no_grad():
-            return self.render_patches(fakes, self._neighbours(fakes))
-
-    def super_resolution_terms(
+    def super_resolution_loss(
         self,
         fakes: FakeInputs,
-        render: RenderedPatches,
+        render: Render,
+        neighbours: Render | None,
+        reals: RealInputs,
         batch_size: int,
-        neighbours: RenderedPatches | None = None,
-        reals: RealInputs | None = None,
-    ) -> Terms:
-        """CCSR's terms on detached renders and, for the agreement, those of `neighbours`; D must be frozen.
+        iteration: int,
+    ) -> tuple[Tensor, Statistics]:
+        """CCSR's loss on detached renders and those of the neighbouring views, and on photographs; D must be frozen.
 
-        With `reals` also how well their photographs are restored from their own reductions. The consistency term is
-        taken on the output before the projection: after the projection it is zero and teaches nothing.
+        The consistency term is taken before the projection: after it, it is zero and teaches nothing.
         """
         assert self.ccsr is not None
-        rules = self.rules.super_resolution
-        image, unprojected = self.super_resolve(render.rgb, fakes.views, fakes.patches)
+        settings, inputs = self.settings.super_resolution, fakes.super_resolution
+        assert settings is not None
+        assert inputs is not None
+        image, unprojected = self.super_resolve(render.rgb, inputs.latents, fakes.patches)
         with float32_region(image.device.type):
             distance = (self.ccsr.down(unprojected) - render.rgb).square().mean((1, 2, 3))
-        terms = {"loss_sr_consistency": distance.sum() / batch_size}
-        if rules.adversarial:
-            crops, condition = self._crop_super_resolved(image, fakes)
-            with self.precision.autocast():
-                logits, _ = self.discriminator(
-                    augment_patches(crops, self.rules.augmentation, fakes.augment_sr), condition
-                )
-            terms["loss_sr"] = losses.generator_loss(self.rules.gan_type, logits).sum() / batch_size
-        if rules.agreement and neighbours is not None:
-            terms["loss_sr_agreement"] = self._agreement(fakes, render, image, neighbours).sum() / batch_size
-        if reals is not None:
-            terms["loss_sr_photographs"] = self._restoration(reals).sum() / batch_size
+        terms = {"loss_sr_consistency": (settings.consistency_weight(iteration), distance)}
+        if settings.adversarial:
+            logits, _ = self._discriminate(self._crop_super_resolved(image, fakes, inputs))
+            terms["loss_sr"] = (settings.adversarial, losses.generator_loss(self.settings.gan_type, logits))
+        if neighbours is not None:
+            disagreement = self._disagreement(fakes, inputs, render, image, neighbours)
+            terms["loss_sr_agreement"] = (settings.agreement, disagreement)
+        if settings.photographs:
+            terms["loss_sr_photographs"] = (settings.photographs, self._restoration_error(reals))
         if self.perceptual is not None:
-            terms["loss_sr_perceptual"] = self.perceptual(image, render.rgb).sum() / batch_size
-        return terms
+            terms["loss_sr_perceptual"] = (settings.perceptual, self.perceptual(image, render.rgb))
+        statistics = {name: value.sum() / batch_size for name, (_, value) in terms.items()}
+        loss = sum((weight * statistics[name] for name, (weight, _) in terms.items()), torch.zeros(()))
+        return loss, statistics
 
-    def _restoration(self, reals: RealInputs) -> Tensor:
+    def _restoration_error(self, reals: RealInputs) -> Tensor:
         """Mean |SR(down(x)) - x| per patch x of photographs at high resolution: what GAN training alone leaves open."""
         assert self.ccsr is not None
+        assert reals.super_resolution is not None
         truth = crop_images(reals.images, reals.patches, self.ccsr.scale * self.patch_size)
-        image, _ = self.super_resolve(self.ccsr.down(truth), reals.views, reals.patches)
+        image, _ = self.super_resolve(self.ccsr.down(truth), reals.super_resolution.latents, reals.patches)
         return (image - truth).abs().mean((1, 2, 3))
 
-    def _neighbours(self, fakes: FakeInputs) -> Views:
-        return fakes.views.turn(self.rules.super_resolution.agreement_degrees * fakes.turn)
-
-    def _agreement(
-        self, fakes: FakeInputs, render: RenderedPatches, image: Tensor, neighbours: RenderedPatches
+    def _disagreement(
+        self, fakes: FakeInputs, inputs: SuperResolutionInputs, render: Render, image: Tensor, neighbours: Render
     ) -> Tensor:
         """How much more two neighbouring views disagree, by super-resolution, where both see the same surface.
 
         Mean per image of max(0, |A - warp(B)| - |a - warp(b)|) with A, B super-resolved and a, b upsampled renders.
-        Nothing is asked for below the disagreement of the renders themselves, which only blur could reach.
+        Below what the renders themselves disagree by nothing is asked: only blur could get there.
         """
-        views = self._neighbours(fakes)
-        other_image, _ = self.super_resolve(neighbours.rgb, views, fakes.patches)
-        here = self._surface(image, render, fakes.views, fakes.patches)
-        there = self._surface(other_image, neighbours, views, fakes.patches)
-        warped, mask = warp_between(here, there, self.caster.intrinsics)
-        sr, plain = (here.image - warped).abs().chunk(2, dim=1)
-        excess = ((sr - plain).clamp(min=0) * mask).sum((1, 2, 3))
+        assert inputs.neighbours is not None
+        assert inputs.neighbour_latents is not None
+        neighbour_image, _ = self.super_resolve(neighbours.rgb, inputs.neighbour_latents, fakes.patches)
+        view = self._surface(image, render, fakes.views, fakes.patches)
+        neighbour = self._surface(neighbour_image, neighbours, inputs.neighbours, fakes.patches)
+        warped, mask = warp_between(view, neighbour, self.caster.intrinsics)
+        resolved, upsampled = (view.image - warped).abs().chunk(2, dim=1)
+        excess = ((resolved - upsampled).clamp(min=0) * mask).sum((1, 2, 3))
         return excess / (3 * mask.sum((1, 2, 3))).clamp(min=1)
 
-    def _surface(self, image: Tensor, render: RenderedPatches, views: Views, patches: Patches) -> SurfaceView:
+    def _surface(self, image: Tensor, render: Render, views: Views, patches: Patches) -> SurfaceView:
         """The surface of a render, painted with its super-resolution (3 channels) and its upsampled self (3 more)."""
         assert self.ccsr is not None
         both = torch.cat([image, upsample(render.rgb, self.ccsr.scale)], dim=1)
-        return SurfaceView.from_render(both, render.depth, render.opacity, views.poses, patches, self.caster)
+        return SurfaceView.from_render(render, views.poses, patches, self.caster, both)
 
     # ------------------------------------------------------------------------------------------------ shared parts
 
-    def _place_crops(self, patches: Patches, uniforms: Tensor) -> tuple[Tensor, Patches]:
+    def _place_crops(self, patches: Patches, inputs: SuperResolutionInputs) -> tuple[Tensor, Patches]:
         """First pixels (B, 2) of crops of D's size in patches of s times that size, and where those crops lie."""
         assert self.ccsr is not None
         size, scale = self.patch_size, self.ccsr.scale
-        corner = torch.floor(uniforms * (size * (scale - 1) + 1)).long()
+        corner = torch.floor(inputs.crop * (size * (scale - 1) + 1)).long()
         return corner, subdivide_patches(patches, size, scale, corner)
 
-    def _crop_super_resolved(self, image: Tensor, fakes: FakeInputs) -> Patched:
+    def _crop_super_resolved(self, image: Tensor, fakes: FakeInputs, inputs: SuperResolutionInputs) -> LabelledPatches:
         """Crops of D's size (B, 3, K, K) out of SR patches (B, 3, s K, s K), and what they show."""
-        corner, patches = self._place_crops(fakes.patches, fakes.crop)
+        corner, patches = self._place_crops(fakes.patches, inputs)
         inside = torch.arange(self.patch_size, device=image.device)
         rows, columns = corner[:, 1, None] + inside, corner[:, 0, None] + inside
         batch = torch.arange(len(image), device=image.device)[:, None, None, None]
         channels = torch.arange(image.shape[1], device=image.device)[None, :, None, None]
         crops = image[batch, channels, rows[:, None, :, None], columns[:, None, None, :]]
-        return crops, describe_patches(fakes.views, patches)
+        return LabelledPatches(crops, describe_patches(fakes.views, patches), inputs.augment)
 
     def _class_loss(self, logits: Tensor, views: Views) -> Tensor:
         """Cross-entropy of class and, where poses are known, height and azimuth bin: (B,)."""
         columns = [views.labels[:, 0]]
         if self.discriminator.shape.condition_pose:
-            num_views = self.rules.num_views
+            num_views = self.settings.num_views
             columns += [views.labels[:, 1], torch.remainder((views.labels[:, 2] * num_views + 180) // 360, num_views)]
         return self.class_criterion(logits, torch.stack(columns, dim=1))
+
+
+def _add(statistics: Statistics, name: str, value: Tensor) -> None:
+    statistics[name] = statistics[name] + value if name in statistics else value

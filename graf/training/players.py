@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graf.base.errors import UserError
-from graf.runtime.amp import Scaler, optimizer_step
+from graf.runtime.amp import Scaler, find_inf, optimizer_step, scale_of
 from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
 
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
@@ -44,7 +44,7 @@ class Player:
         Rates come from the configuration, not from a checkpoint: who resumes with others gets these.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.schedule(iteration)
+            group["lr"] = self.lr_at(iteration)
             if "betas" in group:
                 group["betas"] = self.betas
         self.optimizer.zero_grad(set_to_none=True)
@@ -61,15 +61,15 @@ class Player:
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         terms = terms | {f"grad_norm_{self.suffix}": norm}
-        # One wait for the device per update: an unnoticed NaN would waste the rest of the run.
-        finite = bool(torch.isfinite(torch.stack([value.float().to(norm.device) for value in terms.values()])).all())
-        if not finite and not self.scaler.is_enabled():
+        finite = torch.isfinite(torch.stack([value.float().to(norm.device) for value in terms.values()])).all()
+        inf = find_inf(self.scaler, self.optimizer)
+        # The one wait for the device of an update; without it, everything after a NaN would be lost.
+        is_finite, skip = torch.stack([finite, torch.zeros_like(finite) if inf is None else inf]).tolist()
+        if not is_finite and not skip:  # with a scaler: an infinite loss with finite gradients, which it does not see
             raise DivergenceError(self._describe_divergence(terms, iteration))
-        if finite:
+        if is_finite:
             clip_gradients(self.parameters, clip, clip_at)
-        stepped = optimizer_step(self.scaler, self.optimizer)
-        if stepped and not finite:  # an infinite loss with finite gradients, which no scaler looks at
-            raise DivergenceError(self._describe_divergence(terms, iteration))
+        stepped = optimizer_step(self.scaler, self.optimizer, skip)
         self.scaler.update()
         self.skipped = 0 if stepped else self.skipped + 1
         if self.skipped > MAX_SKIPPED_UPDATES:
@@ -77,12 +77,13 @@ class Player:
             raise DivergenceError(f"{self.skipped} updates in a row skipped by the loss scaler: {reason}")
         return terms
 
-    def scalars(self, iteration: int) -> dict[str, float]:
-        """Learning rate and loss scale, for the log."""
-        return {
-            f"lr_{self.suffix}": self.lr * self.schedule(iteration),
-            f"scale_{self.suffix}": self.scaler.get_scale(),
-        }
+    def lr_at(self, iteration: int) -> float:
+        """The learning rate of an iteration."""
+        return self.lr * self.schedule(iteration)
+
+    def scalars(self, device: torch.device) -> dict[str, Tensor]:
+        """The loss scale for the log, still on the device."""
+        return {f"scale_{self.suffix}": scale_of(self.scaler, device)}
 
     def _describe_divergence(self, terms: dict[str, Tensor], iteration: int) -> str:
         bad_terms = [name for name, value in terms.items() if not bool(torch.isfinite(value))]

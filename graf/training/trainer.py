@@ -7,20 +7,21 @@ derived is written back. objective.py says what the players minimise, players.py
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from graf.base.tensors import TensorBatch
 from graf.config import Config
 from graf.geometry.rays import RayCaster, annealed_min_scale
 from graf.geometry.views import PoseSampler
+from graf.geometry.volume_rendering import Render
 from graf.models.ccsr import CCSR
 from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
@@ -28,12 +29,13 @@ from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import Stateful
 from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
+from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.randomness import Draws
 from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage, UpdateCounts
-from graf.training.inputs import FakeInputs, InputSampler, RealInputs, StepSettings
+from graf.training.inputs import InputSampler, StepInputs, StepSettings
 from graf.training.losses import MCE_Loss
-from graf.training.objective import GANObjective, LossSettings, RenderedPatches, SuperResolutionRules, Terms
+from graf.training.objective import GANObjective, LossSettings, Statistics, SuperResolutionLossSettings
 from graf.training.optim import LearningRateSchedule, build_optimizer
 from graf.training.perceptual import load_perceptual_distance
 from graf.training.players import Player
@@ -55,24 +57,31 @@ class Progress:
         self.best = dict(state["best"])
 
 
+@dataclass
+class SharedRender:
+    """The rendering that serves both D and G, as long as there is room for its graph."""
+
+    render: Render | None = None
+
+
 @dataclass(frozen=True)
-class MicroBatch:
-    """A part of the batch: photographs, labels, and the samples' numbers in the batch, on which their draws depend."""
+class SuperResolutionRenders(TensorBatch):
+    """What super-resolution is trained on: the batch's patches as D sees them, and those of the neighbouring views."""
 
-    images: Tensor
-    labels: Tensor
-    indices: range
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def split(self, size: int) -> list[MicroBatch]:
-        """Parts of at most `size` samples."""
-        bounds = [(start, min(start + size, len(self))) for start in range(0, len(self), size)]
-        return [MicroBatch(self.images[a:b], self.labels[a:b], self.indices[a:b]) for a, b in bounds]
+    render: Render
+    neighbours: Render | None
 
 
 Result = TypeVar("Result")
+ResultOut = TypeVar("ResultOut", covariant=True)
+
+
+class Accumulate(Protocol[ResultOut]):
+    """One phase: the gradients of a step's inputs, in parts of so many rows."""
+
+    def __call__(self, inputs: StepInputs, parts: list[range], shared: SharedRender) -> ResultOut: ...
+
+
 #: what helps when memory is too small for one image in chunks of the fewest rays
 ADVICE = (
     "lower ray_sampler.N_samples (rays per patch), nerf.N_samples (samples per ray), nerf.netwidth or "
@@ -82,7 +91,7 @@ SR_ADVICE = (
     "lower ccsr.features, ccsr.blocks or ray_sampler.N_samples (rays per patch); `--plan` shows what needs how much"
 )
 #: called after every step with the trainer and the latest statistics (scalars, still on the device)
-Hook = Callable[["Trainer", Terms], None]
+Hook = Callable[["Trainer", Statistics], None]
 
 
 class Trainer:
@@ -114,7 +123,7 @@ class Trainer:
             discriminator=discriminator,
             ccsr=ccsr,
             caster=caster,
-            rules=_rules_of(config),
+            settings=_read_loss_settings(config),
             patch_size=config.ray_sampler.patch_size,
             precision=precision,
             class_criterion=MCE_Loss(discriminator.shape.label_groups),
@@ -128,15 +137,25 @@ class Trainer:
             sampling=generator.sampling,
             jitter=config.nerf.jitter,
             hflip=config.discriminator.hflip,
+            share_fakes=training.share_fakes,
             device=device,
+            mix_latents=None if ccsr is None else ccsr.latents.mix,
+            agreement_degrees=self.objective.agreement_degrees,
         )
         size = training.micro_batch_size
-        self.micro_batch_size = training.batch_size if size == "auto" else size
+        self.memory = MemorySettings(
+            training.batch_size if size == "auto" else size, generator.strategy, generator.chunk
+        )
         self.profiler = MemoryProfiler(device)
         self._was_watched = False
-        self._shared: RenderedPatches | None = None
         self.progress = Progress()
         self.stop_reason: str | None = None
+
+    def use(self, memory: MemorySettings) -> None:
+        """Train, and render with the averaged weights, with these settings from now on."""
+        self.memory = memory
+        for generator in (self.generator, self.average.module):
+            generator.use(memory)  # type: ignore[operator]
 
     @property
     def state(self) -> dict[str, Stateful]:
@@ -170,10 +189,6 @@ class Trainer:
         players = self.players
         return [*(player.network for player in players), *(player.optimizer for player in players), *averages]
 
-    @property
-    def _by_suffix(self) -> dict[str, Player]:
-        return {player.suffix: player for player in self.players}
-
     # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], hooks: Sequence[Hook]) -> None:
@@ -181,7 +196,7 @@ class Trainer:
 
         Hooks get every statistic's latest value: some are not computed in every step.
         """
-        latest: Terms = {}
+        latest: Statistics = {}
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
             images, labels = next(batches)
@@ -190,7 +205,7 @@ class Trainer:
             for hook in hooks:
                 hook(self, latest)
 
-    def step(self, images: Tensor, labels: Tensor) -> Terms:
+    def step(self, images: Tensor, labels: Tensor) -> Statistics:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
         if self._was_watched and self.progress.iteration % self.config.training.print_every:
             return self._step(images, labels)
@@ -198,183 +213,157 @@ class Trainer:
         with self.profiler.watch(*self.owners):  # one step for every line of the log
             return self._step(images, labels)
 
-    def _step(self, images: Tensor, labels: Tensor) -> Terms:
+    def _step(self, images: Tensor, labels: Tensor) -> Statistics:
         iteration = self.progress.iteration
-        batch = MicroBatch(images, labels, range(len(images)))
+        draws = Draws(self.config.seed, iteration, range(len(images)))
+        inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration))
         for player in self.players:
             player.begin(iteration)
         self.discriminator.advance_spectral_norm()
 
-        # With share_fakes one rendering serves both steps; in a split batch a part's graph cannot wait for the others.
-        if self.config.training.share_fakes and self.micro_batch_size >= len(images):
-            self._shared = self._in_phase("render", batch, self._render_shared)
+        # With share_fakes one rendering serves D and G; in a split batch a part's graph cannot wait for the others.
+        shared = SharedRender()
+        if self.config.training.share_fakes and self.memory.micro_batch_size >= len(inputs):
+            shared.render = self._in_phase("render", inputs, shared, self._render_shared)
         else:
             self.profiler.forget("render")
-        statistics = self._in_phase("d", batch, self._accumulate_discriminator)
+        statistics = self._in_phase("d", inputs, shared, self._accumulate_discriminator)
         statistics = self._apply(self.d, statistics)
-        more, renders = self._in_phase("g", batch, self._accumulate_generator)
+        more, renders = self._in_phase("g", inputs, shared, self._accumulate_generator)
         statistics |= self._apply(self.g, more)
-        self._shared = None
-        if self.sr is not None and self._ccsr_is_due:
-            more = self._in_phase("sr", batch, partial(self._accumulate_super_resolution, renders=renders))
-            statistics |= self._apply(self.sr, more)
+        shared.render = None
+        if self.sr is not None and inputs.fakes_g.super_resolution is not None:
+            accumulate = partial(self._accumulate_super_resolution, renders=renders)
+            statistics |= self._apply(self.sr, self._in_phase("sr", inputs, shared, accumulate))
         del renders
 
         with self.profiler.phase("ema"):
             self.average.update(self.generator)
-            if self.sr_average is not None and self.ccsr is not None and self._ccsr_is_due:
+            if self.ccsr is not None and self.sr_average is not None and inputs.fakes_g.super_resolution is not None:
                 self.sr_average.update(self.ccsr)
         self.progress.iteration = iteration + 1
         return statistics
 
     # ------------------------------------------------------------------------------------------------ the phases
 
-    def _in_phase(self, name: str, batch: MicroBatch, accumulate: Callable[[list[MicroBatch]], Result]) -> Result:
-        """Run one phase over the micro-batches of `batch`; when memory runs out, again with smaller ones.
+    def _in_phase(self, name: str, inputs: StepInputs, shared: SharedRender, accumulate: Accumulate[Result]) -> Result:
+        """Run one phase over the micro-batches of a step; when memory runs out, again with smaller ones.
 
         A phase only adds up gradients of its own player, so it is repeated from zeroed gradients with the same random
         numbers; updates that earlier phases of the step have made stay.
         """
 
         def run() -> Result:
-            if name in self._by_suffix:
-                self._by_suffix[name].optimizer.zero_grad(set_to_none=True)
-            return accumulate(batch.split(self.micro_batch_size))
+            for player in self.players:
+                if player.suffix == name:
+                    player.optimizer.zero_grad(set_to_none=True)
+            size = self.memory.micro_batch_size
+            parts = [range(start, min(start + size, len(inputs))) for start in range(0, len(inputs), size)]
+            return accumulate(inputs, parts, shared)
 
         with self.profiler.phase(name):
             advice = SR_ADVICE if name == "sr" else ADVICE
-            return retry_smaller(run, lambda: self._shrink(name, len(batch)), self.device, advice)
+            return retry_smaller(run, lambda: self._shrink(name, len(inputs), shared), self.device, advice)
 
-    def _shrink(self, phase: str, batch_size: int) -> str | None:
-        """Halve what is on the device at once: the micro-batch, then the rays of a chunk; None when nothing is left."""
-        self._shared = None  # its graph is what takes the room; the phases render again without it
-        size = min(self.micro_batch_size, batch_size)
-        if size > 1:
-            self.micro_batch_size = size // 2
-            return f"phase {phase}: training.micro_batch_size {size} -> {self.micro_batch_size}"
-        if phase == "sr":  # it renders nothing
+    def _shrink(self, phase: str, batch_size: int, shared: SharedRender) -> str | None:
+        """Take the next smaller memory settings and say so; None when nothing is left."""
+        shared.render = None  # its graph is what takes the room; the phases render again without it
+        smaller = self.memory.shrink(batch_size, renders=phase != "sr")
+        if smaller is None:
             return None
-        if self.generator.strategy == "dense":
-            self.generator.strategy = "checkpoint"
-            return f"phase {phase}: training.memory_strategy dense -> checkpoint"
-        change = self.generator.halve_chunk()
-        return None if change is None else f"phase {phase}: {change}"
+        change, self.memory = self.memory.describe_change(smaller), smaller
+        self.generator.use(smaller)
+        return f"phase {phase}: {change}"
 
-    def _render_shared(self, parts: list[MicroBatch]) -> RenderedPatches | None:
-        return self.objective.render_patches(self._draw_fakes(parts[0], "g")) if len(parts) == 1 else None
+    def _render_shared(self, inputs: StepInputs, parts: list[range], shared: SharedRender) -> Render | None:
+        return self.objective.render_patches(inputs.fakes_g) if len(parts) == 1 else None
 
-    def _accumulate_discriminator(self, parts: list[MicroBatch]) -> Terms:
-        training, batch_size = self.config.training, sum(map(len, parts))
-        penalty_is_due = training.reg_type != "none" and self.progress.iteration % training.reg_every == 0
-        terms: Terms = {}
+    def _accumulate_discriminator(self, inputs: StepInputs, parts: list[range], shared: SharedRender) -> Statistics:
+        objective, batch_size, statistics = self.objective, len(inputs), Statistics()
         for part in parts:
-            reals = self._draw_reals(part)
-            fakes = self._draw_fakes(part, "g" if training.share_fakes else "d")
+            rows = slice(part.start, part.stop)
+            reals, fakes = inputs.reals[rows], inputs.fakes_of_d[rows]
             with torch.no_grad():
-                shared = self._shared
-                render = (self.objective.render_patches(fakes) if shared is None else shared.part(part.indices)).rgb
-            losses = self.objective.discriminator_terms(reals, fakes, render, batch_size, self._ccsr_is_due)
-            loss = losses["loss_d"]
-            if "loss_d_class" in losses:
-                loss = loss + self.config.discriminator.class_loss * losses["loss_d_class"]
+                render = (objective.render_patches(fakes) if shared.render is None else shared.render[rows]).rgb
+            real_patches, fake_patches = objective.cut_reals(reals), objective.cut_fakes(fakes, render)
+            loss, more = objective.discriminator_loss(real_patches, fake_patches, reals.views, batch_size)
             self.d.backward(loss)
-            if penalty_is_due:
+            _accumulate(statistics, more)
+            del loss, more, fake_patches
+            if objective.penalty_is_due(self.progress.iteration):
                 with self.profiler.phase("r1"):
-                    losses |= self.objective.penalty_terms(reals, render, batch_size, self.d.scaler, self._ccsr_is_due)
-                    self.d.backward(training.reg_param * training.reg_every * losses["penalty"])
-            _accumulate(terms, losses)
-        return terms
+                    loss, more = objective.penalty_loss(real_patches, reals.mix, render, batch_size, self.d.scaler)
+                    self.d.backward(loss)
+                    _accumulate(statistics, more)
+                    del loss, more
+        return statistics
 
-    def _accumulate_generator(self, parts: list[MicroBatch]) -> tuple[Terms, dict[str, RenderedPatches]]:
-        """The terms, and what super-resolution works on: the batch's renders, without their graph.
-
-        "here" are the patches as D sees them; "there", where CCSR is due and uses them, the neighbouring views of the
+    def _accumulate_generator(
+        self, inputs: StepInputs, parts: list[range], shared: SharedRender
+    ) -> tuple[Statistics, SuperResolutionRenders]:
+        """The statistics, and what super-resolution works on: the whole batch's renders, without their graph, of the
         same generator, that is, before its update.
         """
-        batch_size, terms = sum(map(len, parts)), Terms()
-        renders: dict[str, list[RenderedPatches]] = {"here": []}
+        objective, batch_size, statistics = self.objective, len(inputs), Statistics()
+        renders: list[Render] = []
+        neighbours: list[Render] = []
         with _frozen(self.discriminator):
             for part in parts:
-                fakes = self._draw_fakes(part, "g")
+                fakes = inputs.fakes_g[part.start : part.stop]
                 # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
-                reuse = self._shared is not None and len(parts) == 1
-                render = self._shared if reuse and self._shared is not None else self.objective.render_patches(fakes)
-                losses = self.objective.generator_terms(fakes, render.rgb, batch_size, self._ccsr_is_due)
-                loss = losses["loss_g"]
-                if "loss_g_class" in losses:
-                    loss = loss + self.config.discriminator.class_loss * losses["loss_g_class"]
-                if "loss_g_supervision" in losses:
-                    loss = loss + self.config.ccsr.supervise_generator * losses["loss_g_supervision"]
+                reuse = shared.render if len(parts) == 1 else None
+                render = objective.render_patches(fakes) if reuse is None else reuse
+                loss, more = objective.generator_loss(fakes, render.rgb, batch_size)
                 self.g.backward(loss)
-                renders["here"].append(render.detach())
-                if self._ccsr_is_due and self.config.ccsr.agreement:
-                    renders.setdefault("there", []).append(self.objective.render_neighbours(fakes))
-                _accumulate(terms, losses)
-        return terms, {name: RenderedPatches.join(patches) for name, patches in renders.items()}
+                renders.append(render.detach())
+                del loss, render, reuse
+                neighbour = objective.render_neighbours(fakes)
+                neighbours += [] if neighbour is None else [neighbour]
+                _accumulate(statistics, more)
+        return statistics, SuperResolutionRenders(Render.cat(renders), Render.cat(neighbours) if neighbours else None)
 
-    def _accumulate_super_resolution(self, parts: list[MicroBatch], renders: dict[str, RenderedPatches]) -> Terms:
-        iteration, ccsr, batch_size = self.progress.iteration, self.config.ccsr, sum(map(len, parts))
+    def _accumulate_super_resolution(
+        self, inputs: StepInputs, parts: list[range], shared: SharedRender, renders: SuperResolutionRenders
+    ) -> Statistics:
         assert self.sr is not None
-        weights = {
-            "loss_sr_consistency": consistency_weight(iteration, ccsr.alpha_init, ccsr.alpha_min, ccsr.alpha_decay),
-            "loss_sr": ccsr.adversarial,
-            "loss_sr_photographs": ccsr.photographs,
-            "loss_sr_agreement": ccsr.agreement,
-            "loss_sr_perceptual": ccsr.perceptual,
-        }
-        terms: Terms = {}
+        statistics: Statistics = {}
         with _frozen(self.discriminator):
             for part in parts:
-                fakes = self._draw_fakes(part, "g")
-                seen = {name: patches.part(part.indices) for name, patches in renders.items()}
-                reals = self._draw_reals(part) if ccsr.photographs else None
-                losses = self.objective.super_resolution_terms(
-                    fakes, seen["here"], batch_size, seen.get("there"), reals
+                rows = slice(part.start, part.stop)
+                own, fakes, reals = renders[rows], inputs.fakes_g[rows], inputs.reals[rows]
+                loss, more = self.objective.super_resolution_loss(
+                    fakes, own.render, own.neighbours, reals, len(inputs), self.progress.iteration
                 )
-                self.sr.backward(sum((weights[name] * value for name, value in losses.items()), torch.zeros(())))
-                _accumulate(terms, losses)
-        return terms
+                self.sr.backward(loss)
+                _accumulate(statistics, more)
+        return statistics
 
-    def _apply(self, player: Player, terms: Terms) -> Terms:
+    def _apply(self, player: Player, statistics: Statistics) -> Statistics:
         training = self.config.training
-        return player.apply(terms, self.progress.iteration, training.grad_clip, training.grad_clip_at)
+        return player.apply(statistics, self.progress.iteration, training.grad_clip, training.grad_clip_at)
 
-    # ----------------------------------------------------------------------------------------- inputs and schedules
+    # ------------------------------------------------------------------------------------------------ schedules
 
     def settings_at(self, iteration: int) -> StepSettings:
-        """Patch scales and density noise at an iteration."""
+        """Patch scales and density noise at an iteration, and whether super-resolution is trained in it."""
         rays, nerf = self.config.ray_sampler, self.config.nerf
         noise = nerf.raw_noise_std
         if nerf.decrease_noise:
             noise *= max(0.0, 1 - iteration / nerf.noise_iterations)
         min_scale = annealed_min_scale(iteration, rays.min_scale, rays.max_scale, rays.scale_anneal)
-        return StepSettings(min_scale, rays.max_scale, noise)
+        return StepSettings(min_scale, rays.max_scale, noise, self.objective.super_resolution_is_due(iteration))
 
-    def scalars_of(self, statistics: Terms) -> dict[str, float]:
-        """A step's statistics as floats (a wait for the device) together with the values of the schedules."""
+    def scalars_of(self, statistics: Statistics) -> dict[str, float]:
+        """A step's statistics as floats, with the values of the schedules; reads the device once."""
         iteration = max(self.progress.iteration - 1, 0)
         settings = self.settings_at(iteration)
-        scalars = {name: float(value) for name, value in statistics.items()}
+        found = dict(statistics)
         for player in self.players:
-            scalars |= player.scalars(iteration)
+            found |= player.scalars(self.device)
+        values = torch.stack([value.double().to(self.device) for value in found.values()]).tolist()
+        scalars = dict(zip(found, values, strict=True))
+        scalars |= {f"lr_{player.suffix}": player.lr_at(iteration) for player in self.players}
         return scalars | {"patch_min_scale": settings.min_scale, "density_noise": settings.density_noise}
-
-    @property
-    def _ccsr_is_due(self) -> bool:
-        """Whether super-resolution takes part in this step: D judges its crops, G may learn from it, it is updated."""
-        ccsr, iteration = self.config.ccsr, self.progress.iteration
-        return self.ccsr is not None and iteration >= ccsr.start_iteration and iteration % ccsr.every == 0
-
-    def _draw_reals(self, part: MicroBatch) -> RealInputs:
-        return self.inputs.draw_reals(
-            self._draws(part), part.images, part.labels, self.settings_at(self.progress.iteration)
-        )
-
-    def _draw_fakes(self, part: MicroBatch, purpose: str) -> FakeInputs:
-        return self.inputs.draw_fakes(self._draws(part), purpose, self.settings_at(self.progress.iteration))
-
-    def _draws(self, part: MicroBatch) -> Draws:
-        return Draws(self.config.seed, self.progress.iteration, part.indices)
 
     def _make_player(self, name: str, suffix: str, network: nn.Module, lr: float, precision: Precision) -> Player:
         training = self.config.training
@@ -391,31 +380,26 @@ class Trainer:
         return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, training.betas)
 
 
-def consistency_weight(iteration: int, initial: float, smallest: float, decay: float) -> float:
-    """alpha(it) = max(smallest, initial exp(-decay it)), the weight of CCSR's consistency term."""
-    return max(smallest, initial * math.exp(-decay * iteration))
-
-
-def _rules_of(config: Config) -> LossSettings:
+def _read_loss_settings(config: Config) -> LossSettings:
     ccsr, training = config.ccsr, config.training
+    names = [item.name for item in fields(SuperResolutionLossSettings)]
+    super_resolution = SuperResolutionLossSettings(**{name: getattr(ccsr, name) for name in names})
     return LossSettings(
         gan_type=training.gan_type,
         reg_type=training.reg_type,
+        reg_param=training.reg_param,
+        reg_every=training.reg_every,
+        class_loss=config.discriminator.class_loss,
         num_views=config.data.num_views,
         augmentation=Augmentation(**config.discriminator.augment.model_dump()),
-        super_resolution=SuperResolutionRules(
-            adversarial=ccsr.adversarial > 0,
-            agreement=ccsr.agreement > 0,
-            agreement_degrees=ccsr.agreement_degrees,
-            supervision=ccsr.supervise_generator > 0,
-        ),
+        super_resolution=super_resolution if ccsr.enabled else None,
     )
 
 
-def _accumulate(terms: Terms, more: Terms) -> None:
+def _accumulate(statistics: Statistics, more: Statistics) -> None:
     """Add a micro-batch's terms, without their graphs."""
     for name, value in more.items():
-        terms[name] = terms.get(name, 0) + value.detach()
+        statistics[name] = statistics.get(name, 0) + value.detach()
 
 
 @contextmanager

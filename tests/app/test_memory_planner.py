@@ -8,10 +8,12 @@ import torch
 
 from benchmarks import memory as benchmark
 from graf.app import memory_estimator, memory_planner
-from graf.app.memory_estimator import Settings, StepPlanner, configured_settings
+from graf.app.memory_estimator import StepPlanner, configured_settings
 from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
+from graf.runtime.activation_checkpointing import call_chunk
 from graf.runtime.amp import Precision
+from graf.runtime.memory_settings import MemorySettings
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
@@ -59,9 +61,9 @@ def test_the_parts_of_a_peak_are_the_sizes_of_networks_optimisers_and_average():
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
 def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_published_size(monkeypatch, strategy):
     config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
-    settings = Settings(2, strategy, 256)  # 8 chunks
+    settings = MemorySettings(2, strategy, 256)  # 8 chunks
     few = StepPlanner(config).predict(settings, between=False).peak
-    monkeypatch.setattr(memory_estimator._FewChunks, "adopt", classmethod(lambda cls, generator, rehearsal: generator))
+    monkeypatch.setattr(memory_estimator, "_FewChunks", lambda meter, generator, num_chunks: call_chunk)
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
 
@@ -69,7 +71,7 @@ def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_publishe
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
 def test_of_many_recomputed_chunks_only_their_outputs_stay(strategy):
     config = small("nerf.netwidth=8", "nerf.netdepth=1", "nerf.N_samples=64", "discriminator.ndf=4")
-    settings = Settings(
+    settings = MemorySettings(
         2, strategy, 16
     )  # 32 chunks, and 64 samples per ray: were one number of each kept, it would show
     predicted = StepPlanner(config).predict(settings, between=False).phases["g"].peak
@@ -97,7 +99,7 @@ def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
     config = load_config(
         CONFIGS / "carla.yaml", ["data.imsize=256", "ray_sampler.N_samples=65536", "training.fid_every=0"]
     )
-    phases = StepPlanner(config).predict(Settings(8, "dense", 16384), between=False).phases
+    phases = StepPlanner(config).predict(MemorySettings(8, "dense", 16384), between=False).phases
     assert phases["g"].peak > 200 * 2**30
 
 
@@ -117,7 +119,7 @@ def test_photographs_and_a_gpu_are_not_needed(monkeypatch, tmp_path):
 def test_a_budget_is_kept_and_used():
     config = small("training.batch_size=4", "training.chunk=256", "training.memory_strategy=dense")
     step = StepPlanner(config)
-    budget = round(1.2 * step.predict(Settings(2, "dense", 256)).peak)
+    budget = round(1.2 * step.predict(MemorySettings(2, "dense", 256)).peak)
     plan = choose_settings(step, budget)
     used = benchmark.measure_step(config, plan.settings).peak
     assert plan.settings.micro_batch_size < 4
@@ -132,7 +134,7 @@ def test_without_need_the_budget_changes_nothing():
 def test_only_keys_left_at_auto_are_chosen():
     config = small("training.batch_size=4", "training.chunk=128", "training.memory_strategy=deferred")
     step = StepPlanner(config)
-    budget = step.predict(Settings(2, "deferred", 128)).peak
+    budget = step.predict(MemorySettings(2, "deferred", 128)).peak
     chosen = choose_settings(step, budget).settings
     assert (chosen.strategy, chosen.chunk) == ("deferred", 128)
     assert chosen.micro_batch_size >= 2
@@ -146,7 +148,7 @@ def test_a_budget_that_nothing_fits_names_what_is_needed_and_the_keys():
 def test_a_gpu_budget_leaves_room_for_what_is_not_seen():
     step = StepPlanner(small())
     share, fixed = memory_planner.MARGINS["cuda"]
-    plan = step.predict(Settings(2, "dense", 4096))
+    plan = step.predict(MemorySettings(2, "dense", 4096))
     assert memory_planner.with_margin(plan.peak, "cuda") == pytest.approx(
         (1 + share) * plan.peak + fixed * 2**20, abs=1
     )
@@ -157,9 +159,13 @@ def test_recomputation_splitting_and_small_chunks_cost_time():
     config = small("training.batch_size=8")
     cost = {s: memory_planner.relative_cost(config, s) for s in memory_planner.candidate_settings(config)}
     assert list(cost.values()) == sorted(cost.values())
-    assert cost[Settings(8, "dense", 4096)] == min(cost.values())
-    assert cost[Settings(8, "dense", 4096)] < cost[Settings(4, "dense", 4096)] < cost[Settings(4, "dense", 64)]
-    assert cost[Settings(8, "dense", 4096)] < cost[Settings(8, "checkpoint", 4096)]
+    assert cost[MemorySettings(8, "dense", 4096)] == min(cost.values())
+    assert (
+        cost[MemorySettings(8, "dense", 4096)]
+        < cost[MemorySettings(4, "dense", 4096)]
+        < cost[MemorySettings(4, "dense", 64)]
+    )
+    assert cost[MemorySettings(8, "dense", 4096)] < cost[MemorySettings(8, "checkpoint", 4096)]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +213,7 @@ def test_a_run_with_grids_and_scores_stays_within_its_budget(run_program, tmp_pa
     """Images that wait for their grid, score or consistency measurement are on the CPU too, where the budget is."""
     keys = [*benchmark.SMALL, "ccsr.enabled=true", "training.batch_size=6", "training.fid_every=2"]
     config = load_config(CONFIGS / "smoke.yaml", [*keys, "evaluation.num_images=42"])
-    budget = StepPlanner(config).predict(Settings(1, "checkpoint", 64)).peak
+    budget = StepPlanner(config).predict(MemorySettings(1, "checkpoint", 64)).peak
     arguments = ("--memory_budget", f"{budget / 2**20:.4f}MiB", "training.max_iterations=3", "training.sample_every=1")
     assert run_program("train.py", "--config", CONFIGS / "smoke.yaml", *arguments, *keys) == 0
     lines = [json.loads(line) for line in (tmp_path / "results/smoke/metrics.jsonl").read_text().splitlines()]

@@ -17,9 +17,10 @@ from graf.evaluation.consistency import (
     reprojection_error,
 )
 from graf.evaluation.metrics import psnr, ssim
-from graf.evaluation.rings import Ring, TrueViews
+from graf.evaluation.rings import Ring
 from graf.geometry.cameras import Intrinsics, pose_from_angles, ring
 from graf.geometry.rays import Patches, cast_rays, pixel_grid
+from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView, Visibility, warp_between
 
 INTRINSICS = Intrinsics.from_fov(32, 30.0)
@@ -44,7 +45,7 @@ def ball_ring(views: int = 8, scale: int = 2, with_truth: bool = True) -> Ring:
     fine, _, _, _ = look_at_ball(32 * scale, views)
     _, depth, opacity, poses = look_at_ball(32, views)
     surface = SurfaceView(functional.avg_pool2d(fine, scale), depth, opacity, poses, Patches.whole(views))
-    return Ring(surface, fine, TrueViews(fine, depth, opacity) if with_truth else None)
+    return Ring(surface, fine, Render(fine, depth, opacity) if with_truth else None)
 
 
 def test_nearest_upsampling_is_exactly_consistent():
@@ -111,7 +112,7 @@ def test_perfect_views_agree_up_to_interpolation_and_finer_ones_agree_better():
 def test_views_that_alternate_in_colour_disagree_by_exactly_that(views):
     image, depth, opacity, poses = look_at_ball(32, 12)
     alternating = 0.1 * (-1.0) ** torch.arange(views).view(-1, 1, 1, 1)
-    surface = SurfaceView(image, depth, opacity, poses, Patches.whole(12)).images(0, views)
+    surface = SurfaceView(image, depth, opacity, poses, Patches.whole(12))[:views]
     found = reprojection_error(surface.with_image(alternating.expand(-1, 3, 32, 32)), INTRINSICS)
     assert found.error == pytest.approx(0.2, rel=1e-5)
 
@@ -122,7 +123,7 @@ def test_every_neighbouring_pair_counts_both_ways_pixel_by_pixel():
     difference, shared = 0.0, 0.0
     for i in range(5):
         for j in ((i + 1) % 5, (i - 1) % 5):
-            a, b = views.images(i, i + 1), views.images(j, j + 1)
+            a, b = views[i : i + 1], views[j : j + 1]
             warped, mask = warp_between(a, b, INTRINSICS)
             for y, x in mask[0, 0].nonzero().tolist():
                 difference += (a.image - warped)[0, :, y, x].abs().mean().item()
@@ -149,12 +150,10 @@ def test_one_view_has_no_neighbour():
 
 
 def test_depth_error_is_the_mean_over_the_true_mask():
-    truth = TrueViews(
-        torch.zeros(1, 3, 4, 4), torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[1.0, 0.6], [0.4, 0.0]]]])
-    )
+    truth = Render(torch.zeros(1, 3, 4, 4), torch.full((1, 1, 2, 2), 3.0), torch.tensor([[[[1.0, 0.6], [0.4, 0.0]]]]))
     depth = torch.tensor([[[[3.5, 2.9], [9.0, 9.0]]]])
     assert depth_error(depth, truth) == pytest.approx((0.5 + 0.1) / 2)
-    nothing = TrueViews(truth.images, truth.depth, torch.zeros_like(truth.mask))
+    nothing = Render(truth.rgb, truth.depth, torch.zeros_like(truth.opacity))
     assert math.isnan(depth_error(depth, nothing))
     with pytest.raises(ConsistencyError, match="depth is"):
         depth_error(torch.zeros(1, 1, 4, 4), truth)
@@ -250,6 +249,6 @@ def test_nothing_to_measure_and_truth_of_another_size_are_named():
     with pytest.raises(ConsistencyError, match="at least one ring"):
         measure_consistency([], INTRINSICS)
     ball = ball_ring()
-    wrong = TrueViews(ball.views.image, ball.views.depth, ball.views.opacity)
+    wrong = Render(ball.views.image, ball.views.depth, ball.views.opacity)
     with pytest.raises(ConsistencyError, match="the true images"):
         measure_consistency([Ring(ball.views, ball.sr, wrong)], INTRINSICS)

@@ -215,7 +215,7 @@ def test_the_table_names_every_object_and_gate() -> None:
 def test_a_heldout_set_that_cannot_be_measured_says_why() -> None:
     image, views = torch.zeros(1, 3, 16, 16), CAMERAS.views_of_labels(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(HeldoutError, match=r"data\.heldout_every"):
-        HeldoutPhotographs(image, views.images(0, 1), {0: image[0]}, ["one"])
+        HeldoutPhotographs(image, views[:1], {0: image[0]}, ["one"])
     with pytest.raises(HeldoutError, match="object one has held-out photographs but no training ones"):
         HeldoutPhotographs(image.repeat(2, 1, 1, 1), views, {}, ["one"])
 

@@ -1,6 +1,7 @@
 """Rendering for people and scores: an image depends on its code, class and camera alone; training does not notice."""
 
 import logging
+import math
 import random
 from dataclasses import replace
 
@@ -17,8 +18,8 @@ from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import RaySampling
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, ViewLatents
-from graf.models.field import FieldShape
 from graf.models.generator import Generator
+from graf.models.mlp_field import MLPField, MLPShape
 from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import OutOfMemory
@@ -30,11 +31,13 @@ SIZE = 12
 @pytest.fixture
 def renderer() -> Renderer:
     torch.manual_seed(5)
-    shape = FieldShape(
-        depth=2, width=16, multires=3, multires_views=1, dim_shape=3, dim_appearance=2, num_classes=3, density_scale=20
-    )
+    shape = MLPShape(
+        depth=2, width=16, multires=3, multires_views=1, base_frequency=math.pi, use_viewdirs=True, dim_shape=3,
+        dim_appearance=2, num_classes=3, dim_class=32, density="relu", density_scale=20, density_bias=0,
+        sphere_prior=0, prior_radius=0.6, bounding_radius=None,
+    )  # fmt: skip
     caster = RayCaster(Intrinsics.from_fov(SIZE, 30.0), 2.5, 4.5, 1.0)
-    generator, precision = Generator(shape, RaySampling(6)), Precision("cpu", None)
+    generator, precision = Generator(MLPField(shape), RaySampling(6)), Precision("cpu", None)
     return Renderer(generator, caster, precision, torch.device("cpu"), SIZE, CAMERAS, ("car", "mug", "duck"))
 
 
@@ -47,7 +50,7 @@ def test_an_image_does_not_depend_on_the_images_beside_it(renderer):
     z, views = renderer.codes(0, range(5)), some_views(5)
     together = renderer.render_views(z, views)
     for i in range(5):
-        alone = renderer.render_views(z[i : i + 1], views.images(i, i + 1))
+        alone = renderer.render_views(z[i : i + 1], views[i : i + 1])
         for name in ("rgb", "depth", "opacity"):
             assert torch.equal(getattr(together, name)[i], getattr(alone, name)[0])
     assert not torch.allclose(together.rgb[0], together.rgb[1], atol=1e-3)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,11 @@ from torch import nn
 
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.renderer import Renderer
-from graf.evaluation.rings import TrueViews
 from graf.geometry.cameras import Intrinsics, angles_from_pose
 from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras
-from graf.geometry.volume_rendering import RayColours
+from graf.geometry.volume_rendering import Render
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, ViewLatents
-from graf.models.generator import rays_to_image
 from graf.runtime.amp import Precision
 
 CAMERAS = Cameras(3.5, (0.3, 0.4), "ccw")
@@ -41,7 +40,7 @@ class Ball(nn.Module):
         opacity = (inside > 0).float()
         distance = torch.where(inside > 0, middle - inside.clamp(min=0).sqrt(), rays.far)
         points = (rays.origins + distance * rays.directions) * opacity
-        return RayColours(self.paint(points), distance * rays.axis_cosine, opacity)
+        return Render(self.paint(points), distance * rays.axis_cosine, opacity)
 
     def halve_chunk(self) -> None:
         """It has no chunks: none to halve."""
@@ -132,9 +131,7 @@ def test_the_truth_is_asked_for_at_both_resolutions_and_a_perfect_render_has_its
         ball = Ball(marble)
         fine = ball(None, None, CASTER.cast_images(views.poses, high))
         coarse = ball(None, None, CASTER.cast_images(views.poses, low))
-        return TrueViews(*(rays_to_image(part, side) for part, side in (
-            (fine.rgb, high), (coarse.depth, low), (coarse.opacity, low)
-        )))  # fmt: skip
+        return replace(coarse.as_images(), rgb=fine.as_images().rgb)
 
     report = make_task(marble, truth=truth)[0].measure()
     assert asked == [(0, NUM_VIEWS, SIDE, 2 * SIDE), (2, NUM_VIEWS, SIDE, 2 * SIDE)]

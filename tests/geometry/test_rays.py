@@ -146,7 +146,7 @@ def test_whole_image_rays_are_patch_rays_of_the_whole_image_at_any_resolution():
     caster, poses = RayCaster(INTRINSICS, 2.0, 5.0, 1.0), poses_of(2)
     for resolution in (16, 32):
         whole, patch = caster.cast_images(poses, resolution), caster.cast_patches(poses, Patches.whole(2), resolution)
-        assert len(whole) == resolution**2
+        assert whole.per_image == resolution**2
         assert_close(whole.directions, patch.directions)
         assert_close(whole.near, patch.near)
 
@@ -205,14 +205,14 @@ def test_a_ray_that_leaves_the_sphere_behind_the_camera_stays_in_front_of_it():
 
 def test_slices_and_images_take_the_same_part_of_everything():
     rays = cast_rays(poses_of(3), pixel_grid(3, 4, 4), INTRINSICS, 2.0, 5.0, 0.5)
-    part, one = rays.slice(5, 9), rays.images(1, 2)
-    assert len(part) == 4
+    part, one = rays.slice(5, 9), rays[1:2]
+    assert (part.per_image, len(part), len(one)) == (4, 3, 1)
     for name in ("origins", "directions", "near", "far", "axis_cosine"):
         assert torch.equal(getattr(part, name), getattr(rays, name)[:, 5:9])
         assert torch.equal(getattr(one, name), getattr(rays, name)[1:2])
     patches = place_patches(torch.rand(3, 3), 0.5, 1.0)
-    assert torch.equal(patches.images(1, 3).scale, patches.scale[1:])
-    assert torch.equal(patches.images(1, 3).centre, patches.centre[1:])
+    assert torch.equal(patches[1:3].scale, patches.scale[1:])
+    assert torch.equal(patches[1:3].centre, patches.centre[1:])
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_select_takes_views_in_order_and_with_repetition(indices):
 
 def test_slices_take_the_same_part_of_everything():
     views = CAMERAS.views_of_labels(LABELS)
-    part = views.images(1, 3).to("cpu")
+    part = views[1:3].to("cpu")
     for name in ("class_idx", "u", "v", "poses", "labels"):
         assert torch.equal(getattr(part, name), getattr(views, name)[1:3])
     assert isinstance(part, Views)
@@ -157,14 +157,14 @@ def test_turning_moves_true_poses_around_the_z_axis_wherever_they_look():
 @pytest.mark.parametrize("direction", ["ccw", "cw"])
 def test_turned_selected_and_sliced_views_keep_the_sense_of_their_angles(direction):
     views = Cameras(3.5, (0.2, 0.4), direction).views_of_labels(LABELS)
-    for part in (views.turn(10.0), views.select(torch.tensor([3, 1])), views.images(1, 3), views.to("cpu")):
+    for part in (views.turn(10.0), views[torch.tensor([3, 1])], views[1:3], views.to("cpu")):
         assert part.angle_sign == (1 if direction == "ccw" else -1)
 
 
 def test_views_are_selected_in_order_and_with_repetition():
     views = CAMERAS.views_of_labels(LABELS)
     indices = torch.tensor([3, 0, 3])
-    chosen = views.select(indices)
+    chosen = views[indices]
     for name in ("class_idx", "u", "v", "poses", "labels"):
         assert torch.equal(getattr(chosen, name), getattr(views, name)[indices])
 

@@ -326,7 +326,7 @@ def test_float32_rendering_agrees_with_float64():
 
 def test_noise_slices_and_images_leave_missing_parts_out():
     noise = RayNoise(jitter=torch.rand(3, 9, 4), density=torch.rand(3, 9, 4))
-    part = noise.slice(2, 5).images(1, 2)
+    part = noise.of_rays(2, 5, RaySampling(4))[1:2]
     assert torch.equal(part.jitter, noise.jitter[1:2, 2:5])
     assert torch.equal(part.density, noise.density[1:2, 2:5])
     assert part.importance_jitter is None

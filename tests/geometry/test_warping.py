@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
 from graf.geometry.rays import Patches, RayCaster, cast_rays, patch_grid, place_patches
-from graf.geometry.volume_rendering import composite_along_rays, compositing_weights, interval_lengths
+from graf.geometry.volume_rendering import Render, composite_along_rays, compositing_weights, interval_lengths
 from graf.geometry.warping import (
     SurfaceView,
     Visibility,
@@ -340,7 +340,7 @@ def test_surface_depth_undoes_the_composition_over_the_end_of_every_ray():
     weights = compositing_weights(density, interval_lengths(distances, rays.near, rays.far))
     expected = (weights * distances).sum(-1) / weights.sum(-1) * rays.axis_cosine[..., 0]
     image = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
-    view = SurfaceView.from_render(image, depth, opacity, poses, patches, caster)
+    view = SurfaceView.from_render(Render(image, depth, opacity), poses, patches, caster)
     assert_close(view.depth, expected.reshape(2, 1, 8, 8))
     assert view.opacity.min() < 0.9
     background = background_depth(caster, poses, patches, 8)
@@ -380,6 +380,6 @@ def test_slices_of_views_are_the_views_one_by_one():
     a, b = rough_views(0, 6, 3)
     visibility = Visibility(tolerance=0.3, min_opacity=0.5)
     together = warp_between(a, b, INTRINSICS, visibility)
-    single = [warp_between(a.images(i, i + 1), b.images(i, i + 1), INTRINSICS, visibility) for i in range(3)]
+    single = [warp_between(a[i : i + 1], b[i : i + 1], INTRINSICS, visibility) for i in range(3)]
     for k in range(2):
         assert_close(together[k], torch.cat([pair[k] for pair in single]))

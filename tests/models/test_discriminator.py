@@ -113,7 +113,7 @@ def test_patches_of_a_batch_do_not_touch_each_other(spectral):
     discriminator = PatchDiscriminator(replace(SHAPE, spectral=spectral, label_groups=(3,)))
     patches, condition = torch.randn(4, 3, 16, 16), draw_condition(4)
     whole, labels = discriminator(patches, condition)
-    part, part_labels = discriminator(patches[1:3], condition.images(1, 3))
+    part, part_labels = discriminator(patches[1:3], condition[1:3])
     assert_close(part, whole[1:3], atol=1e-5, rtol=1e-5)
     assert_close(part_labels, labels[1:3], atol=1e-5, rtol=1e-5)
 

@@ -1,18 +1,28 @@
 """The generator: chunks, backgrounds, depth, and the layout of images."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from graf.geometry.cameras import Intrinsics, pose_from_angles
 from graf.geometry.rays import RayCaster
-from graf.geometry.volume_rendering import RayNoise, RaySampling, points_along, render_rays, stratified_distances
-from graf.models.field import FieldShape
-from graf.models.generator import Generator, rays_to_image
+from graf.geometry.volume_rendering import (
+    RayNoise,
+    RaySampling,
+    Render,
+    points_along,
+    render_rays,
+    stratified_distances,
+)
+from graf.models.generator import Generator
+from graf.models.mlp_field import MLPField, MLPShape
 
-SHAPE = FieldShape(
-    depth=4, width=16, multires=3, multires_views=2, dim_shape=5, dim_appearance=3, num_classes=2, dim_class=4,
-    density="softplus",
+SHAPE = MLPShape(
+    depth=4, width=16, multires=3, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=5,
+    dim_appearance=3, num_classes=2, dim_class=4, density="softplus", density_scale=1, density_bias=0, sphere_prior=0,
+    prior_radius=0.6, bounding_radius=None,
 )  # fmt: skip
 SAMPLING = RaySampling(6, 3)
 CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)
@@ -21,7 +31,7 @@ CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)
 def draw_inputs(dtype: torch.dtype = torch.float64, batch: int = 2):
     poses = pose_from_angles(torch.rand(batch, dtype=dtype), 0.2 + 0.4 * torch.rand(batch, dtype=dtype), 3.5)
     rays = CASTER.cast_images(poses, 4)
-    count = len(rays)
+    count = rays.per_image
     noise = RayNoise(
         torch.rand(batch, count, 6, dtype=dtype),
         torch.rand(batch, count, 3, dtype=dtype),
@@ -32,7 +42,7 @@ def draw_inputs(dtype: torch.dtype = torch.float64, batch: int = 2):
 
 @pytest.mark.parametrize("chunk", [1, 7, 10, 31])
 def test_chunks_change_neither_outputs_nor_gradients(chunk):
-    generator = Generator(SHAPE, SAMPLING, learn_background=True).double()
+    generator = Generator(MLPField(SHAPE), SAMPLING, learn_background=True).double()
     z, class_idx, rays, noise = draw_inputs()
     target = torch.randn(2, 16, 3, dtype=torch.float64)
     runs = []
@@ -48,7 +58,7 @@ def test_chunks_change_neither_outputs_nor_gradients(chunk):
 
 
 def test_a_chunk_counts_rays_over_all_images_of_the_batch():
-    generator = Generator(SHAPE, RaySampling(6), chunk=8)
+    generator = Generator(MLPField(SHAPE), RaySampling(6), chunk=8)
     sizes = []
     generator.field.register_forward_pre_hook(lambda field, arguments: sizes.append(arguments[0].shape[1]))
     z, class_idx, rays, _ = draw_inputs(torch.float32)
@@ -59,12 +69,12 @@ def test_a_chunk_counts_rays_over_all_images_of_the_batch():
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
 @pytest.mark.parametrize("importance", [0, 4])
 def test_recomputed_chunks_give_the_dense_gradients(strategy, importance):
-    generator = Generator(SHAPE, RaySampling(6, importance), learn_background=True, chunk=6).double()
+    generator = Generator(MLPField(SHAPE), RaySampling(6, importance), learn_background=True, chunk=6).double()
     z, class_idx, rays, noise = draw_inputs(batch=2)
     noise = RayNoise(
-        torch.rand(2, len(rays), 6, dtype=torch.float64),
-        torch.rand(2, len(rays), importance, dtype=torch.float64) if importance else None,
-        torch.randn(2, len(rays), 6 + importance, dtype=torch.float64),
+        torch.rand(2, rays.per_image, 6, dtype=torch.float64),
+        torch.rand(2, rays.per_image, importance, dtype=torch.float64) if importance else None,
+        torch.randn(2, rays.per_image, 6 + importance, dtype=torch.float64),
     )
     z.requires_grad_(True)
     gradients = {}
@@ -79,7 +89,7 @@ def test_recomputed_chunks_give_the_dense_gradients(strategy, importance):
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
 def test_recomputation_repeats_the_autocast_of_the_forward_pass(strategy):
-    generator = Generator(SHAPE, SAMPLING, chunk=6)
+    generator = Generator(MLPField(SHAPE), SAMPLING, chunk=6)
     z, class_idx, rays, noise = draw_inputs(torch.float32)
     gradients = {}
     for name in ("dense", strategy):
@@ -93,15 +103,15 @@ def test_recomputation_repeats_the_autocast_of_the_forward_pass(strategy):
 
 
 def test_images_of_a_batch_do_not_touch_each_other():
-    generator = Generator(SHAPE, SAMPLING).double()
+    generator = Generator(MLPField(SHAPE), SAMPLING).double()
     z, class_idx, rays, noise = draw_inputs(batch=3)
     whole = generator(z, class_idx, rays, noise)
-    alone = generator(z[1:2], class_idx[1:2], rays.images(1, 2), noise.images(1, 2))
+    alone = generator(z[1:2], class_idx[1:2], rays[1:2], noise[1:2])
     assert_close(alone.rgb, whole.rgb[1:2], atol=1e-12, rtol=0)
 
 
 def test_without_noise_rendering_is_deterministic_and_samples_sit_mid_bin():
-    generator = Generator(SHAPE, RaySampling(6)).double()
+    generator = Generator(MLPField(SHAPE), RaySampling(6)).double()
     z, class_idx, rays, _ = draw_inputs()
     found = generator(z, class_idx, rays)
     assert torch.equal(found.rgb, generator(z, class_idx, rays).rgb)
@@ -112,7 +122,7 @@ def test_without_noise_rendering_is_deterministic_and_samples_sit_mid_bin():
 @pytest.mark.parametrize(("background", "value"), [("white", 1.0), ("black", -1.0)])
 @pytest.mark.parametrize("learned", [True, False])
 def test_rays_that_meet_nothing_show_the_background(background, value, learned):
-    generator = Generator(SHAPE, SAMPLING, background, learned)
+    generator = Generator(MLPField(SHAPE), SAMPLING, background, learned)
     z, class_idx, rays, _ = draw_inputs(torch.float32)
     missed = (rays.near == rays.far)[..., 0]
     assert bool(missed.any())
@@ -122,8 +132,8 @@ def test_rays_that_meet_nothing_show_the_background(background, value, learned):
 
 
 def test_only_a_learned_background_is_trained_by_what_the_rays_let_through():
-    assert "background" not in dict(Generator(SHAPE, SAMPLING, "white").named_parameters())
-    generator = Generator(SHAPE, SAMPLING, "black", learn_background=True)
+    assert "background" not in dict(Generator(MLPField(SHAPE), SAMPLING, "white").named_parameters())
+    generator = Generator(MLPField(SHAPE), SAMPLING, "black", learn_background=True)
     z, class_idx, rays, _ = draw_inputs(torch.float32)
     found = generator(z, class_idx, rays)
     found.rgb.sum().backward()
@@ -133,7 +143,7 @@ def test_only_a_learned_background_is_trained_by_what_the_rays_let_through():
 
 def test_an_unknown_background_is_named():
     with pytest.raises(ValueError, match=r"background='grey'.*white, black"):
-        Generator(SHAPE, SAMPLING, "grey")
+        Generator(MLPField(SHAPE), SAMPLING, "grey")
 
 
 def test_depth_is_z_depth_along_the_optical_axis():
@@ -152,7 +162,7 @@ def test_depth_is_z_depth_along_the_optical_axis():
 
 
 def test_the_generator_renders_its_own_field():
-    generator = Generator(SHAPE, RaySampling(6), "black").double()
+    generator = Generator(MLPField(SHAPE), RaySampling(6), "black").double()
     z, class_idx, rays, _ = draw_inputs()
     codes = generator.field.prepare(z, class_idx)
     distances = stratified_distances(rays.near, rays.far, 6)
@@ -165,7 +175,7 @@ def test_the_generator_renders_its_own_field():
 
 def test_outputs_are_float32_under_bfloat16_autocast_and_float64_in_double():
     z, class_idx, rays, noise = draw_inputs(torch.float32)
-    generator = Generator(SHAPE, SAMPLING, learn_background=True)
+    generator = Generator(MLPField(SHAPE), SAMPLING, learn_background=True)
     exact = generator(z, class_idx, rays, noise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = generator(z, class_idx, rays, noise)
@@ -175,12 +185,12 @@ def test_outputs_are_float32_under_bfloat16_autocast_and_float64_in_double():
 
 
 def test_dim_z_is_shape_and_appearance():
-    assert Generator(SHAPE, SAMPLING).dim_z == 8
+    assert Generator(MLPField(SHAPE), SAMPLING).dim_z == 8
 
 
 def test_rays_become_images_row_by_row():
     values = torch.arange(2 * 9 * 3).reshape(2, 9, 3)
-    images = rays_to_image(values, 3)
+    images = Render(values, values[..., :1], values[..., :1]).as_images().rgb
     assert images.shape == (2, 3, 3, 3)
     for b, c, i, j in [(0, 0, 0, 0), (1, 2, 0, 1), (0, 1, 2, 0), (1, 0, 2, 2)]:
         assert images[b, c, i, j] == values[b, 3 * i + j, c]

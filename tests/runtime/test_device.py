@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from graf.base.tensors import TensorBatch
 from graf.runtime import device as device_module
-from graf.runtime.device import DeviceError, configure_backends, describe_device, list_devices, pick_device
+from graf.runtime.device import (
+    DeviceError,
+    configure_backends,
+    describe_device,
+    list_devices,
+    move_in_one_copy,
+    pack,
+    pick_device,
+    unpack,
+)
 
 
 @pytest.fixture
@@ -98,3 +109,37 @@ def test_cuda_flags_are_set_and_the_device_is_current() -> None:
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.cuda.current_device() == picked.index
     assert str(picked) in describe_device(picked)
+
+
+def test_tensors_of_any_type_come_back_out_of_one_buffer() -> None:
+    tensors = [
+        torch.tensor([True, False, True]),
+        torch.arange(5),
+        torch.rand(2, 3),
+        torch.rand(3, 1, 2, dtype=torch.float64),
+        torch.tensor(1.5),
+        torch.empty(0, 4),
+        torch.rand(4, 6)[:, ::2],
+    ]
+    buffer, starts = pack(tensors)
+    assert all(start % 16 == 0 for start in starts)
+    for old, new in zip(tensors, unpack(buffer, tensors, starts), strict=True):
+        assert old.dtype == new.dtype
+        assert torch.equal(old, new)
+
+
+@dataclass(frozen=True)
+class Inputs(TensorBatch):
+    z: torch.Tensor
+    labels: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_batch_is_moved_with_its_values(kind: str) -> None:
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    batch = Inputs(torch.rand(3, 2), torch.arange(3))
+    moved = move_in_one_copy(batch, torch.device(kind))
+    assert torch.equal(moved.z.cpu(), batch.z)
+    assert torch.equal(moved.labels.cpu(), batch.labels)
+    assert moved.z.device.type == kind

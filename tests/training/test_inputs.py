@@ -7,27 +7,37 @@ import pytest
 import torch
 
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler
-from graf.geometry.volume_rendering import RaySampling
+from graf.geometry.volume_rendering import RayNoise, RaySampling
+from graf.models.ccsr import ViewLatents
 from graf.runtime.randomness import Draws
-from graf.training.inputs import InputSampler, StepSettings
+from graf.training.inputs import FakeInputs, InputSampler, StepSettings
 
 CAMERAS = Cameras(3.5, (0.2, 0.4))
 LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180], [0, 1, 7]])
-SETTINGS = StepSettings(0.3, 0.8, 0.5)
+SETTINGS = StepSettings(0.3, 0.8, 0.5, super_resolve=True)
+SAMPLING = RaySampling(5, 3)
 SAMPLER = InputSampler(
     pose_sampler=PoseSampler(LABELS, CAMERAS),
     dim_z=6,
     uniform_z=False,
     patch_size=4,
-    sampling=RaySampling(5, 3),
+    sampling=SAMPLING,
     jitter=True,
     hflip=False,
+    share_fakes=False,
     device=torch.device("cpu"),
+    mix_latents=ViewLatents(8, 3, 4).mix,
+    agreement_degrees=15.0,
 )
 
 
 def draws(*indices: int, seed: int = 0, iteration: int = 7) -> Draws:
     return Draws(seed, iteration, tuple(indices))
+
+
+def drawn(fakes: FakeInputs) -> RayNoise:
+    """The random numbers of 16 rays of each image."""
+    return fakes.noise.of_rays(0, 16, SAMPLING)
 
 
 def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -52,15 +62,16 @@ def test_a_fake_does_not_depend_on_the_batch_it_is_drawn_in(split, ranges):
 
 
 @pytest.mark.parametrize("hflip", [False, True])
-def test_a_real_patch_does_not_depend_on_the_batch_it_is_drawn_in(hflip):
-    sampler, images = replace(SAMPLER, hflip=hflip), torch.rand(5, 3, 8, 8)
-    whole = dict(tensors_of(sampler.draw_reals(draws(0, 1, 2, 3, 4), images, LABELS, SETTINGS)))
-    parts = [
-        dict(tensors_of(sampler.draw_reals(draws(*range(a, b)), images[a:b], LABELS[a:b], SETTINGS)))
-        for a, b in ((0, 2), (2, 5))
-    ]
-    for name, value in whole.items():
-        assert torch.equal(value, torch.cat([part[name] for part in parts])), name
+@pytest.mark.parametrize("share_fakes", [False, True])
+def test_a_part_of_a_step_is_what_its_samples_alone_draw(hflip, share_fakes):
+    sampler, images = replace(SAMPLER, hflip=hflip, share_fakes=share_fakes), torch.rand(5, 3, 8, 8)
+    whole = sampler.draw(draws(0, 1, 2, 3, 4), images, LABELS, SETTINGS)
+    assert len(whole) == 5
+    assert (whole.fakes_of_d is whole.fakes_g) is share_fakes
+    for a, b in ((0, 2), (2, 5)):
+        alone = sampler.draw(draws(*range(a, b)), images[a:b], LABELS[a:b], SETTINGS)
+        for (name, part), (_, own) in zip(tensors_of(whole[a:b]), tensors_of(alone), strict=True):
+            assert torch.equal(part, own), name
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"iteration": 8}, {"purpose": "d"}])
@@ -68,7 +79,10 @@ def test_other_seeds_iterations_and_purposes_draw_other_numbers(change):
     purpose = change.pop("purpose", "g")
     first = SAMPLER.draw_fakes(draws(*range(5)), "g", SETTINGS)
     second = SAMPLER.draw_fakes(draws(*range(5), **change), purpose, SETTINGS)
-    for part in ("z", "noise.jitter", "noise.importance_jitter", "noise.density", "patches.scale", "patches.centre"):
+    noises = [drawn(inputs) for inputs in (first, second)]
+    for part in ("jitter", "importance_jitter", "density"):
+        assert not torch.isclose(*(getattr(noise, part) for noise in noises), atol=1e-4).all(-1).any(), part
+    for part in ("z", "patches.scale", "patches.centre", "super_resolution.crop"):
         one, other = (dict(tensors_of(inputs))["." + part] for inputs in (first, second))
         assert not torch.isclose(one, other, atol=1e-4).any(dim=-1).all(), part
 
@@ -76,7 +90,8 @@ def test_other_seeds_iterations_and_purposes_draw_other_numbers(change):
 def test_no_two_random_parts_of_a_sample_share_their_numbers():
     inputs = SAMPLER.draw_fakes(draws(0), "g", SETTINGS)
     numbers = torch.cat([getattr(inputs, item.name)[0] for item in fields(inputs) if item.name.startswith("augment")])
-    numbers = torch.cat([numbers, inputs.noise.jitter.flatten(), inputs.noise.importance_jitter.flatten()])
+    noise = drawn(inputs)
+    numbers = torch.cat([numbers, noise.jitter.flatten(), noise.importance_jitter.flatten()])
     assert len(numbers.unique()) == len(numbers)
 
 
@@ -92,7 +107,7 @@ def test_fakes_take_their_views_from_the_pool_alone():
 
 
 def test_patches_keep_to_their_scales_and_lie_inside_the_image():
-    reals = SAMPLER.draw_reals(draws(*range(400)), torch.zeros(400, 3, 4, 4), LABELS[torch.arange(400) % 5], SETTINGS)
+    reals = SAMPLER.draw_reals(draws(*range(400)), LABELS[torch.arange(400) % 5], SETTINGS)
     for patches in (SAMPLER.draw_fakes(draws(*range(400)), "g", SETTINGS).patches, reals.patches):
         assert 0.3 <= patches.scale.min() < 0.32
         assert 0.78 < patches.scale.max() <= 0.8
@@ -111,7 +126,7 @@ def test_codes_follow_their_law(uniform_z):
 
 
 def test_ray_noise_has_a_place_for_every_sample_and_the_scheduled_strength():
-    noise = SAMPLER.draw_fakes(draws(*range(50)), "g", SETTINGS).noise
+    noise = drawn(SAMPLER.draw_fakes(draws(*range(50)), "g", SETTINGS))
     assert noise.jitter.shape == (50, 16, 5)
     assert noise.importance_jitter.shape == (50, 16, 3)
     assert noise.density.shape == (50, 16, 8)
@@ -120,15 +135,29 @@ def test_ray_noise_has_a_place_for_every_sample_and_the_scheduled_strength():
 
 
 def test_what_is_switched_off_is_not_drawn():
-    sampler = replace(SAMPLER, jitter=False, sampling=RaySampling(5))
-    noise = sampler.draw_fakes(draws(0), "g", replace(SETTINGS, density_noise=0.0)).noise
+    quiet = replace(SETTINGS, density_noise=0.0, super_resolve=False)
+    fakes = replace(SAMPLER, jitter=False).draw_fakes(draws(0), "g", quiet)
+    noise = drawn(fakes)
     assert (noise.jitter, noise.importance_jitter, noise.density) == (None, None, None)
-    assert SAMPLER.draw_fakes(draws(0), "g", replace(SETTINGS, density_noise=0.0)).noise.density is None
+    assert fakes.super_resolution is None
+    assert drawn(SAMPLER.draw_fakes(draws(0), "g", quiet)).density is None
+    assert (
+        replace(SAMPLER, agreement_degrees=None).draw_fakes(draws(0), "g", SETTINGS).super_resolution.neighbours is None
+    )
+
+
+def test_neighbours_stand_beside_their_views_on_either_side():
+    inputs = SAMPLER.draw_fakes(draws(*range(100)), "g", SETTINGS)
+    turned = (inputs.super_resolution.neighbours.labels[:, 2] - inputs.views.labels[:, 2]) % 360
+    assert set(turned.tolist()) == {15, 345}
+    assert 30 < int((turned == 15).sum()) < 70
+    expected = SAMPLER.mix_latents(inputs.super_resolution.neighbours.labels[:, 2])
+    assert torch.equal(inputs.super_resolution.neighbour_latents.weights, expected.weights)
 
 
 def test_photographs_keep_their_pixels_and_the_cameras_of_their_labels():
     images = torch.rand(5, 3, 8, 8)
-    reals = SAMPLER.draw_reals(draws(*range(5)), images, LABELS, SETTINGS)
+    reals = SAMPLER.draw(draws(*range(5)), images, LABELS, SETTINGS).reals
     assert torch.equal(reals.images, images)
     assert torch.equal(reals.views.labels, LABELS)
     assert torch.equal(reals.views.poses, CAMERAS.views_of_labels(LABELS).poses)
@@ -137,7 +166,7 @@ def test_photographs_keep_their_pixels_and_the_cameras_of_their_labels():
 
 def test_hflip_mirrors_about_half_of_the_photographs_left_to_right_and_no_label():
     images, labels = torch.rand(200, 3, 4, 4), LABELS[torch.arange(200) % 5]
-    reals = replace(SAMPLER, hflip=True).draw_reals(draws(*range(200)), images, labels, SETTINGS)
+    reals = replace(SAMPLER, hflip=True).draw(draws(*range(200)), images, labels, SETTINGS).reals
     kept = (reals.images == images).flatten(1).all(1)
     mirrored = (reals.images == images.flip(3)).flatten(1).all(1)
     assert (kept ^ mirrored).all()
@@ -147,6 +176,5 @@ def test_hflip_mirrors_about_half_of_the_photographs_left_to_right_and_no_label(
 
 def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
-    SAMPLER.draw_fakes(draws(0, 1), "g", SETTINGS)
-    SAMPLER.draw_reals(draws(0, 1), torch.zeros(2, 3, 4, 4), LABELS[:2], SETTINGS)
+    SAMPLER.draw(draws(0, 1), torch.zeros(2, 3, 4, 4), LABELS[:2], SETTINGS)
     assert torch.equal(torch.get_rng_state(), state)

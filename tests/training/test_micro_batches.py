@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,11 @@ from graf.app import builders
 from graf.app.failures import explain_failure
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import OutOfMemory
+from graf.runtime.memory_settings import MemorySettings
+from graf.training.inputs import InputSampler, StepInputs
 from graf.training.objective import GANObjective
 from graf.training.players import Player
-from graf.training.trainer import MicroBatch, Trainer
+from graf.training.trainer import SharedRender, Trainer
 
 #: everything that a step can hold: R1, class loss, augmentation, spectral norm, importance samples, CCSR with all terms
 EVERYTHING = (
@@ -52,26 +53,14 @@ def batch(photographs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-def in_float64(value: Any) -> Any:
-    """A tensor, or a dataclass of them, in float64."""
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: in_float64(getattr(value, field.name)) for field in fields(value)})
-    return value
-
-
 class Float64Inputs:
     """A trainer's inputs with every number in float64."""
 
-    def __init__(self, inputs: Any) -> None:
+    def __init__(self, inputs: InputSampler) -> None:
         self.inputs = inputs
 
-    def draw_fakes(self, *arguments: Any) -> Any:
-        return in_float64(self.inputs.draw_fakes(*arguments))
-
-    def draw_reals(self, *arguments: Any) -> Any:
-        return in_float64(self.inputs.draw_reals(*arguments))
+    def draw(self, *arguments: Any) -> StepInputs:
+        return self.inputs.draw(*arguments).map(lambda part: part.double() if part.is_floating_point() else part)
 
 
 def gradients_of_a_step(
@@ -124,24 +113,24 @@ def test_buffers_are_the_same_after_a_split_step(make_trainer, batch):
 
 # ---------------------------------------------------------------- running out of memory
 
-#: phase -> what of the game runs out of memory in it
+#: phase -> which method of the objective runs out of memory in it
 FAULTS = {
     "render": "render_patches",
-    "d": "discriminator_terms",
-    "r1": "penalty_terms",
-    "g": "generator_terms",
-    "sr": "super_resolution_terms",
+    "d": "discriminator_loss",
+    "r1": "penalty_loss",
+    "g": "generator_loss",
+    "sr": "super_resolution_loss",
 }
 
 
 @contextmanager
 def fault(monkeypatch: pytest.MonkeyPatch, method: str, at: int) -> Iterator[list[int]]:
-    """Call number `at` of a method of the game runs out of memory, after it has computed its result."""
+    """Call number `at` of a method of the objective runs out of memory, after it has computed its result."""
     calls: list[int] = []
     original = getattr(GANObjective, method)
 
-    def faulty(game: GANObjective, *arguments: Any, **keywords: Any) -> Any:
-        result = original(game, *arguments, **keywords)
+    def faulty(objective: GANObjective, *arguments: Any, **keywords: Any) -> Any:
+        result = original(objective, *arguments, **keywords)
         calls.append(len(calls))
         if len(calls) == at:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -156,11 +145,11 @@ def shrink_before(trainer: Trainer, phase: str) -> None:
     """The next phase of this name begins with the sizes that a retry would have."""
     original = trainer._in_phase
 
-    def in_phase(name: str, batch: MicroBatch, accumulate: Callable[..., Any]) -> Any:
+    def in_phase(name: str, inputs: StepInputs, shared: SharedRender, accumulate: Callable[..., Any]) -> Any:
         if name == phase:
             trainer._in_phase = original  # type: ignore[method-assign]
-            trainer._shrink(name, len(batch))
-        return original(name, batch, accumulate)
+            trainer._shrink(name, len(inputs), shared)
+        return original(name, inputs, shared, accumulate)
 
     trainer._in_phase = in_phase  # type: ignore[method-assign, assignment]
 
@@ -196,7 +185,8 @@ def test_after_a_retry_everything_is_as_with_the_smaller_size_from_that_phase_on
     smaller.step(*batch)
     for trainer in (retried, smaller):
         trainer.step(*batch)  # the smaller size is kept
-    assert retried.micro_batch_size == smaller.micro_batch_size == size // 2
+    assert retried.memory == smaller.memory
+    assert retried.memory.micro_batch_size == size // 2
     expected = weights_of(smaller)
     for name, value in weights_of(retried).items():
         assert torch.equal(value, expected[name]), name
@@ -219,7 +209,7 @@ def test_a_device_that_is_too_small_for_the_batch_trains_with_less_at_once(make_
         trainer = make_trainer()
         for _ in range(3):
             statistics = trainer.step(*batch)
-    assert trainer.micro_batch_size < 5
+    assert trainer.memory.micro_batch_size < 5
     assert 1 <= len(caplog.records) <= 3
     assert all(bool(torch.isfinite(value)) for value in statistics.values())
     assert trainer.progress.iteration == 3
@@ -230,7 +220,8 @@ def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(ma
     before = weights_of(trainer)
     with small_device(20_000), pytest.raises(OutOfMemory) as caught:
         trainer.step(*batch)
-    assert (trainer.micro_batch_size, trainer.generator.strategy, trainer.generator.chunk) == (1, "checkpoint", 64)
+    assert trainer.memory == MemorySettings(1, "checkpoint", 64)
+    assert (trainer.generator.strategy, trainer.generator.chunk) == ("checkpoint", 64)
     message = explain_failure(caught.value)
     assert "smallest size" in message
     for key in ("ray_sampler.N_samples", "nerf.N_samples", "nerf.netwidth", "--plan"):
@@ -248,7 +239,7 @@ def test_other_errors_are_not_retried(make_trainer, batch, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(GANObjective, "generator_terms", broken)
+    monkeypatch.setattr(GANObjective, "generator_loss", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         trainer.step(*batch)
-    assert trainer.micro_batch_size == 5
+    assert trainer.memory.micro_batch_size == 5

@@ -34,7 +34,8 @@ def test_a_turn_begins_with_its_learning_rate_and_without_old_gradients():
         give_loss(player)
         player.begin(iteration)
         assert [group["lr"] for group in player.optimizer.param_groups] == pytest.approx([expected])
-        assert player.scalars(iteration) == {"lr_sr": pytest.approx(expected), "scale_sr": 1.0}
+        assert player.lr_at(iteration) == pytest.approx(expected)
+        assert player.scalars(torch.device("cpu")) == {"scale_sr": 1.0}
         assert all(parameter.grad is None for parameter in player.network.parameters())
 
 
@@ -99,7 +100,7 @@ def test_a_scaler_skips_an_inf_halves_its_scale_and_goes_on():
     player.apply(give_loss(player), 0, "norm", 1.0)
     handle.remove()
     assert player.skipped == 1
-    assert player.scalars(0)["scale_sr"] == 512.0
+    assert player.scalars(torch.device("cpu"))["scale_sr"] == 512.0
     assert torch.equal(player.network.first.detach(), torch.ones(2))
     assert torch.equal(player.network.second.detach(), torch.ones(3))
     player.begin(1)

@@ -15,19 +15,17 @@ from torch.testing import assert_close
 from graf.app import builders
 from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches
 from graf.geometry.views import PoseSampler
-from graf.geometry.volume_rendering import RayColours
+from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView, warp_between
 from graf.models.ccsr import BoxProjection, upsample
-from graf.models.generator import rays_to_image
 from graf.models.rrdb import RRDBTrunk
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.runtime.randomness import Draws
 from graf.training import trainer as trainer_module
-from graf.training.inputs import FakeInputs, StepSettings
-from graf.training.objective import RenderedPatches
+from graf.training.inputs import FakeInputs, RealInputs, StepSettings
 from graf.training.perceptual import PerceptualDistance, load_perceptual_distance
-from graf.training.trainer import Trainer, consistency_weight
+from graf.training.trainer import Trainer
 
 #: 16 -> 32 pixels; a field opaque enough that neighbouring views see one surface
 TINY = (
@@ -81,9 +79,22 @@ def fakes_of(trainer: Trainer, count: int = 3, purpose: str = "g") -> FakeInputs
     )
 
 
-def render(trainer: Trainer, fakes: FakeInputs) -> RenderedPatches:
+def reals_of(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> RealInputs:
+    """The inputs of photographs that the trainer draws at its iteration."""
+    iteration = trainer.progress.iteration
+    draws = Draws(trainer.config.seed, iteration, range(len(images)))
+    reals = trainer.inputs.draw_reals(draws, labels, trainer.settings_at(iteration))
+    return trainer.inputs.add_photographs(reals, images)
+
+
+def render(trainer: Trainer, fakes: FakeInputs) -> Render:
     with torch.no_grad():
         return trainer.objective.render_patches(fakes)
+
+
+def super_resolution_statistics(trainer: Trainer, fakes: FakeInputs, low: Render) -> dict[str, torch.Tensor]:
+    """CCSR's terms on renders alone."""
+    return trainer.objective.super_resolution_loss(fakes, low, None, None, len(fakes), 0)[1]
 
 
 # ---------------------------------------------------------------- whose weights move
@@ -145,7 +156,7 @@ def test_one_step_teaches_every_parameter_of_ccsr_and_exactly_the_used_latents(
     trainer.step(images, labels)
     angles = fakes.views.labels[:, 2]
     if "ccsr.agreement=1" in overrides:
-        angles = torch.cat([angles, angles + (15 * fakes.turn).long()])
+        angles = torch.cat([angles, fakes.super_resolution.neighbours.labels[:, 2]])
     if "ccsr.photographs=1" in overrides:
         angles = torch.cat([angles, labels[:, 2]])
     used = views_around(*angles.tolist())
@@ -166,7 +177,7 @@ def test_photographs_are_restored_from_their_own_reductions(make_trainer, batche
     ((images, labels),) = batches(1, size=3, data=photographs)
     trainer = make_trainer("ccsr.photographs=1", "ccsr.agreement=0")
     assert trainer.ccsr is not None
-    reals = trainer.inputs.draw_reals(Draws(trainer.config.seed, 0, range(3)), images, labels, trainer.settings_at(0))
+    reals = reals_of(trainer, images, labels)
     truth = crop_images(images, reals.patches, SCALE * SIDE)
     with torch.no_grad():
         found = trainer.ccsr(functional.avg_pool2d(truth, SCALE), labels[:, 2], reals.patches).image
@@ -244,13 +255,13 @@ def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_reso
     low = render(trainer, fakes).rgb
     with torch.no_grad():
         fine = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
-    corner = torch.floor(fakes.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
+    corner = torch.floor(fakes.super_resolution.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
     grid = patch_grid(fakes.patches, SCALE * SIDE)
     crops = torch.stack([fine[i, :, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
     grids = torch.stack([grid[i, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
     rays = trainer.objective.caster.cast(fakes.views.poses, grids)
-    finer = rays_to_image(trainer.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise).rgb, SIDE)
-    found = trainer.objective.generator_terms(fakes, low, 3, super_resolve=True)["loss_g_supervision"]
+    finer = trainer.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise).as_images().rgb
+    found = trainer.objective.generator_loss(fakes, low, 3)[1]["loss_g_supervision"]
     assert_close(found, (finer - crops).square().mean(), rtol=1e-4, atol=1e-7)
     assert found > 1e-3
     of_g = torch.autograd.grad(found, list(trainer.generator.parameters()), retain_graph=True)
@@ -295,8 +306,8 @@ def test_consistency_is_taken_before_the_projection_after_which_it_would_be_zero
     fakes = fakes_of(trainer)
     low = render(trainer, fakes)
     with torch.no_grad():
-        image, unprojected = trainer.objective.super_resolve(low.rgb, fakes.views, fakes.patches)
-        found = trainer.objective.super_resolution_terms(fakes, low, 3)["loss_sr_consistency"]
+        image, unprojected = trainer.objective.super_resolve(low.rgb, fakes.super_resolution.latents, fakes.patches)
+        found = super_resolution_statistics(trainer, fakes, low)["loss_sr_consistency"]
     assert image.dtype == unprojected.dtype == found.dtype == torch.float32
     expected = (functional.avg_pool2d(unprojected, SCALE) - low.rgb).square().mean()
     assert_close(found, expected)
@@ -305,11 +316,16 @@ def test_consistency_is_taken_before_the_projection_after_which_it_would_be_zero
     assert (functional.avg_pool2d(image, SCALE) - low.rgb).abs().max() <= limit
 
 
-def test_the_consistency_weight_decays_to_its_floor():
+def consistency_weight(make_trainer, iteration: int, initial: float, smallest: float, decay: float) -> float:
+    keys = (f"ccsr.alpha_init={initial}", f"ccsr.alpha_min={smallest}", f"ccsr.alpha_decay={decay}")
+    return make_trainer(*keys).objective.settings.super_resolution.consistency_weight(iteration)
+
+
+def test_the_consistency_weight_decays_to_its_floor(make_trainer):
     for iteration, expected in ((0, 10.0), (1000, 10 / math.e), (2000, 10 / math.e**2), (3000, 1.0), (10**6, 1.0)):
-        assert consistency_weight(iteration, 10.0, 1.0, 1e-3) == pytest.approx(expected)
-    assert consistency_weight(5000, 3.0, 0.0, 0.0) == 3.0
-    assert consistency_weight(0, 1.0, 2.0, 0.1) == 2.0
+        assert consistency_weight(make_trainer, iteration, 10.0, 1.0, 1e-3) == pytest.approx(expected)
+    assert consistency_weight(make_trainer, 5000, 3.0, 0.0, 0.0) == 3.0
+    assert consistency_weight(make_trainer, 0, 1.0, 2.0, 0.1) == 2.0
 
 
 def test_the_step_weighs_consistency_with_the_schedule_at_its_iteration(make_trainer, batches, photographs):
@@ -349,12 +365,14 @@ def test_super_resolved_crops_are_slices_that_lie_where_they_say(make_trainer, f
     """An image of its own places in the image plane is cropped to the places of the crop's condition."""
     trainer = make_trainer(f"ccsr.scale={factor}")
     fakes = fakes_of(trainer, 5)
-    crop = fakes.crop.clone()
+    crop = fakes.super_resolution.crop.clone()
     crop[0], crop[1] = 0, 1 - 2**-24
-    fakes = replace(fakes, crop=crop, patches=place_patches(torch.rand(5, 3), 0.3, 0.9))
+    inputs = replace(fakes.super_resolution, crop=crop)
+    fakes = replace(fakes, super_resolution=inputs, patches=place_patches(torch.rand(5, 3), 0.3, 0.9))
     x, y = patch_grid(fakes.patches, factor * SIDE).unbind(-1)
     image = torch.stack([x, y, torch.rand_like(x)], 1)
-    found, condition = trainer.objective._crop_super_resolved(image, fakes)
+    crops = trainer.objective._crop_super_resolved(image, fakes, inputs)
+    found, condition = crops.images, crops.condition
     corner = torch.floor(crop * ((factor - 1) * SIDE + 1)).long()
     assert corner[:2].tolist() == [[0, 0], [(factor - 1) * SIDE] * 2]
     for i, (left, top) in enumerate(corner.tolist()):
@@ -369,11 +387,12 @@ def test_real_crops_show_the_photographs_where_they_say(make_trainer):
     trainer = make_trainer()
     rows = torch.arange(SCALE * SIDE) * 2.0 / (SCALE * SIDE) - 1 + 1 / (SCALE * SIDE)
     photograph = torch.stack([rows.expand(32, -1), rows[:, None].expand(-1, 32), torch.zeros(32, 32)])
-    reals = trainer.inputs.draw_reals(
-        Draws(0, 0, range(4)), photograph.repeat(4, 1, 1, 1), torch.tensor([[0, 0, 10]] * 4), StepSettings(0.4, 0.9, 0)
-    )
+    settings = StepSettings(0.4, 0.9, 0, super_resolve=True)
+    reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), torch.tensor([[0, 0, 10]] * 4), settings)
+    reals = trainer.inputs.add_photographs(reals, photograph.repeat(4, 1, 1, 1))
     reals = replace(reals, patches=Patches(reals.patches.scale, reals.patches.centre.clamp(-0.05, 0.05)))
-    found, condition = trainer.objective.real_crops(reals)
+    _, crops = trainer.objective.cut_reals(reals)
+    found, condition = crops.images, crops.condition
     assert found.shape == (4, 3, SIDE, SIDE)
     assert_close(condition.patches.scale, reals.patches.scale / SCALE)
     assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-5, rtol=0)
@@ -386,12 +405,15 @@ def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_tra
     trainer = make_trainer()
     ((images, labels),) = batches(1, size=4, data=photographs)
     assert images.shape == (4, 3, 32, 32)
-    reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), images, labels, StepSettings(0.5, 1.0, 0))
-    found, condition = trainer.objective.real_patches(reals)
-    assert_close(found, crop_images(functional.avg_pool2d(images, SCALE), reals.patches, SIDE), atol=1e-6, rtol=0)
-    assert condition.patches is reals.patches
-    whole, _ = trainer.objective.real_patches(replace(reals, patches=Patches.whole(4)))
-    assert_close(whole, functional.avg_pool2d(images, SCALE), atol=1e-6, rtol=0)
+    reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), labels, StepSettings(0.5, 1.0, 0))
+    reals = trainer.inputs.add_photographs(reals, images)
+    (patches,) = trainer.objective.cut_reals(reals)
+    assert_close(
+        patches.images, crop_images(functional.avg_pool2d(images, SCALE), reals.patches, SIDE), atol=1e-6, rtol=0
+    )
+    assert patches.condition.patches is reals.patches
+    (whole,) = trainer.objective.cut_reals(replace(reals, patches=Patches.whole(4)))
+    assert_close(whole.images, functional.avg_pool2d(images, SCALE), atol=1e-6, rtol=0)
 
 
 # ---------------------------------------------------------------- what D learns
@@ -401,7 +423,7 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
     trainer = make_trainer("discriminator.class_loss=1")
     assert trainer.ccsr is not None
     ((images, labels),) = batches(1, size=3, data=photographs)
-    reals = trainer.inputs.draw_reals(Draws(0, 0, range(3)), images, labels, trainer.settings_at(0))
+    reals = reals_of(trainer, images, labels)
     fakes = fakes_of(trainer, purpose="d")
     low = render(trainer, fakes).rgb
     calls, forward = [], trainer.discriminator.forward
@@ -411,12 +433,13 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
             "forward",
             lambda patches, said: calls.append((patches, said)) or forward(patches, said),
         )
-        terms = trainer.objective.discriminator_terms(reals, fakes, low, 3, super_resolve=True)
+        cut = trainer.objective.cut_reals(reals)
+        loss, terms = trainer.objective.discriminator_loss(cut, trainer.objective.cut_fakes(fakes, low), reals.views, 3)
     assert [tuple(patches.shape) for patches, _ in calls] == [(3, 3, SIDE, SIDE)] * 4
     _, (fake, said_low), (_, said_real), (fine_fake, said_fine) = calls
     with torch.no_grad():
         image = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
-    corner = torch.floor(fakes.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
+    corner = torch.floor(fakes.super_resolution.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
     assert torch.equal(fine_fake, torch.stack([image[i, :, y : y + 16, x : x + 16] for i, (x, y) in enumerate(corner)]))
     assert torch.equal(fake, low)
     assert_close(said_fine.patches.scale, said_low.patches.scale / SCALE)
@@ -432,7 +455,8 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
     assert_close(terms["d_fake_sr"], torch.sigmoid(on_fine_fake[0]).mean())
     class_loss = sum(trainer.objective._class_loss(on[1], reals.views).mean() for on in (on_real, on_fine_real))
     assert_close(terms["loss_d_class"].detach(), class_loss)
-    terms["loss_d"].backward()
+    assert_close(loss.detach(), low_loss + fine_loss + class_loss)
+    loss.backward()
     assert all(parameter.grad is None for parameter in trainer.ccsr.parameters())
     assert all(parameter.grad is None for parameter in trainer.generator.parameters())
 
@@ -440,8 +464,11 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
         point = patches.detach().clone().requires_grad_(True)
         return torch.autograd.grad(forward(point, said)[0].sum(), point)[0].square().sum() / 3
 
-    penalty = trainer.objective.penalty_terms(reals, low, 3, trainer.d.scaler, super_resolve=True)["penalty"]
-    assert_close(penalty.detach(), r1(*calls[0]) + r1(*calls[2]), rtol=1e-4, atol=1e-7)
+    expected = r1(*calls[0]) + r1(*calls[2])
+    loss, terms = trainer.objective.penalty_loss(cut, reals.mix, low, 3, trainer.d.scaler)
+    assert_close(terms["penalty"].detach(), expected, rtol=1e-4, atol=1e-7)
+    training = trainer.config.training
+    assert_close(loss.detach(), training.reg_param * training.reg_every * expected, rtol=1e-4, atol=1e-7)
 
 
 def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
@@ -449,11 +476,31 @@ def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
     fakes = fakes_of(trainer)
     low = render(trainer, fakes)
     with torch.no_grad():
-        image, _ = trainer.objective.super_resolve(low.rgb, fakes.views, fakes.patches)
-        logits, _ = trainer.discriminator(*trainer.objective._crop_super_resolved(image, fakes))
-    assert_close(
-        trainer.objective.super_resolution_terms(fakes, low, 3)["loss_sr"].detach(), functional.softplus(-logits).mean()
+        image, _ = trainer.objective.super_resolve(low.rgb, fakes.super_resolution.latents, fakes.patches)
+        crops = trainer.objective._crop_super_resolved(image, fakes, fakes.super_resolution)
+        logits, _ = trainer.discriminator(crops.images, crops.condition)
+    found = super_resolution_statistics(trainer, fakes, low)["loss_sr"]
+    assert_close(found.detach(), functional.softplus(-logits).mean())
+
+
+@pytest.mark.parametrize("iteration", [0, 700])
+def test_ccsrs_loss_is_the_weighted_sum_of_its_terms(make_trainer, batches, photographs, iteration):
+    trainer = make_trainer(*("ccsr.adversarial=0.3", "ccsr.agreement=0.7", "ccsr.photographs=11", "ccsr.alpha_init=5"))
+    trainer.progress.iteration = iteration
+    ((images, labels),) = batches(1, size=3, data=photographs)
+    fakes, objective = fakes_of(trainer), trainer.objective
+    low, neighbours = render(trainer, fakes), objective.render_neighbours(fakes)
+    loss, terms = objective.super_resolution_loss(
+        fakes, low, neighbours, reals_of(trainer, images, labels), 3, iteration
     )
+    weights = {
+        "loss_sr_consistency": max(1.0, 5 * math.exp(-1e-3 * iteration)),
+        "loss_sr": 0.3,
+        "loss_sr_agreement": 0.7,
+        "loss_sr_photographs": 11.0,
+    }
+    assert terms.keys() == weights.keys()
+    assert_close(loss, sum(weight * terms[name] for name, weight in weights.items()))
 
 
 def test_a_bfloat16_step_stays_near_the_float32_one(make_trainer, batches, photographs):
@@ -481,7 +528,7 @@ class Ball(nn.Module):
         opacity = (inside > 0).float()
         distance = torch.where(inside > 0, middle - inside.clamp(min=0).sqrt(), rays.far)
         points = (rays.origins + distance * rays.directions) * opacity
-        return RayColours(self.paint(points), distance * rays.axis_cosine, opacity)
+        return Render(self.paint(points), distance * rays.axis_cosine, opacity)
 
 
 def marble(points: torch.Tensor) -> torch.Tensor:
@@ -494,21 +541,29 @@ def grey(points: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def make_scene(make_trainer):
-    """A game whose generator is a ball, seen whole from label angle 0, neighbours at 45 degrees; and its inputs."""
+    """An objective whose generator is a ball, seen whole from label angle 0, neighbours at 45 degrees, and inputs."""
 
     def make(paint, radius: float = 0.75, turn: float = 1.0):
         trainer = make_trainer("ccsr.agreement=1", "ccsr.agreement_degrees=45", "data.imsize=16")
         generate_from(trainer, 0)
-        fakes = replace(fakes_of(trainer, 2), patches=Patches.whole(2), turn=torch.full((2,), turn))
-        return replace(trainer.objective, generator=Ball(paint, radius)), fakes
+        fakes = replace(fakes_of(trainer, 2), patches=Patches.whole(2))
+        return replace(trainer.objective, generator=Ball(paint, radius)), turn_neighbours(trainer.ccsr, fakes, turn)
 
     return make
 
 
-def agreement(game, fakes: FakeInputs) -> torch.Tensor:
-    return game.super_resolution_terms(fakes, game.render_patches(fakes), 2, game.render_neighbours(fakes))[
-        "loss_sr_agreement"
-    ]
+def turn_neighbours(ccsr, fakes: FakeInputs, turn: float) -> FakeInputs:
+    """The same inputs with neighbours 45 degrees times `turn` further."""
+    neighbours = fakes.views.turn(45 * torch.full((len(fakes),), turn))
+    latents = ccsr.latents.mix(neighbours.labels[:, 2])
+    inputs = replace(fakes.super_resolution, neighbours=neighbours, neighbour_latents=latents)
+    return replace(fakes, super_resolution=inputs)
+
+
+def agreement(objective, fakes: FakeInputs) -> torch.Tensor:
+    neighbours = objective.render_neighbours(fakes)
+    _, terms = objective.super_resolution_loss(fakes, objective.render_patches(fakes), neighbours, None, 2, 0)
+    return terms["loss_sr_agreement"]
 
 
 def make_bicubic(ccsr) -> None:
@@ -518,14 +573,14 @@ def make_bicubic(ccsr) -> None:
 
 
 def test_views_of_one_colour_agree_until_their_latents_differ(make_scene):
-    game, fakes = make_scene(grey)
-    make_bicubic(game.ccsr)
-    assert agreement(game, fakes) < 1e-6
-    nn.init.normal_(game.ccsr.latents.views[1])
-    assert agreement(game, fakes) > 0.05
-    nn.init.zeros_(game.ccsr.latents.views[1])
-    nn.init.normal_(game.ccsr.latents.views[4])  # not in sight
-    assert agreement(game, fakes) < 1e-6
+    objective, fakes = make_scene(grey)
+    make_bicubic(objective.ccsr)
+    assert agreement(objective, fakes) < 1e-6
+    nn.init.normal_(objective.ccsr.latents.views[1])
+    assert agreement(objective, fakes) > 0.05
+    nn.init.zeros_(objective.ccsr.latents.views[1])
+    nn.init.normal_(objective.ccsr.latents.views[4])  # not in sight
+    assert agreement(objective, fakes) < 1e-6
 
 
 class KeepFree(BoxProjection):
@@ -536,50 +591,54 @@ class KeepFree(BoxProjection):
 
 
 def test_what_the_renders_themselves_disagree_by_is_not_asked_of_super_resolution(make_scene):
-    game, fakes = make_scene(marble)
-    make_bicubic(game.ccsr)
-    game.ccsr.projection = KeepFree(SCALE)
-    here, there = game.render_patches(fakes), game.render_neighbours(fakes)
-    views = fakes.views.turn(45 * fakes.turn)
+    objective, fakes = make_scene(marble)
+    make_bicubic(objective.ccsr)
+    objective.ccsr.projection = KeepFree(SCALE)
+    here, there = objective.render_patches(fakes), objective.render_neighbours(fakes)
+    views = fakes.super_resolution.neighbours
 
     def disagreement(images, others) -> torch.Tensor:
         surfaces = (
-            SurfaceView.from_render(image, low.depth, low.opacity, seen.poses, fakes.patches, game.caster)
+            SurfaceView.from_render(low, seen.poses, fakes.patches, objective.caster, image)
             for image, low, seen in ((images, here, fakes.views), (others, there, views))
         )
-        warped, mask = warp_between(*surfaces, game.caster.intrinsics)
+        warped, mask = warp_between(*surfaces, objective.caster.intrinsics)
         return ((images - warped).abs() * mask).sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3)))
 
     bicubic = [upsample(low.rgb, SCALE) for low in (here, there)]
     assert (disagreement(*bicubic) > 0.005).all()
-    assert agreement(game, fakes) == 0
+    assert agreement(objective, fakes) == 0
     # Detail in one view alone counts; where it happens to make the views agree, nothing is credited.
     image = bicubic[0] + 0.3 * torch.randn_like(bicubic[0])
-    added = game._agreement(fakes, here, image, there)
+    added = objective._disagreement(fakes, fakes.super_resolution, here, image, there)
     assert (added >= disagreement(image, bicubic[1]) - disagreement(*bicubic) - 1e-6).all()
     assert (added > 0.1).all()
 
 
 def test_a_view_agrees_with_itself_whatever_ccsr_makes_of_it(make_scene):
-    game, fakes = make_scene(marble, turn=0.0)
-    assert agreement(game, fakes) < 1e-3
-    assert agreement(game, replace(fakes, turn=torch.ones(2))) > 0.02
+    objective, fakes = make_scene(marble, turn=0.0)
+    assert agreement(objective, fakes) < 1e-3
+    assert agreement(objective, turn_neighbours(objective.ccsr, fakes, 1.0)) > 0.02
 
 
 @pytest.mark.parametrize("turn", [1.0, -1.0])
 def test_disagreement_teaches_the_latents_of_both_views(make_scene, turn):
-    game, fakes = make_scene(marble, turn=turn)
-    agreement(game, fakes).backward()
-    gradients = {number: view.grad for number, view in enumerate(game.ccsr.latents.views) if view.grad is not None}
+    objective, fakes = make_scene(marble, turn=turn)
+    agreement(objective, fakes).backward()
+    gradients = {number: view.grad for number, view in enumerate(objective.ccsr.latents.views) if view.grad is not None}
     assert set(gradients) == {0, 1 if turn > 0 else 7}
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 def test_what_only_one_view_sees_is_not_compared(make_scene):
-    game, fakes = make_scene(marble)
-    low = game.render_patches(fakes)
-    image = game.super_resolve(low.rgb, fakes.views, fakes.patches)[0].detach().requires_grad_(True)
-    game._agreement(fakes, low, image, game.render_neighbours(fakes)).sum().backward()
+    objective, fakes = make_scene(marble)
+    low = objective.render_patches(fakes)
+    image = (
+        objective.super_resolve(low.rgb, fakes.super_resolution.latents, fakes.patches)[0].detach().requires_grad_(True)
+    )
+    objective._disagreement(
+        fakes, fakes.super_resolution, low, image, objective.render_neighbours(fakes)
+    ).sum().backward()
     compared = (image.grad != 0).any(1)
     assert compared.any(dim=(1, 2)).all()
     seen = functional.interpolate(low.opacity, scale_factor=SCALE, mode="nearest")[:, 0] > 0
@@ -590,11 +649,11 @@ def test_what_only_one_view_sees_is_not_compared(make_scene):
 
 
 def test_views_without_a_surface_neither_agree_nor_disagree(make_scene):
-    game, fakes = make_scene(marble, radius=0.0)
-    loss = agreement(game, fakes)
+    objective, fakes = make_scene(marble, radius=0.0)
+    loss = agreement(objective, fakes)
     assert loss == 0
     loss.backward()
-    assert all(view.grad is None or not view.grad.any() for view in game.ccsr.latents.views)
+    assert all(view.grad is None or not view.grad.any() for view in objective.ccsr.latents.views)
 
 
 # ---------------------------------------------------------------- the perceptual term

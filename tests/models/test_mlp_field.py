@@ -9,10 +9,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from graf.models.field import ConditionalField, FieldShape, encoding_size, positional_encoding
+from graf.models.mlp_field import MLPField, MLPShape, encoding_size, positional_encoding
 
-SMALL = FieldShape(
-    depth=3, width=16, multires=3, multires_views=2, dim_shape=5, dim_appearance=4, num_classes=3, dim_class=6
+#: GRAF's sizes (Schwarz et al. 2020), with the density of its code
+PUBLISHED = MLPShape(
+    depth=8, width=256, multires=10, multires_views=4, base_frequency=math.pi, use_viewdirs=True, dim_shape=128,
+    dim_appearance=128, num_classes=1, dim_class=32, density="relu", density_scale=1, density_bias=0, sphere_prior=0,
+    prior_radius=0.6, bounding_radius=None,
+)  # fmt: skip
+SMALL = replace(
+    PUBLISHED,
+    **{"depth": 3, "width": 16, "multires": 3, "multires_views": 2, "dim_shape": 5, "dim_appearance": 4},
+    num_classes=3,
+    dim_class=6,
 )
 
 
@@ -24,7 +33,7 @@ def encode_plainly(x: Tensor, octaves: int, base_frequency: float = math.pi) -> 
     return torch.cat(parts, -1)
 
 
-def plain_graf(field: ConditionalField, points, directions, z, class_idx, noise=None) -> tuple[Tensor, Tensor]:
+def plain_graf(field: MLPField, points, directions, z, class_idx, noise=None) -> tuple[Tensor, Tensor]:
     """GRAF's network as published: every layer sees its whole concatenated input at every point."""
     shape = field.shape
     samples = points.shape[2]
@@ -42,7 +51,7 @@ def plain_graf(field: ConditionalField, points, directions, z, class_idx, noise=
             weight = torch.cat([weight, field.trunk_skip.weight, field.trunk_skip_codes.weight], 1)
             hidden = torch.cat([hidden, encoded], -1)
         hidden = torch.relu(functional.linear(hidden, weight, layer.bias))
-    raw = field.density(hidden)[..., 0]
+    raw = field.raw_density(hidden)[..., 0]
 
     inputs, weights = [field.feature_linear(hidden), appearance], [field.view.weight, field.view_codes.weight]
     if shape.use_viewdirs:
@@ -54,7 +63,7 @@ def plain_graf(field: ConditionalField, points, directions, z, class_idx, noise=
     return torch.tanh(field.rgb(colour)), torch.relu(raw)
 
 
-def draw_inputs(shape: FieldShape, dtype: torch.dtype = torch.float64, batch: int = 2):
+def draw_inputs(shape: MLPShape, dtype: torch.dtype = torch.float64, batch: int = 2):
     points = torch.rand(batch, 3, 4, 3, dtype=dtype) * 2 - 1
     directions = functional.normalize(torch.randn(batch, 3, 3, dtype=dtype), dim=-1)
     z = torch.randn(batch, shape.dim_shape + shape.dim_appearance, dtype=dtype)
@@ -67,13 +76,13 @@ def draw_inputs(shape: FieldShape, dtype: torch.dtype = torch.float64, batch: in
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 8])
 def test_the_factored_field_is_the_plain_network_in_outputs_and_all_gradients(depth, use_viewdirs, base_frequency):
     shape = replace(SMALL, depth=depth, use_viewdirs=use_viewdirs, base_frequency=base_frequency)
-    field = ConditionalField(shape).double()
+    field = MLPField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     z.requires_grad_(True)
     noise = torch.randn(2, 3, 4, dtype=torch.float64)
     rgb_gradient, density_gradient = torch.randn(2, 3, 4, 3).double(), torch.randn(2, 3, 4).double()
     with torch.no_grad():
-        field.density.bias.add_(0.5)  # so that most densities are positive and the ReLU lets gradients through
+        field.raw_density.bias.add_(0.5)  # so that most densities are positive and the ReLU lets gradients through
 
     names = ["z", *dict(field.named_parameters())]
     leaves = [z, *field.parameters()]
@@ -95,20 +104,20 @@ def test_the_factored_field_is_the_plain_network_in_outputs_and_all_gradients(de
 
 @pytest.mark.parametrize(("depth", "skip"), [(1, None), (3, None), (4, 3), (8, 5)])
 def test_the_skip_is_where_graf_has_it(depth, skip):
-    assert FieldShape(depth=depth).skip == skip
+    assert replace(PUBLISHED, depth=depth).skip == skip
 
 
 def test_parameter_count_is_that_of_the_plain_published_network():
-    shape = FieldShape()
+    shape = PUBLISHED
     points, views = encoding_size(10) + 128 + 32, encoding_size(4) + 128 + 32
     layers = [(points, 256), *[(256, 256)] * 6, (256 + points, 256), (256, 1), (256, 256), (256 + views, 128), (128, 3)]
     expected = sum((inside + 1) * outside for inside, outside in layers) + shape.dim_class
-    assert sum(parameter.numel() for parameter in ConditionalField(shape).parameters()) == expected
+    assert sum(parameter.numel() for parameter in MLPField(shape).parameters()) == expected
 
 
 def test_split_layers_start_within_the_bounds_of_their_whole_layer():
     shape = replace(SMALL, depth=8, width=64)
-    field = ConditionalField(shape)
+    field = MLPField(shape)
     points, codes = encoding_size(3), 11
     for fan_in, layers in (
         (points + codes, (field.trunk_in, field.trunk_in_codes)),
@@ -120,7 +129,7 @@ def test_split_layers_start_within_the_bounds_of_their_whole_layer():
 
 
 def test_the_class_changes_density_and_colour():
-    field = ConditionalField(replace(SMALL, density="softplus"))
+    field = MLPField(replace(SMALL, density="softplus"))
     points, directions, z, _ = draw_inputs(SMALL, torch.float32, batch=1)
     outputs = [field(points, directions, field.prepare(z, torch.tensor([idx]))) for idx in (0, 1, 0)]
     for part in (0, 1):
@@ -129,7 +138,7 @@ def test_the_class_changes_density_and_colour():
 
 
 def test_the_appearance_code_changes_colour_and_never_density():
-    field = ConditionalField(SMALL)
+    field = MLPField(SMALL)
     points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
     other = z.clone()
     other[:, SMALL.dim_shape :] += 1
@@ -142,7 +151,7 @@ def test_the_appearance_code_changes_colour_and_never_density():
 
 @pytest.mark.parametrize("use_viewdirs", [True, False])
 def test_the_view_direction_changes_colour_only_where_asked_and_never_density(use_viewdirs):
-    field = ConditionalField(replace(SMALL, use_viewdirs=use_viewdirs))
+    field = MLPField(replace(SMALL, use_viewdirs=use_viewdirs))
     points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
     codes = field.prepare(z, class_idx)
     (rgb, density), (other_rgb, other_density) = (field(points, way, codes) for way in (directions, -directions))
@@ -153,10 +162,10 @@ def test_the_view_direction_changes_colour_only_where_asked_and_never_density(us
 @pytest.mark.parametrize("depth", [2, 4])
 def test_codes_made_of_their_own_tensors_are_the_same_codes(depth):
     shape = replace(SMALL, depth=depth)
-    field = ConditionalField(shape)
+    field = MLPField(shape)
     points, directions, z, class_idx = draw_inputs(shape, torch.float32)
     codes = field.prepare(z, class_idx)
-    again = codes.with_tensors(tuple(tensor.clone() for tensor in codes.tensors))
+    again = codes.with_tensors(tuple(tensor.clone() for tensor in codes.tensors()))
     assert_close(field(points, directions, again), field(points, directions, codes))
 
 
@@ -182,20 +191,21 @@ def test_encoding_in_float64_is_that_of_direct_sines(base_frequency):
 
 
 def test_encoding_size_counts_the_channels():
-    assert positional_encoding(torch.zeros(2, 3), 7).shape[-1] == encoding_size(7)
+    assert positional_encoding(torch.zeros(2, 3), 7, math.pi).shape[-1] == encoding_size(7)
 
 
 def test_encoding_and_outputs_stay_float32_under_bfloat16_autocast():
     x = torch.rand(100, 3)
-    field = ConditionalField(SMALL)
+    field = MLPField(SMALL)
     points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoded = positional_encoding(x, 10)
+        encoded = positional_encoding(x, 10, math.pi)
         codes = field.prepare(z, class_idx)
         rgb, density = field(points, directions, codes)
-        assert field.trunk_in(positional_encoding(points, 3)).dtype == torch.bfloat16  # the matrix products are not
+        product = field.trunk_in(positional_encoding(points, 3, math.pi))
+    assert product.dtype == torch.bfloat16  # the matrix products are not
     assert encoded.dtype == codes.trunk_in.dtype == codes.view_weight.dtype == torch.float32
-    assert torch.equal(encoded, positional_encoding(x, 10))
+    assert torch.equal(encoded, positional_encoding(x, 10, math.pi))
     assert rgb.dtype == density.dtype == torch.float32
     exact = field(points, directions, field.prepare(z, class_idx))
     assert_close(rgb, exact[0], atol=0.03, rtol=0)
@@ -203,18 +213,18 @@ def test_encoding_and_outputs_stay_float32_under_bfloat16_autocast():
 
 
 def test_half_precision_points_are_encoded_in_float32():
-    assert positional_encoding(torch.rand(4, 3).to(torch.bfloat16), 6).dtype == torch.float32
+    assert positional_encoding(torch.rand(4, 3).to(torch.bfloat16), 6, math.pi).dtype == torch.float32
 
 
 def test_the_gradient_of_the_encoding_passes_gradcheck():
     x = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: positional_encoding(x, 7), (x,))
+    assert torch.autograd.gradcheck(lambda x: positional_encoding(x, 7, math.pi), (x,))
 
 
 # ---------------------------------------------------------------------------------------------------------- output laws
 
 
-def raw_of(field: ConditionalField, *inputs) -> Tensor:
+def raw_of(field: MLPField, *inputs) -> Tensor:
     """The raw density, read off softplus without bias or prior."""
     plain = replace(field.shape, density="softplus", density_scale=1.0, density_bias=0.0, sphere_prior=0.0)
     shape, field.shape = field.shape, replace(plain, bounding_radius=None)
@@ -226,7 +236,7 @@ def raw_of(field: ConditionalField, *inputs) -> Tensor:
 @pytest.mark.parametrize("kind", ["relu", "softplus"])
 def test_noise_bias_prior_and_scale_act_on_the_raw_density_as_documented(kind):
     shape = replace(SMALL, density=kind, density_scale=10.0, density_bias=-0.2, sphere_prior=6.0, prior_radius=0.7)
-    field = ConditionalField(shape).double()
+    field = MLPField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     codes = field.prepare(z, class_idx)
     noise = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -239,7 +249,7 @@ def test_noise_bias_prior_and_scale_act_on_the_raw_density_as_documented(kind):
 
 def test_the_sphere_prior_starts_as_a_ball():
     shape = replace(SMALL, density="softplus", density_scale=10.0, density_bias=-2.0, sphere_prior=30.0)
-    field = ConditionalField(shape)
+    field = MLPField(shape)
     directions = functional.normalize(torch.randn(1, 1, 3), dim=-1)
     points = directions[:, :, None] * torch.tensor([0.1, 0.3, 0.9, 1.2])[None, None, :, None]
     density = field(points, directions, field.prepare(torch.randn(1, 9), torch.tensor([0])))[1].flatten()
@@ -248,7 +258,7 @@ def test_the_sphere_prior_starts_as_a_ball():
 
 
 def test_nothing_exists_outside_the_bounding_radius():
-    field = ConditionalField(replace(SMALL, density="softplus", bounding_radius=0.8))
+    field = MLPField(replace(SMALL, density="softplus", bounding_radius=0.8))
     points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
     density = field(points, directions, field.prepare(z, class_idx))[1]
     inside = points.norm(dim=-1) <= 0.8
@@ -258,8 +268,26 @@ def test_nothing_exists_outside_the_bounding_radius():
 
 
 def test_the_gradient_at_the_origin_is_finite():
-    field = ConditionalField(replace(SMALL, density="softplus", sphere_prior=6.0))
+    field = MLPField(replace(SMALL, density="softplus", sphere_prior=6.0))
     points = torch.zeros(1, 1, 1, 3, requires_grad=True)
     _, density = field(points, torch.tensor([[[0.0, 0, 1]]]), field.prepare(torch.randn(1, 9), torch.tensor([0])))
     density.sum().backward()
     assert bool(torch.isfinite(points.grad).all())
+
+
+def test_the_density_alone_is_that_of_the_whole_field_and_computes_no_colour():
+    field = MLPField(SMALL).double()
+    points, directions, z, class_idx = draw_inputs(SMALL)[:4]
+    codes = field.prepare(z, class_idx)
+    _, expected = field(points, directions, codes)
+    field.rgb.register_forward_pre_hook(lambda *_: pytest.fail("a colour was computed"))
+    assert torch.equal(field.density(points, codes), expected)
+
+
+def test_codes_of_a_part_of_the_batch_are_a_part_of_the_codes():
+    field = MLPField(SMALL).double()
+    points, directions, z, class_idx = draw_inputs(SMALL)[:4]
+    codes = field.prepare(z, class_idx)
+    whole, part = field(points, directions, codes), field(points[1:], directions[1:], codes[1:])
+    assert_close(part[0], whole[0][1:])
+    assert_close(part[1], whole[1][1:])
