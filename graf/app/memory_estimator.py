@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -45,6 +45,7 @@ from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.memory_settings import MemorySettings
+from graf.training.inputs import FakeInputs, InputSampler, StepInputs
 from graf.training.trainer import Trainer
 
 #: tensors up to this many elements are real
@@ -146,6 +147,22 @@ class _Rehearsal:
     def running(self) -> Iterator[LiveTensorMeter]:
         with _ControlTensors(self.fake_mode), self.meter:
             yield self.meter
+
+
+@dataclass
+class _FakeNoise:
+    """Draws inputs whose ray noise is fake however few rays a chunk has: real numbers among fake ones count twice."""
+
+    inputs: InputSampler
+    fake_mode: FakeTensorMode
+
+    def draw(self, *arguments: Any) -> StepInputs:
+        step = self.inputs.draw(*arguments)
+        fakes_d = None if step.fakes_d is None else self._replace_noise(step.fakes_d)
+        return replace(step, fakes_g=self._replace_noise(step.fakes_g), fakes_d=fakes_d)
+
+    def _replace_noise(self, fakes: FakeInputs) -> FakeInputs:
+        return replace(fakes, noise=fakes.noise.map(self.fake_mode.from_tensor))
 
 
 # ---------------------------------------------------------------------------------------------------- equal chunks
@@ -329,6 +346,7 @@ class StepPlanner:
         trainer = builders.build_trainer(
             self.config, self.dataset_info, self.pose_sampler, self.precision, torch.device("cpu"), pretrained=False
         )
+        trainer.inputs = _FakeNoise(trainer.inputs, self.rehearsal.fake_mode)  # type: ignore[assignment]
         for generator in (trainer.generator, trainer.averaged_networks[0]):
             generator.make_runner = partial(_FewChunks, self.rehearsal.meter, generator)
         return trainer

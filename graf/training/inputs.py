@@ -16,9 +16,9 @@ from graf.base.tensors import TensorBatch, move
 from graf.geometry.rays import Patches, place_patches
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import PoseSampler, Views
-from graf.geometry.volume_rendering import RayNoise, RaySampling
 from graf.models.ccsr import LatentMixture
 from graf.models.discriminator import PatchCondition
+from graf.models.ray_noise import RayNoiseKeys
 from graf.runtime.device import move_in_one_copy
 from graf.runtime.randomness import Draws
 from graf.training.augment import NUM_UNIFORMS
@@ -51,7 +51,7 @@ class FakeInputs(TensorBatch):
     z: Tensor
     views: Views
     patches: Patches
-    noise: RayNoise
+    noise: RayNoiseKeys
     augment_d: Tensor
     augment_g: Tensor
     super_resolution: SuperResolutionInputs | None = None
@@ -126,9 +126,8 @@ class InputSampler:
     pose_sampler: PoseSampler
     dim_z: int
     uniform_z: bool
-    patch_size: int
-    sampling: RaySampling
     jitter: bool
+    importance: bool
     hflip: bool
     share_fakes: bool
     device: torch.device
@@ -149,30 +148,30 @@ class InputSampler:
             z = draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1
         else:
             z = draws.normal(f"{purpose}/z", self.dim_z)
-        views = self.pose_sampler.pick(draws.uniform(f"{purpose}/view", NUM_VIEW_UNIFORMS))
-        places = draws.uniform(f"{purpose}/patch", 3)
-        augment_d, augment_g = (draws.uniform(f"{purpose}/augment_{player}", NUM_UNIFORMS) for player in ("d", "g"))
+        numbers = _draw_numbers(draws, purpose)
+        views = self.pose_sampler.pick(numbers["view"])
         return FakeInputs(
             z=z,
             views=views,
-            patches=place_patches(places, settings.min_scale, settings.max_scale),
-            noise=self._draw_noise(draws, purpose, settings),
-            augment_d=augment_d,
-            augment_g=augment_g,
-            super_resolution=self._draw_super_resolution(draws, purpose, views, settings),
+            patches=place_patches(numbers["patch"], settings.min_scale, settings.max_scale),
+            noise=self._key_noise(draws, purpose, settings),
+            augment_d=numbers["augment_d"],
+            augment_g=numbers["augment_g"],
+            super_resolution=self._prepare_super_resolution(numbers, views, settings, with_neighbours=purpose == "g"),
         )
 
     def draw_reals(self, draws: Draws, labels: Tensor, settings: StepSettings) -> RealInputs:
         """Inputs of real patches of photographs with labels (B, 3), still without the photographs, on the CPU."""
-        views = self.pose_sampler.views_of_labels(labels, draws.uniform("real/view", NUM_VIEW_UNIFORMS))
+        numbers = _draw_numbers(draws, "real")
+        views = self.pose_sampler.views_of_labels(labels, numbers["view"])
         return RealInputs(
             images=torch.empty(len(labels), 0),
             views=views,
-            patches=place_patches(draws.uniform("real/patch", 3), settings.min_scale, settings.max_scale),
-            augment=draws.uniform("real/augment", NUM_UNIFORMS),
-            mix=draws.uniform("real/mix"),
-            mirrored=draws.uniform("real/hflip") < 0.5 if self.hflip else None,
-            super_resolution=self._draw_super_resolution(draws, "real", views, settings),
+            patches=place_patches(numbers["patch"], settings.min_scale, settings.max_scale),
+            augment=numbers["augment_d"],
+            mix=numbers["mix"][:, 0],
+            mirrored=numbers["mirror"][:, 0] < 0.5 if self.hflip else None,
+            super_resolution=self._prepare_super_resolution(numbers, views, settings, with_neighbours=False),
         )
 
     def add_photographs(self, reals: RealInputs, images: Tensor) -> RealInputs:
@@ -182,31 +181,48 @@ class InputSampler:
             images = torch.where(reals.mirrored[:, None, None, None], images.flip(3), images)
         return replace(reals, images=images)
 
-    def _draw_noise(self, draws: Draws, purpose: str, settings: StepSettings) -> RayNoise:
-        num_rays, sampling = self.patch_size**2, self.sampling
-        jitter = fine_jitter = density = None
-        if self.jitter:
-            jitter = draws.uniform(f"{purpose}/jitter", num_rays, sampling.coarse)
-            if sampling.importance:
-                fine_jitter = draws.uniform(f"{purpose}/importance", num_rays, sampling.importance)
-        if settings.density_noise > 0:
-            density = draws.normal(f"{purpose}/density", num_rays, sampling.total) * settings.density_noise
-        return RayNoise(jitter, fine_jitter, density)
+    def _key_noise(self, draws: Draws, purpose: str, settings: StepSettings) -> RayNoiseKeys:
+        return RayNoiseKeys(
+            jitter=draws.keys(f"{purpose}/jitter") if self.jitter else None,
+            importance_jitter=draws.keys(f"{purpose}/importance") if self.jitter and self.importance else None,
+            density=draws.keys(f"{purpose}/density") if settings.density_noise > 0 else None,
+            density_std=settings.density_noise,
+        )
 
-    def _draw_super_resolution(
-        self, draws: Draws, purpose: str, views: Views, settings: StepSettings
+    def _prepare_super_resolution(
+        self, numbers: dict[str, Tensor], views: Views, settings: StepSettings, with_neighbours: bool
     ) -> SuperResolutionInputs | None:
         if self.mix_latents is None or not settings.super_resolve:
             return None
         neighbours = neighbour_latents = None
-        if self.agreement_degrees is not None and purpose == "g":
-            side = 2.0 * draws.integers(f"{purpose}/turn", 2) - 1
+        if self.agreement_degrees is not None and with_neighbours:
+            side = torch.where(numbers["side"][:, 0] < 0.5, -1.0, 1.0)
             neighbours = views.turn(self.agreement_degrees * side)
             neighbour_latents = self.mix_latents(neighbours.labels[:, 2])
         return SuperResolutionInputs(
             latents=self.mix_latents(views.labels[:, 2]),
-            crop=draws.uniform(f"{purpose}/crop", 2),
-            augment=draws.uniform(f"{purpose}/augment_sr", NUM_UNIFORMS),
+            crop=numbers["crop"],
+            augment=numbers["augment_sr"],
             neighbours=neighbours,
             neighbour_latents=neighbour_latents,
         )
+
+
+#: what the uniform numbers of a sample are used for, and how many each use takes; a new use comes last
+USES = {
+    "view": NUM_VIEW_UNIFORMS,
+    "patch": 3,
+    "augment_d": NUM_UNIFORMS,
+    "augment_g": NUM_UNIFORMS,
+    "augment_sr": NUM_UNIFORMS,
+    "crop": 2,
+    "side": 1,
+    "mix": 1,
+    "mirror": 1,
+}
+
+
+def _draw_numbers(draws: Draws, purpose: str) -> dict[str, Tensor]:
+    """The uniform numbers of every sample, drawn at once, by use: (B, how many)."""
+    numbers = draws.uniform(purpose, sum(USES.values()))
+    return dict(zip(USES, numbers.split(list(USES.values()), dim=1), strict=True))

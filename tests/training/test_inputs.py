@@ -20,9 +20,8 @@ SAMPLER = InputSampler(
     pose_sampler=PoseSampler(LABELS, CAMERAS),
     dim_z=6,
     uniform_z=False,
-    patch_size=4,
-    sampling=SAMPLING,
     jitter=True,
+    importance=True,
     hflip=False,
     share_fakes=False,
     device=torch.device("cpu"),
@@ -141,6 +140,7 @@ def test_what_is_switched_off_is_not_drawn():
     assert (noise.jitter, noise.importance_jitter, noise.density) == (None, None, None)
     assert fakes.super_resolution is None
     assert drawn(SAMPLER.draw_fakes(draws(0), "g", quiet)).density is None
+    assert drawn(replace(SAMPLER, importance=False).draw_fakes(draws(0), "g", quiet)).importance_jitter is None
     assert (
         replace(SAMPLER, agreement_degrees=None).draw_fakes(draws(0), "g", SETTINGS).super_resolution.neighbours is None
     )
