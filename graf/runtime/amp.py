@@ -160,14 +160,13 @@ def read_processor_flags(path: str = "/proc/cpuinfo") -> set[str]:
 
 def float32_region(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast is off, for R1, compositing and losses; its inputs still need `.float()`."""
-    is_available = getattr(torch.amp, "is_autocast_available", lambda kind: kind in ("cuda", "cpu"))  # torch >= 2.4
-    if not is_available(device_type):
-        return nullcontext()
-    return torch.amp.autocast(device_type, enabled=False)
+    return torch.amp.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
 def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     """The autocast state of this moment on a device type, as a factory of contexts that enter it again later."""
+    if not _has_autocast(device_type):  # torch refuses to say
+        return nullcontext
     if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
         enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     elif device_type == "cpu":
@@ -177,6 +176,11 @@ def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
     if not enabled:
         return lambda: float32_region(device_type)
     return lambda: torch.amp.autocast(device_type, dtype=dtype)
+
+
+def _has_autocast(device_type: str) -> bool:
+    is_available = getattr(torch.amp, "is_autocast_available", lambda kind: kind in ("cuda", "cpu"))  # torch >= 2.4
+    return bool(is_available(device_type))
 
 
 def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
