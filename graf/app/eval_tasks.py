@@ -34,6 +34,7 @@ from graf.geometry.views import Views
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.logs import logger, progress_bar, setup_console
 from graf.runtime.memory import prepare_allocator
+from graf.runtime.memory_settings import MemorySettings
 
 NUM_HELDOUT_CODES = 8
 
@@ -99,7 +100,7 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
     opened = open_checkpoint(file, device)
     config, renderer = opened.config, opened.renderer
     if options.chunk is not None:
-        renderer.generator.chunk = options.chunk
+        renderer.generator.use(MemorySettings(1, renderer.generator.strategy, options.chunk))
     if options.resolution is not None:
         renderer = replace(renderer, resolution=options.resolution)
     if options.datadir is not None:

@@ -1,4 +1,4 @@
-"""How a command ends: one line for whatever went wrong, and a traceback kept for what nobody foresaw."""
+"""How a command ends: one line for what went wrong, and a traceback that is kept where it is a defect."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_command(command: Callable[[ErrorLog], None], *, debug: bool, interrupted
 
 
 def explain_failure(error: Exception) -> str | None:
-    """What to print for a failure that somebody at the keyboard can put right; None for any other."""
+    """What to print for a failure that the user can put right; None for any other."""
     if isinstance(error, UserError):
         return _message(error)
     from graf.runtime.memory import is_out_of_memory  # imports torch, for which a misspelt key need not wait

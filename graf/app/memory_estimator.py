@@ -133,9 +133,6 @@ class _Rehearsal:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.meter = LiveTensorMeter()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Rehearsal:
-        return self  # averaged copies of a network belong to the same prediction
-
     @contextmanager
     def building(self) -> Iterator[None]:
         with self.fake_mode, warnings.catch_warnings():

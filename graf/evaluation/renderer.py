@@ -90,7 +90,7 @@ class Renderer:
     generator, ccsr: networks on `device` (None: no super-resolution); caster, cameras: how rays and poses are made;
     resolution: side of the images, pixels; classes: the names of the classes, in the order of their indices;
     uniform_z: the distribution of the codes, uniform in [-1, 1] instead of normal; sampling: samples per ray, None for
-    as many as in training; config: the configuration that the networks were trained with, kept for whoever asks.
+    as many as in training; config: the configuration that the networks were trained with.
 
     Every method works in eval mode and without gradients, in chunks that are halved where memory runs out, and returns
     float32 tensors on the CPU. Arguments that cannot be used raise UserError.

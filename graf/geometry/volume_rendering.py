@@ -31,9 +31,9 @@ FieldFunction = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Render(TensorBatch):
-    """rgb in [-1, 1], z-depth and opacity in [0, 1]: of rays (B, N, 3), (B, N, 1), (B, N, 1), or of square images
-    (B, 3, H, H), (B, 1, H, H), (B, 1, H, H).
+    """What is seen: rgb in [-1, 1], z-depth and opacity in [0, 1].
 
+    Of rays (B, N, 3), (B, N, 1), (B, N, 1); of square images (B, 3, H, H), (B, 1, H, H), (B, 1, H, H).
     The depth is composited like the colour, over a background at `far`: sum_i w_i z_i + (1 - opacity) z_far.
     """
 

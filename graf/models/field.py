@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graf.base.tensors import TensorBatch
-
 
 class RadianceField(nn.Module, ABC):
     """Radiance and density of points in the world, given a latent code and a class.
@@ -32,7 +30,7 @@ class RadianceField(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, z: Tensor, class_idx: Tensor) -> Any:
-        """Everything that does not depend on the point, as a :class:`TensorBatch` of B rows, computed once per batch.
+        """Everything that does not depend on the point, as a TensorBatch of B rows, computed once per batch.
 
         z: (B, dim_z); class_idx: (B,) int64. Gradients to z, and to weights used here, flow through the result.
         """
@@ -50,7 +48,3 @@ class RadianceField(nn.Module, ABC):
     @abstractmethod
     def density(self, points: Tensor, codes: Any) -> Tensor:
         """The density of :meth:`forward` alone (B, N, S), without noise and without computing colours."""
-
-
-#: codes of a field: a batch whose rows belong to the images
-FieldCodes = TensorBatch

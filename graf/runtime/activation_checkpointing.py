@@ -74,7 +74,7 @@ def _concatenate(chunks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 class _ZeroForNone(torch.autograd.Function):
-    """The tensors themselves; in the backward pass those that nobody used get zeros instead of no gradient.
+    """The tensors themselves; in the backward pass unused ones get zeros instead of no gradient.
 
     Without it what such an output was made from is recomputed with its chunk, never asked for, and kept until the
     backward pass of all chunks has ended: one number per sample for an unused depth.

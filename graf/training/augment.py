@@ -27,20 +27,20 @@ class Augmentation:
         return max(self.colour, self.translation, self.cutout) > 0
 
 
-def augment_patches(patches: Tensor, law: Augmentation, uniforms: Tensor) -> Tensor:
+def augment_patches(patches: Tensor, augmentation: Augmentation, uniforms: Tensor) -> Tensor:
     """Augment (B, 3, K, K) patches with random numbers `uniforms` (B, NUM_UNIFORMS) in [0, 1)."""
-    if not law.active:
+    if not augmentation.active:
         return patches
-    if law.colour:
-        patches = jitter_colour(patches, law.colour * (2 * uniforms[:, :3] - 1))
-    if law.translation or law.cutout:
+    if augmentation.colour:
+        patches = jitter_colour(patches, augmentation.colour * (2 * uniforms[:, :3] - 1))
+    if augmentation.translation or augmentation.cutout:
         size = patches.shape[-1]
         pixels = torch.arange(size, device=patches.device)
-        if law.translation:
-            shift = torch.round((2 * uniforms[:, 3:5] - 1) * law.translation * size).long()
+        if augmentation.translation:
+            shift = torch.round((2 * uniforms[:, 3:5] - 1) * augmentation.translation * size).long()
             patches = translate(patches, shift)
-        if law.cutout:
-            side = round(law.cutout * size)
+        if augmentation.cutout:
+            side = round(augmentation.cutout * size)
             corner = torch.floor(uniforms[:, 5:7] * (size + 1)).long() - side // 2
             inside = (pixels >= corner[..., None]) & (pixels < corner[..., None] + side)  # (B, 2, K)
             patches = patches * ~(inside[:, 1, :, None] & inside[:, 0, None, :])[:, None]

@@ -105,9 +105,7 @@ def describe_patches(views: Views, patches: Patches) -> PatchCondition:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say of one iteration: range of patch scales, standard deviation of the density noise, and
-    whether super-resolution is trained.
-    """
+    """One iteration of the schedules: patch scales, density noise (std), whether super-resolution is trained."""
 
     min_scale: float
     max_scale: float

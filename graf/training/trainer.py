@@ -300,9 +300,7 @@ class Trainer:
     def _accumulate_generator(
         self, inputs: StepInputs, parts: list[range], shared: SharedRender
     ) -> tuple[Statistics, SuperResolutionRenders]:
-        """The statistics, and what super-resolution works on: the whole batch's renders, without their graph, of the
-        same generator, that is, before its update.
-        """
+        """The statistics, and the batch's renders for super-resolution, without their graph, before G's update."""
         objective, batch_size, statistics = self.objective, len(inputs), Statistics()
         renders: list[Render] = []
         neighbours: list[Render] = []
