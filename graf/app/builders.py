@@ -221,6 +221,8 @@ FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp}
 def build_generator(config: Config, num_classes: int) -> Generator:
     """The generator of a configuration, with weights that depend on config.seed alone."""
     nerf = config.nerf
+    if nerf.field not in FIELDS:
+        raise ConfigError(f"nerf.field={nerf.field!r}: expected one of {', '.join(FIELDS)}")
     background = nerf.background
     learn_background = background == "learned"
     if background in ("auto", "learned"):

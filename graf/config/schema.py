@@ -123,7 +123,7 @@ class DataConfig(Section):
 class NerfConfig(Section):
     """The radiance field and its sampling along rays."""
 
-    field: Literal["mlp"] = Field("mlp", description="what represents the objects; mlp: GRAF's network")
+    field: str = Field("mlp", description="what represents the objects, a name in graf.app.builders; mlp: GRAF's")
     N_samples: int = Field(64, ge=2, description="samples per ray")
     N_importance: int = Field(0, ge=0, description="further samples per ray where the first ones found density")
     netdepth: int = Field(8, ge=1, description="layers of the density trunk")

@@ -127,3 +127,8 @@ def test_a_module_that_is_restored_from_a_checkpoint_needs_no_file_of_weights():
     assert builders.build_ccsr(config, pretrained=False) is not None
     with pytest.raises(WeightsError, match=r"gone\.pth"):
         builders.build_ccsr(config)
+
+
+def test_an_unknown_field_is_answered_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"nerf\.field='triplan': expected one of mlp"):
+        builders.build_generator(build_config({"nerf": {"field": "triplan"}}), 1)

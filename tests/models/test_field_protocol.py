@@ -64,8 +64,8 @@ def read_config(folder, monkeypatch):
 
     def read(*overrides: str) -> Config:
         # in front of instance norm a bias has no gradient but rounding, which RMSprop would take full steps along
-        config = load_config(SMOKE, [f"data.datadir={folder}", "discriminator.norm=none", *overrides])
-        return config.model_copy(update={"nerf": config.nerf.model_copy(update={"field": "ball"})})
+        keys = [f"data.datadir={folder}", "nerf.field=ball", "discriminator.norm=none"]
+        return load_config(SMOKE, [*keys, *overrides])
 
     return read
 
