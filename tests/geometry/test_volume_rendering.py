@@ -11,6 +11,7 @@ from graf.geometry.rays import Rays, cast_rays, pixel_grid
 from graf.geometry.volume_rendering import (
     RayNoise,
     RaySampling,
+    Render,
     composite_along_rays,
     compositing_weights,
     importance_distances,
@@ -330,3 +331,15 @@ def test_noise_slices_and_images_leave_missing_parts_out():
     assert torch.equal(part.jitter, noise.jitter[1:2, 2:5])
     assert torch.equal(part.density, noise.density[1:2, 2:5])
     assert part.importance_jitter is None
+
+
+def test_rays_become_images_row_by_row():
+    values = torch.arange(2 * 9 * 3).reshape(2, 9, 3)
+    render = Render(values, values[..., :1] + 100, values[..., 1:2] + 200)
+    images = render.as_images()
+    assert images.rgb.shape == (2, 3, 3, 3)
+    assert images.depth.shape == images.opacity.shape == (2, 1, 3, 3)
+    for b, c, i, j in [(0, 0, 0, 0), (1, 2, 0, 1), (0, 1, 2, 0), (1, 0, 2, 2)]:
+        assert images.rgb[b, c, i, j] == values[b, 3 * i + j, c]
+        assert images.depth[b, 0, i, j] == render.depth[b, 3 * i + j, 0]
+        assert images.opacity[b, 0, i, j] == render.opacity[b, 3 * i + j, 0]

@@ -95,6 +95,27 @@ def test_a_batch_is_its_samples_one_by_one(num_views, mode):
         assert_close(found, first + (position - low) * (second - first))
 
 
+@pytest.mark.parametrize("mode", ["blend", "nearest"])
+def test_angles_and_their_mixture_give_the_same_latents_and_the_same_output(mode):
+    ccsr = make_ccsr(ConvTrunk(2, 4, 1), 8)
+    ccsr.latents = random_latents(8, 8, mode)
+    angles = torch.tensor([0, 20, 170, 359])
+    mixture = ccsr.latents.mix(angles)
+    assert torch.equal(mixture.weights, ccsr.latents.mixing_weights(angles))
+    assert mixture.used == tuple(sorted({view for row in mixture.weights for view in row.nonzero().flatten().tolist()}))
+    assert torch.equal(ccsr.latents(mixture), ccsr.latents(angles))
+    render, patches = torch.rand(4, 3, 8, 8), place_patches(torch.rand(4, 3), 0.4, 0.9)
+    found, expected = ccsr(render, mixture, patches), ccsr(render, angles, patches)
+    assert torch.equal(found.image, expected.image)
+    assert torch.equal(found.unprojected, expected.unprojected)
+
+
+def test_a_part_of_a_mixture_is_the_mixture_of_its_angles():
+    latents, angles = random_latents(8, 4), torch.tensor([0, 20, 170, 359])
+    whole = latents(angles)
+    assert_close(latents(latents.mix(angles)[1:3]), whole[1:3], atol=0, rtol=0)
+
+
 def test_exactly_the_views_of_a_batch_have_gradients():
     latents = ViewLatents(8, 3, 4)
     latents(torch.tensor([0, 100, 350])).square().sum().add(latents(torch.tensor([0, 100])).sum()).backward()

@@ -1,4 +1,4 @@
-"""The generator: chunks, backgrounds, depth, and the layout of images."""
+"""The generator: chunks, memory settings, backgrounds and depth."""
 
 import math
 
@@ -11,18 +11,18 @@ from graf.geometry.rays import RayCaster
 from graf.geometry.volume_rendering import (
     RayNoise,
     RaySampling,
-    Render,
     points_along,
     render_rays,
     stratified_distances,
 )
 from graf.models.generator import Generator
 from graf.models.mlp_field import MLPField, MLPShape
+from graf.runtime.memory_settings import MemorySettings
 
 SHAPE = MLPShape(
     depth=4, width=16, multires=3, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=5,
-    dim_appearance=3, num_classes=2, dim_class=4, density="softplus", density_scale=1, density_bias=0, sphere_prior=0,
-    prior_radius=0.6, bounding_radius=None,
+    dim_appearance=3, num_classes=2, dim_class=4, density="softplus", density_scale=1.0, density_bias=0.0,
+    sphere_prior=0.0, prior_radius=0.6, bounding_radius=None,
 )  # fmt: skip
 SAMPLING = RaySampling(6, 3)
 CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)
@@ -188,9 +188,23 @@ def test_dim_z_is_shape_and_appearance():
     assert Generator(MLPField(SHAPE), SAMPLING).dim_z == 8
 
 
-def test_rays_become_images_row_by_row():
-    values = torch.arange(2 * 9 * 3).reshape(2, 9, 3)
-    images = Render(values, values[..., :1], values[..., :1]).as_images().rgb
-    assert images.shape == (2, 3, 3, 3)
-    for b, c, i, j in [(0, 0, 0, 0), (1, 2, 0, 1), (0, 1, 2, 0), (1, 0, 2, 2)]:
-        assert images[b, c, i, j] == values[b, 3 * i + j, c]
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_it_renders_in_the_settings_that_it_is_told_to_use(strategy):
+    generator = Generator(MLPField(SHAPE), RaySampling(6), chunk=4096)
+    z, class_idx, rays, _ = draw_inputs(torch.float32)
+    counts = []
+    make_runner = generator.make_runner
+    generator.make_runner = lambda count: (counts.append(count), make_runner(count))[1]
+    expected = generator(z, class_idx, rays)
+    generator.use(MemorySettings(1, strategy, 8))
+    assert (generator.strategy, generator.chunk) == (strategy, 8)
+    assert_close(generator(z, class_idx, rays).rgb, expected.rgb)
+    assert counts == [1, 4]  # 16 rays of 2 images
+
+
+def test_a_chunk_is_halved_until_it_is_as_small_as_helps():
+    generator = Generator(MLPField(SHAPE), SAMPLING, chunk=200)
+    assert generator.halve_chunk() == "training.chunk 200 -> 100"
+    assert generator.halve_chunk() == "training.chunk 100 -> 64"
+    assert generator.halve_chunk() is None
+    assert generator.chunk == 64

@@ -1,6 +1,8 @@
 """The factored radiance field against the plain GRAF network with its concatenations, and its output laws."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -61,6 +63,20 @@ def plain_graf(field: MLPField, points, directions, z, class_idx, noise=None) ->
     colour = torch.relu(functional.linear(torch.cat(inputs, -1), torch.cat(weights, 1), field.view.bias))
     raw = raw if noise is None else raw + noise
     return torch.tanh(field.rgb(colour)), torch.relu(raw)
+
+
+@contextmanager
+def weights_given_to(module: object, name: str) -> Iterator[list[Tensor]]:
+    """Weights with which a function (input, weight, ...) of a module is called."""
+    original, weights = getattr(module, name), []
+
+    def watched(x: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
+        weights.append(weight)
+        return original(x, weight, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, watched)
+        yield weights
 
 
 def draw_inputs(shape: MLPShape, dtype: torch.dtype = torch.float64, batch: int = 2):
@@ -275,13 +291,30 @@ def test_the_gradient_at_the_origin_is_finite():
     assert bool(torch.isfinite(points.grad).all())
 
 
-def test_the_density_alone_is_that_of_the_whole_field_and_computes_no_colour():
-    field = MLPField(SMALL).double()
-    points, directions, z, class_idx = draw_inputs(SMALL)[:4]
+@pytest.mark.parametrize("kind", ["relu", "softplus"])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_density_alone_is_that_beside_the_colours_and_calls_no_colour_layer(depth, kind):
+    shape = replace(
+        SMALL, depth=depth, density=kind, density_scale=5.0, density_bias=0.3, sphere_prior=2.0, bounding_radius=0.9
+    )
+    field = MLPField(shape).double()
+    points, directions, z, class_idx = draw_inputs(shape)
+    called: list[str] = []
+    for name, layer in field.named_children():
+        layer.register_forward_pre_hook(lambda module, arguments, name=name: called.append(name))
     codes = field.prepare(z, class_idx)
-    _, expected = field(points, directions, codes)
-    field.rgb.register_forward_pre_hook(lambda *_: pytest.fail("a colour was computed"))
-    assert torch.equal(field.density(points, codes), expected)
+    rgb, expected = field(points, directions, codes)
+    assert "rgb" in called
+    assert rgb.shape == (2, 3, 4, 3)
+    called.clear()
+    with weights_given_to(functional, "linear") as products:
+        density = field.density(points, codes)
+    assert torch.equal(density, expected)
+    assert bool((density > 0).any())
+    assert "raw_density" in called
+    assert not {"rgb", "view", "view_codes", "view_directions", "feature_linear"} & set(called)
+    of_colour = [codes.view_weight, field.view.weight, field.view_directions.weight, field.rgb.weight]
+    assert not any(weight is one for weight in products for one in of_colour)
 
 
 def test_codes_of_a_part_of_the_batch_are_a_part_of_the_codes():

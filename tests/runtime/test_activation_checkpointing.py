@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from graf.runtime.activation_checkpointing import evaluate_chunks
+from graf.runtime.activation_checkpointing import ChunkFunction, evaluate_chunks
 from graf.runtime.live_tensors import LiveTensorMeter
 
 RAYS, SAMPLES = 64, 256
@@ -47,3 +49,59 @@ def test_an_unused_output_gets_no_say_in_the_gradient() -> None:
         gradients.append(weight.grad)
     for gradient in gradients:
         torch.testing.assert_close(gradient, 12 * torch.linspace(0, 1, 12, dtype=torch.float64).reshape(1, 4, 3))
+
+
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_the_runner_sees_every_chunk_forwards_and_again_where_it_is_recomputed(strategy: str) -> None:
+    seen: list[tuple[int, bool]] = []
+    shared = torch.linspace(0, 1, 12, dtype=torch.float64).reshape(1, 4, 3).requires_grad_()
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def render(number: int, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (shared[0].square() * scale * (number + 1),)
+
+    def run(
+        function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        assert list(parameters) == [scale]
+        seen.append((number, torch.is_grad_enabled()))
+        return function(number, shared)
+
+    (output,) = evaluate_chunks(render, 4, (shared,), [scale], strategy, run)
+    assert seen == [(number, strategy != "deferred") for number in range(4)]
+    seen.clear()
+    output.sum().backward()
+    assert sorted(seen) == ([] if strategy == "dense" else [(number, True) for number in range(4)])
+    torch.testing.assert_close(shared.grad, 60 * shared.detach())
+    torch.testing.assert_close(scale.grad, 10 * shared.detach().square().sum())
+
+
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_what_the_runner_returns_is_the_chunks_output_and_its_gradient(strategy: str) -> None:
+    shared = torch.ones(1, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(
+        function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        return tuple(10 * part for part in function(number, shared))
+
+    (output,) = evaluate_chunks(lambda number, shared: (shared[0] * number,), 3, (shared,), [], strategy, run)
+    torch.testing.assert_close(output, torch.tensor([0, 0, 10, 10, 20, 20]).double()[None, :, None].expand(1, 6, 3))
+    output.sum().backward()
+    torch.testing.assert_close(shared.grad, torch.full_like(shared, 30))
+
+
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_without_gradients_the_runner_sees_every_chunk_once(strategy: str) -> None:
+    seen: list[int] = []
+
+    def run(
+        function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        seen.append(number)
+        return function(number, shared)
+
+    shared = torch.ones(1, 2, 3, requires_grad=True)
+    with torch.no_grad():
+        evaluate_chunks(lambda number, shared: (shared[0] * number,), 3, (shared,), [], strategy, run)
+    assert seen == [0, 1, 2]

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from graf.runtime import amp, logs
-from graf.runtime.amp import NoOpScaler, Precision, Scaler, choose_precision, float32_region, optimizer_step
+from graf.runtime.amp import (
+    NoOpScaler,
+    Precision,
+    Scaler,
+    choose_precision,
+    find_inf,
+    float32_region,
+    optimizer_step,
+    scale_of,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
@@ -169,6 +178,54 @@ def test_a_skip_is_reported_after_explicit_unscaling_too(bad: float) -> None:
     scaler.scale((weight * bad).sum()).backward()
     scaler.unscale_(optimizer)
     assert optimizer_step(scaler, optimizer) is False
+
+
+@pytest.mark.parametrize("factor", [2.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_an_inf_is_found_before_the_step_and_gradients_are_unscaled_once(factor: float, unscaled: bool) -> None:
+    weight, optimizer = make_pair()
+    scaler = enabled_scaler()
+    scaler.scale((weight * factor).sum()).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
+    for _ in range(2):
+        found = find_inf(scaler, optimizer)
+        assert found is not None
+        assert (found.dtype, found.shape) == (torch.bool, ())
+        assert bool(found) is (factor != 2.0)
+    if factor == 2.0:
+        assert torch.equal(weight.grad, torch.full((3,), 2.0))
+
+
+def test_without_scaling_nothing_is_looked_for() -> None:
+    weight, optimizer = make_pair()
+    (weight * float("inf")).sum().backward()
+    assert find_inf(NoOpScaler(), optimizer) is None
+    assert optimizer_step(NoOpScaler(), optimizer) is True
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_the_caller_has_read_decides_the_step_and_is_not_read_again(
+    monkeypatch: pytest.MonkeyPatch, skip: bool
+) -> None:
+    weight, optimizer = make_pair()
+    scaler = enabled_scaler()
+    scaler.scale((2 * weight).sum()).backward()
+    scaler.unscale_(optimizer)
+    monkeypatch.setattr(amp, "find_inf", lambda *_: pytest.fail("read again"))
+    assert optimizer_step(scaler, optimizer, skip) is not skip
+    assert torch.equal(weight, torch.ones(3) if skip else torch.zeros(3))
+
+
+def test_the_scale_is_a_tensor_that_follows_the_scaler() -> None:
+    scaler = enabled_scaler()
+    assert torch.equal(scale_of(scaler, CPU), torch.tensor(scaler.get_scale()))
+    weight, optimizer = make_pair()
+    scaler.scale((weight * float("inf")).sum()).backward()
+    optimizer_step(scaler, optimizer)
+    scaler.update()
+    assert float(scale_of(scaler, CPU)) == scaler.get_scale() == 2.0**15
+    assert float(scale_of(NoOpScaler(), CPU)) == 1.0
 
 
 def test_a_step_works_again_after_a_skip() -> None:

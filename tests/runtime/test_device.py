@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
 from graf.base.tensors import TensorBatch
 from graf.runtime import device as device_module
@@ -101,6 +102,111 @@ def test_describe_works_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device(torch.device("cpu")).startswith("cpu (")
 
 
+@dataclass(frozen=True)
+class Inner(TensorBatch):
+    number: Tensor
+    flags: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outer(TensorBatch):
+    name: str
+    image: Tensor
+    inner: Inner
+
+
+def make_batch() -> Outer:
+    return Outer("x", torch.rand(2, 3), Inner(torch.tensor([1, 2]), torch.tensor([True, False])))
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_moved_batch_keeps_its_nesting_and_its_values(kind: str) -> None:
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    batch = make_batch()
+    moved = move_in_one_copy(batch, torch.device(kind))
+    assert isinstance(moved, Outer)
+    assert isinstance(moved.inner, Inner)
+    assert moved.name == "x"
+    for before, after in zip(batch.tensors(), moved.tensors(), strict=True):
+        assert after.device.type == kind
+        assert torch.equal(before, after.cpu())
+
+
+def test_a_batch_goes_to_cuda_in_one_asynchronous_copy_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, copies, pinned = make_batch(), [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(id(self)) or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, non_blocking: copies.append((id(self), device, non_blocking)) or self
+    )
+    moved = move_in_one_copy(batch, torch.device("cuda:0"))
+    monkeypatch.undo()
+    assert copies == [(pinned[0], torch.device("cuda:0"), True)]
+    assert len(pinned) == 1
+    for before, after in zip(batch.tensors(), moved.tensors(), strict=True):
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pinned", "expected"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False), ("mps", True, False)],
+)
+def test_only_transfers_to_cuda_from_pinned_memory_are_asynchronous(
+    monkeypatch: pytest.MonkeyPatch, kind: str, pinned: bool, expected: bool
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: calls.append(non_blocking) or self)
+    make_batch().to(torch.device(kind))
+    assert calls == [expected] * 3
+
+
+DTYPES = (torch.bool, torch.int64, torch.float32, torch.float64)
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (3,), (2, 0, 5), (3, 1, 7), (5, 4, 4))
+
+
+def draw(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return (100 * torch.randn(shape, dtype=torch.float64)).round().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tensor_is_unpacked_as_it_was_packed(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = draw(dtype, shape)
+    buffer, starts = pack([tensor])
+    (again,) = unpack(buffer, [tensor], starts)
+    assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(again, tensor)
+
+
+def test_tensors_of_all_kinds_share_a_buffer_and_each_is_aligned() -> None:
+    tensors = [draw(dtype, shape) for shape in SHAPES for dtype in DTYPES]
+    buffer, starts = pack(tensors)
+    assert buffer.dtype == torch.uint8
+    assert len(starts) == len(tensors)
+    for tensor, start, again in zip(tensors, starts, unpack(buffer, tensors, starts), strict=True):
+        assert start % 16 == 0
+        assert again.data_ptr() % tensor.element_size() == 0
+        assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(again, tensor)
+
+
+def test_tensors_whose_memory_is_not_contiguous_are_packed_by_value() -> None:
+    tensors = [torch.arange(12).reshape(3, 4).t(), torch.ones(1, 3).expand(4, 3), torch.arange(10)[::3]]
+    buffer, starts = pack(tensors)
+    for tensor, again in zip(tensors, unpack(buffer, tensors, starts), strict=True):
+        assert torch.equal(again, tensor)
+
+
+def test_no_tensors_and_tensors_without_elements_pack_to_nothing() -> None:
+    assert pack([])[0].numel() == 0
+    empty = [torch.zeros(0), torch.zeros(0, 3, dtype=torch.int64)]
+    buffer, starts = pack(empty)
+    assert (buffer.numel(), starts) == (0, [0, 0])
+    assert [found.shape for found in unpack(buffer, empty, starts)] == [tensor.shape for tensor in empty]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_flags_are_set_and_the_device_is_current() -> None:
     picked = torch.device(list_devices()[-2])
@@ -109,37 +215,4 @@ def test_cuda_flags_are_set_and_the_device_is_current() -> None:
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.cuda.current_device() == picked.index
     assert str(picked) in describe_device(picked)
-
-
-def test_tensors_of_any_type_come_back_out_of_one_buffer() -> None:
-    tensors = [
-        torch.tensor([True, False, True]),
-        torch.arange(5),
-        torch.rand(2, 3),
-        torch.rand(3, 1, 2, dtype=torch.float64),
-        torch.tensor(1.5),
-        torch.empty(0, 4),
-        torch.rand(4, 6)[:, ::2],
-    ]
-    buffer, starts = pack(tensors)
-    assert all(start % 16 == 0 for start in starts)
-    for old, new in zip(tensors, unpack(buffer, tensors, starts), strict=True):
-        assert old.dtype == new.dtype
-        assert torch.equal(old, new)
-
-
-@dataclass(frozen=True)
-class Inputs(TensorBatch):
-    z: torch.Tensor
-    labels: torch.Tensor
-
-
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_batch_is_moved_with_its_values(kind: str) -> None:
-    if kind == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    batch = Inputs(torch.rand(3, 2), torch.arange(3))
-    moved = move_in_one_copy(batch, torch.device(kind))
-    assert torch.equal(moved.z.cpu(), batch.z)
-    assert torch.equal(moved.labels.cpu(), batch.labels)
-    assert moved.z.device.type == kind
+    assert {tensor.device for tensor in move_in_one_copy(make_batch(), picked).tensors()} == {picked}

@@ -1,0 +1,108 @@
+"""The objective: every player's loss is the sum of its statistics with the weights of the configuration.
+
+CCSR's is tested in test_super_resolution.py, the formulas of the terms in test_trainer.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from graf.app import builders
+from graf.runtime.amp import NoOpScaler
+from graf.runtime.randomness import Draws
+from graf.training.inputs import StepInputs
+from graf.training.trainer import Trainer
+
+WEIGHTS = ("discriminator.class_loss=2.5", "training.reg_param=7", "training.reg_every=3")
+SUPER_RESOLUTION = (
+    *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=0.4"),
+    *("ccsr.start_iteration=0", "ccsr.every=1"),
+)
+
+
+@pytest.fixture(params=[(), SUPER_RESOLUTION], ids=["renders alone", "super-resolution"])
+def case(request, smoke_config, make_trainer) -> tuple[Callable[..., Trainer], tuple[torch.Tensor, torch.Tensor]]:
+    """What builds a trainer without and with super-resolution, and three photographs for it."""
+    data = builders.open_photographs(smoke_config(*request.param))
+    images, labels = zip(*(data[index] for index in (0, 7, 19)), strict=True)
+    return partial(make_trainer, *request.param, *WEIGHTS, data=data), (torch.stack(images), torch.stack(labels))
+
+
+def draw(trainer: Trainer, batch: tuple[torch.Tensor, torch.Tensor], iteration: int) -> StepInputs:
+    """The inputs of an iteration."""
+    draws = Draws(trainer.config.seed, iteration, range(len(batch[0])))
+    return trainer.inputs.draw(draws, *batch, trainer.settings_at(iteration))
+
+
+@pytest.mark.parametrize("iteration", [0, 600])
+@pytest.mark.parametrize("gan_type", ["standard", "hinge"])
+def test_the_losses_of_the_discriminator_are_its_weighted_statistics(case, iteration, gan_type):
+    make_trainer, batch = case
+    trainer = make_trainer(f"training.gan_type={gan_type}")
+    inputs, objective = draw(trainer, batch, iteration), trainer.objective
+    with torch.no_grad():
+        render = objective.render_patches(inputs.fakes_of_d).rgb
+    reals, fakes = objective.cut_reals(inputs.reals), objective.cut_fakes(inputs.fakes_of_d, render)
+    assert len(reals) == len(fakes) == (1 if trainer.ccsr is None else 2)
+
+    loss, terms = objective.discriminator_loss(reals, fakes, inputs.reals.views, 3)
+    assert all(terms[name] > 1e-3 for name in ("loss_d", "loss_d_class"))
+    assert_close(loss, terms["loss_d"] + 2.5 * terms["loss_d_class"])
+    assert objective.penalty_is_due(iteration)
+    assert not objective.penalty_is_due(iteration + 1)
+    loss, terms = objective.penalty_loss(reals, inputs.reals.mix, render, 3, NoOpScaler())
+    assert terms.keys() == {"penalty"}
+    assert terms["penalty"] > 0
+    assert_close(loss, 7 * 3 * terms["penalty"])
+
+
+@pytest.mark.parametrize("iteration", [0, 600])
+def test_the_loss_of_the_generator_is_its_weighted_statistics(case, iteration):
+    make_trainer, batch = case
+    trainer = make_trainer()
+    fakes = draw(trainer, batch, iteration).fakes_g
+    loss, terms = trainer.objective.generator_loss(fakes, trainer.objective.render_patches(fakes).rgb, 3)
+    weights = {"loss_g": 1.0, "loss_g_class": 2.5} | ({} if trainer.ccsr is None else {"loss_g_supervision": 0.4})
+    assert terms.keys() == weights.keys()
+    assert all(value > 1e-4 for value in terms.values())
+    assert_close(loss, sum(weight * terms[name] for name, weight in weights.items()))
+
+
+def test_terms_of_parts_add_up_to_those_of_the_batch(case):
+    make_trainer, batch = case
+    trainer = make_trainer()
+    inputs, objective = draw(trainer, batch, 0), trainer.objective
+
+    def terms_of(part: StepInputs) -> dict[str, torch.Tensor]:
+        fakes, reals = part.fakes_g, objective.cut_reals(part.reals)
+        render = objective.render_patches(fakes)
+        _, found = objective.discriminator_loss(reals, objective.cut_fakes(fakes, render.rgb), part.reals.views, 3)
+        found |= objective.penalty_loss(reals, part.reals.mix, render.rgb, 3, NoOpScaler())[1]
+        found |= objective.generator_loss(fakes, render.rgb, 3)[1]
+        if trainer.ccsr is not None:
+            neighbours = objective.render_neighbours(fakes)
+            found |= objective.super_resolution_loss(fakes, render, neighbours, part.reals, 3, 0)[1]
+        return {name: value.detach() for name, value in found.items()}
+
+    whole, parts = terms_of(inputs), [terms_of(inputs[:1]), terms_of(inputs[1:])]
+    for name, value in whole.items():
+        assert_close(
+            parts[0][name] + parts[1][name], value, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_where_nothing_is_asked_of_super_resolution_no_player_has_its_terms(case):
+    make_trainer, batch = case
+    trainer = make_trainer("ccsr.start_iteration=5")
+    inputs, objective = draw(trainer, batch, 0), trainer.objective
+    render = objective.render_patches(inputs.fakes_g).rgb
+    reals, fakes = objective.cut_reals(inputs.reals), objective.cut_fakes(inputs.fakes_g, render)
+    assert len(reals) == len(fakes) == 1
+    _, of_d = objective.discriminator_loss(reals, fakes, inputs.reals.views, 3)
+    _, of_g = objective.generator_loss(inputs.fakes_g, render, 3)
+    assert set(of_d) == {"loss_d", "d_real", "d_fake", "loss_d_class"}
+    assert set(of_g) == {"loss_g", "loss_g_class"}
+    assert objective.render_neighbours(inputs.fakes_g) is None
