@@ -32,6 +32,12 @@ class LatentMixture(TensorBatch):
     weights: Tensor
     used: tuple[int, ...]
 
+    @classmethod
+    def cat(cls, parts: Sequence[LatentMixture]) -> LatentMixture:
+        """All rows of several mixtures, which use what any of them does."""
+        used = tuple(sorted({view for part in parts for view in part.used}))
+        return cls(torch.cat([part.weights for part in parts]), used)
+
 
 class ViewLatents(nn.Module):
     """Learnable latent images, one per view on a ring around the object: `num_views` times (channels, size, size).

@@ -195,6 +195,8 @@ def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor |
     if not records:
         scaler.unscale_(optimizer)
         records = cast(Any, scaler)._found_inf_per_device(optimizer)
+    if not records:  # there was no gradient at all
+        return None
     first, *others = records.values()
     return sum((value.to(first.device) for value in others), first).squeeze() > 0
 

@@ -9,7 +9,16 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from graf.geometry.rays import Patches, patch_grid, place_patches
-from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, UnitRange, ViewLatents, upsample
+from graf.models.ccsr import (
+    CCSR,
+    BoxProjection,
+    ConvTrunk,
+    KernelProjection,
+    LatentMixture,
+    UnitRange,
+    ViewLatents,
+    upsample,
+)
 from graf.models.rrdb import RRDBTrunk
 
 BINOMIAL = (0.125, 0.375, 0.375, 0.125)
@@ -410,3 +419,12 @@ def test_a_module_with_the_kernel_projection_moves_between_dtypes_like_any_other
     image = module(render, torch.zeros(1), Patches.whole(1)).image
     assert image.dtype == torch.float64
     assert_close(module.down(image), render, atol=1e-12, rtol=0)
+
+
+def test_joined_mixtures_use_the_views_of_all_parts():
+    latents = ViewLatents(8, 2, 3)
+    for view in latents.views:
+        nn.init.normal_(view)
+    angles = torch.tensor([10, 100, 200])
+    joined = LatentMixture.cat([latents.mix(angles[:1]), latents.mix(angles[1:])])
+    assert torch.equal(latents(joined), latents(angles))
