@@ -79,7 +79,7 @@ ResultOut = TypeVar("ResultOut", covariant=True)
 class Accumulate(Protocol[ResultOut]):
     """One phase: the gradients of a step's inputs, in parts of so many rows."""
 
-    def __call__(self, inputs: StepInputs, parts: list[range], shared: SharedRender) -> ResultOut: ...
+    def __call__(self, inputs: StepInputs, parts: list[slice], shared: SharedRender) -> ResultOut: ...
 
 
 #: what helps when memory is too small for one image in chunks of the fewest rays
@@ -257,7 +257,7 @@ class Trainer:
                 if player.suffix == name:
                     player.optimizer.zero_grad(set_to_none=True)
             size = self.memory.micro_batch_size
-            parts = [range(start, min(start + size, len(inputs))) for start in range(0, len(inputs), size)]
+            parts = [slice(start, start + size) for start in range(0, len(inputs), size)]
             return accumulate(inputs, parts, shared)
 
         with self.profiler.phase(name):
@@ -274,13 +274,12 @@ class Trainer:
         self.generator.use(smaller)
         return f"phase {phase}: {change}"
 
-    def _render_shared(self, inputs: StepInputs, parts: list[range], shared: SharedRender) -> Render | None:
+    def _render_shared(self, inputs: StepInputs, parts: list[slice], shared: SharedRender) -> Render | None:
         return self.objective.render_patches(inputs.fakes_g) if len(parts) == 1 else None
 
-    def _accumulate_discriminator(self, inputs: StepInputs, parts: list[range], shared: SharedRender) -> Statistics:
+    def _accumulate_discriminator(self, inputs: StepInputs, parts: list[slice], shared: SharedRender) -> Statistics:
         objective, batch_size, statistics = self.objective, len(inputs), Statistics()
-        for part in parts:
-            rows = slice(part.start, part.stop)
+        for rows in parts:
             reals, fakes = inputs.reals[rows], inputs.fakes_of_d[rows]
             with torch.no_grad():
                 render = (objective.render_patches(fakes) if shared.render is None else shared.render[rows]).rgb
@@ -298,15 +297,15 @@ class Trainer:
         return statistics
 
     def _accumulate_generator(
-        self, inputs: StepInputs, parts: list[range], shared: SharedRender
+        self, inputs: StepInputs, parts: list[slice], shared: SharedRender
     ) -> tuple[Statistics, SuperResolutionRenders]:
         """The statistics, and the batch's renders for super-resolution, without their graph, before G's update."""
         objective, batch_size, statistics = self.objective, len(inputs), Statistics()
         renders: list[Render] = []
         neighbours: list[Render] = []
         with _frozen(self.discriminator):
-            for part in parts:
-                fakes = inputs.fakes_g[part.start : part.stop]
+            for rows in parts:
+                fakes = inputs.fakes_g[rows]
                 # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
                 reuse = shared.render if len(parts) == 1 else None
                 render = objective.render_patches(fakes) if reuse is None else reuse
@@ -320,13 +319,12 @@ class Trainer:
         return statistics, SuperResolutionRenders(Render.cat(renders), Render.cat(neighbours) if neighbours else None)
 
     def _accumulate_super_resolution(
-        self, inputs: StepInputs, parts: list[range], shared: SharedRender, renders: SuperResolutionRenders
+        self, inputs: StepInputs, parts: list[slice], shared: SharedRender, renders: SuperResolutionRenders
     ) -> Statistics:
         assert self.sr is not None
         statistics: Statistics = {}
         with _frozen(self.discriminator):
-            for part in parts:
-                rows = slice(part.start, part.stop)
+            for rows in parts:
                 own, fakes, reals = renders[rows], inputs.fakes_g[rows], inputs.reals[rows]
                 loss, more = self.objective.super_resolution_loss(
                     fakes, own.render, own.neighbours, reals, len(inputs), self.progress.iteration
