@@ -95,7 +95,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
     """W x + share, in the dtype of W x; `share` (B, 1, out) comes from the same layer's other columns."""
     product = functional.linear(x, weight)
-    return product + share.to(product.dtype)
+    return product.add_(share.to(product.dtype))  # in place: a sum of its own would be one more activation
 
 
 def encoding_size(octaves: int) -> int:
@@ -188,7 +188,7 @@ class MLPField(RadianceField):
         if self.shape.use_viewdirs:
             encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
             per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
-        colour = torch.relu_(colour + per_ray[:, :, None].to(colour.dtype))
+        colour = torch.relu_(colour.add_(per_ray[:, :, None].to(colour.dtype)))
         return torch.tanh(_at_least_float32(self.rgb(colour))), density
 
     def density(self, points: Tensor, codes: MLPCodes) -> Tensor:
@@ -205,7 +205,8 @@ class MLPField(RadianceField):
         for layer in self.trunk:
             if codes.trunk_skip is not None and layer is self._skip_layer:
                 again = _linear_plus(encoded, self.trunk_skip.weight, codes.trunk_skip)
-                hidden = torch.relu_(functional.linear(hidden, self._skip_layer.weight) + again)
+                hidden = torch.relu_(functional.linear(hidden, self._skip_layer.weight).add_(again))
+                del again
             else:
                 hidden = torch.relu_(layer(hidden))
         raw = _at_least_float32(self.raw_density(hidden)).view(batch, num_rays, num_samples)
