@@ -36,7 +36,6 @@ from graf.app.memory_estimator import (
     PhaseRecorder,
     Plan,
     StepPlanner,
-    configured_settings,
     imagine_dataset,
 )
 from graf.app.memory_planner import GIB, USABLE_SHARE, BudgetError, candidate_settings, choose_settings
@@ -472,7 +471,7 @@ def compare_predictions(names: Sequence[str]) -> list[list[str]]:
     rows = []
     for name in names:
         config = load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, *CONFIGS[name]])
-        settings = configured_settings(config)
+        settings = builders.build_memory_settings(config)
         predicted = StepPlanner(config).predict(settings, between=False).peak
         measured = measure_step(config, settings).peak
         rows.append([name, f"{predicted / MIB:.2f}", f"{measured / MIB:.2f}", f"{predicted / measured - 1:+.2%}"])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.results import format_table, hardware, write_section
+from graf.app import builders
 from graf.config import Config, load_config
 from graf.geometry.volume_rendering import RaySampling
 from graf.models.ray_noise import RayNoiseKeys
@@ -27,7 +28,7 @@ SMALL_ROWS = {"fakes": (256, 4, 3, 7, 7, 7, 2, 1), "photographs": (4, 3, 7, 2, 1
 def draw_by_counter(config: Config) -> None:
     """One step: codes and uniform numbers of D's and G's fakes and of photographs, noise of each chunk of rays."""
     draws, nerf, rays = Draws(0, 1, range(config.training.batch_size)), config.nerf, config.ray_sampler.N_samples
-    step = max(1, config.training.rays_per_chunk // config.training.batch_size)
+    step = max(1, builders.build_memory_settings(config).chunk // config.training.batch_size)
     draws.uniform("real", sum(USES.values()))
     for player in players_of(config):
         draws.normal(f"{player}/z", config.z_dist.dim)

@@ -401,8 +401,8 @@ def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--classes", "boat"], "--classes boat: expected names or indices of car, duck, house, mug"),
-        (["--classes", "4"], "--classes 4: expected names or indices of car"),
+        (["--classes", "boat"], "class 'boat': expected a name or an index of car, duck, house, mug; did you mean"),
+        (["--classes", "4"], "class '4': expected a name or an index of car"),
         (["--views", 0], "--views=0: expected 1 to 360"),
         (["--frames", 1], "--frames=1: expected 2"),
         (["--objects", 0], "--objects=0: expected 1"),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from graf.config import Config, ConfigError, batch_too_large
+from graf.config import DEFAULT_CHUNK, Config, ConfigError, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.images import square_side
@@ -33,6 +33,7 @@ from graf.models.mlp_field import MLPField, MLPShape
 from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once, warn_once
+from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
 
@@ -132,17 +133,17 @@ def build_renderer(
     if config.evaluation.N_samples is not None:
         sampling = RaySampling(config.evaluation.N_samples, config.nerf.N_importance)
     return Renderer(
-        generator,
-        build_caster(config, dataset_info),
-        precision,
-        device,
-        config.data.imsize,
-        build_cameras(config, dataset_info),
-        tuple(dataset_info.class_names),
-        config.z_dist.type == "uniform",
-        ccsr,
-        sampling,
-        config,
+        generator=generator,
+        ccsr=ccsr,
+        caster=build_caster(config, dataset_info),
+        precision=precision,
+        device=device,
+        resolution=config.data.imsize,
+        cameras=build_cameras(config, dataset_info),
+        classes=tuple(dataset_info.class_names),
+        uniform_z=config.z_dist.type == "uniform",
+        sampling=sampling,
+        config=config,
     )
 
 
@@ -230,10 +231,19 @@ def build_generator(config: Config, num_classes: int) -> Generator:
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
         field = FIELDS[nerf.field](config, num_classes)
-        generator = Generator(field, sampling, background, learn_background, config.training.rays_per_chunk)
-    strategy = config.training.memory_strategy
-    generator.strategy = "dense" if strategy == "auto" else strategy
+        generator = Generator(field, sampling, background, learn_background)
+    generator.use(build_memory_settings(config))
     return generator
+
+
+def build_memory_settings(config: Config) -> MemorySettings:
+    """How a step fits into memory as configured; `auto` stands for what it means without a budget."""
+    training = config.training
+    return MemorySettings(
+        micro_batch_size=training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size,
+        strategy="dense" if training.memory_strategy == "auto" else training.memory_strategy,
+        chunk=DEFAULT_CHUNK if training.chunk == "auto" else training.chunk,
+    )
 
 
 def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscriminator:
@@ -301,6 +311,7 @@ def build_trainer(
     ccsr = build_ccsr(config, pretrained)
     return Trainer(
         config,
+        build_memory_settings(config),
         _move(build_generator(config, len(dataset_info.class_names)), device),
         _move(build_discriminator(config, dataset_info), device),
         build_caster(config, dataset_info),

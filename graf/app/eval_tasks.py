@@ -6,7 +6,7 @@ It opens the run and calls graf.evaluation; it reads no command line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -34,7 +34,6 @@ from graf.geometry.views import Views
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.logs import logger, progress_bar, setup_console
 from graf.runtime.memory import prepare_allocator
-from graf.runtime.memory_settings import MemorySettings
 
 NUM_HELDOUT_CODES = 8
 
@@ -100,7 +99,7 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
     opened = open_checkpoint(file, device)
     config, renderer = opened.config, opened.renderer
     if options.chunk is not None:
-        renderer.generator.use(MemorySettings(1, renderer.generator.strategy, options.chunk))
+        renderer.generator.chunk = options.chunk
     if options.resolution is not None:
         renderer = replace(renderer, resolution=options.resolution)
     if options.datadir is not None:
@@ -117,24 +116,9 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
         renderer=renderer,
         folder=run.evaluation,
         iteration=opened.iteration,
-        classes=_choose_classes(options.classes, renderer.classes),
+        classes=[renderer.class_index(name) for name in options.classes or renderer.classes],
         heights=list(heights) or [renderer.default_height],
     )
-
-
-def _choose_classes(names: Sequence[str] | None, known: tuple[str, ...]) -> list[int]:
-    """Indices of the classes named on the command line, by name or by index."""
-    if names is None:
-        return list(range(len(known)))
-    indices = []
-    for name in names:
-        if name in known:
-            indices.append(known.index(name))
-        elif name.isdigit() and int(name) < len(known):
-            indices.append(int(name))
-        else:
-            raise ConfigError(f"--classes {name}: expected names or indices of {', '.join(known)}")
-    return indices
 
 
 def _name_elevation(height: float) -> str:

@@ -82,16 +82,6 @@ class Plan:
         return max(phase.peak for phase in self.phases.values())
 
 
-def configured_settings(config: Config) -> MemorySettings:
-    """The settings of a configuration; what is `auto` takes what it means without a budget."""
-    training = config.training
-    return MemorySettings(
-        micro_batch_size=training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size,
-        strategy="dense" if training.memory_strategy == "auto" else training.memory_strategy,
-        chunk=training.rays_per_chunk,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- fake tensors
 
 
@@ -248,7 +238,7 @@ class _UncomputedChunk(torch.autograd.Function):
 
 
 class PhaseRecorder(MemoryProfiler):
-    """Takes the place of the trainer's meter: what lived at the peak of each phase."""
+    """Takes the place of the trainer's profiler: what lived at the peak of each phase."""
 
     def __init__(self, meter: LiveTensorMeter, trainer: Trainer) -> None:
         super().__init__(torch.device("cpu"))
@@ -281,7 +271,7 @@ class PhaseRecorder(MemoryProfiler):
         trainer = self.trainer
         networks = [player.network for player in trainer.players]
         parameters = [parameter for network in networks for parameter in network.parameters()]
-        averages = [average.module for average in (trainer.average, trainer.sr_average) if average is not None]
+        averages = [average.module for average in trainer.averages.values()]
         self.phases[name] = PhasePeak(
             peak=peak,
             weights=count_bytes([*parameters, *(buffer for network in networks for buffer in network.buffers())]),
@@ -331,9 +321,7 @@ class StepPlanner:
         with self.rehearsal.building():
             self.trainer = self._build_trainer()
         with self.rehearsal.running() as meter:
-            for player in self.trainer.players:
-                meter.track(player.network)
-            meter.track(*(a.module for a in (self.trainer.average, self.trainer.sr_average) if a is not None))
+            meter.track(*self.trainer.owners)
             self._leave_gradients()
             for player in self.trainer.players:  # optimisers get their states in their first step
                 player.optimizer.step()

@@ -10,8 +10,9 @@ import time
 import torch
 from torch import Tensor
 
+from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.memory_estimator import Plan, StepPlanner, configured_settings
+from graf.app.memory_estimator import Plan, StepPlanner
 from graf.config import Config, ConfigError, parse_bytes
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
@@ -70,7 +71,7 @@ def relative_cost(config: Config, settings: MemorySettings) -> float:
 
 def candidate_settings(config: Config) -> list[MemorySettings]:
     """Everything that a budget may choose from, cheapest first: only what is `auto` varies."""
-    training, own = config.training, configured_settings(config)
+    training, own = config.training, builders.build_memory_settings(config)
     sizes = range(training.batch_size, 0, -1) if training.micro_batch_size == "auto" else [own.micro_batch_size]
     strategies = STRATEGIES if training.memory_strategy == "auto" else (own.strategy,)
     chunks = [own.chunk]
@@ -216,7 +217,7 @@ def describe_margin(device_type: str) -> str:
 
 def describe_plans(config: Config, device_type: str, budget: int | None) -> str:
     """What `train.py --plan` prints: the phases of the configured settings, alternatives, and what fits the budget."""
-    training, own = config.training, configured_settings(config)
+    training, own = config.training, builders.build_memory_settings(config)
     precision = None  # a GPU that need not be there is taken for one that has the type asked for
     if device_type == "cpu" or (device_type == "mps" and torch.backends.mps.is_available()):
         precision = choose_precision(training.use_amp, training.amp_dtype, torch.device(device_type))

@@ -311,11 +311,6 @@ class TrainingConfig(Section):
             parse_bytes(str(value))
         return value
 
-    @property
-    def rays_per_chunk(self) -> int:
-        """`chunk`, or what auto means without a budget."""
-        return DEFAULT_CHUNK if self.chunk == "auto" else self.chunk
-
     @model_validator(mode="before")
     @classmethod
     def _read_grafs_period(cls, values: Any) -> Any:

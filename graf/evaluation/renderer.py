@@ -25,7 +25,7 @@ from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import Cameras, PoseSampler, Views
 from graf.geometry.volume_rendering import RaySampling, Render
 from graf.models.ccsr import CCSR
-from graf.models.generator import Generator
+from graf.models.generator import Generator, draw_latents
 from graf.runtime.amp import Precision
 from graf.runtime.memory import retry_smaller
 from graf.runtime.randomness import Draws
@@ -243,9 +243,7 @@ class Renderer:
         >>> torch.equal(renderer.codes(0, range(8))[5:], renderer.codes(0, range(5, 8)))
         True
         """
-        draws = Draws(seed, 0, indices)
-        dim_z = self.generator.dim_z
-        return draws.uniform("sample/z", dim_z) * 2 - 1 if self.uniform_z else draws.normal("sample/z", dim_z)
+        return draw_latents(Draws(seed, 0, indices), "sample/z", self.generator.dim_z, self.uniform_z)
 
     @property
     def default_height(self) -> float:
@@ -258,7 +256,7 @@ class Renderer:
         return elevation_from_height(self.default_height)
 
     def class_index(self, name: str | int) -> int:
-        """The index of a class named by its name or its index. Raises UserError for any other.
+        """The index of a class named by its name or its index, a number or its digits. Raises UserError for any other.
 
         >>> renderer.classes
         ('car', 'duck', 'house', 'mug')
@@ -267,7 +265,7 @@ class Renderer:
         """
         if name in self.classes:
             return self.classes.index(str(name))
-        if isinstance(name, (int, np.integer)) and 0 <= name < len(self.classes):
+        if str(name).isdecimal() and int(name) < len(self.classes):
             return int(name)
         (nearest,) = difflib.get_close_matches(str(name), self.classes, n=1, cutoff=0)
         known = ", ".join(self.classes)

@@ -31,7 +31,7 @@ FieldFunction = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Render(TensorBatch):
-    """What is seen: rgb in [-1, 1], z-depth and opacity in [0, 1].
+    """What is seen: rgb in [-1, 1], z-depth in world units, opacity in [0, 1].
 
     Of rays (B, N, 3), (B, N, 1), (B, N, 1); of square images (B, 3, H, H), (B, 1, H, H), (B, 1, H, H).
     The depth is composited like the colour, over a background at `far`: sum_i w_i z_i + (1 - opacity) z_far.
@@ -99,8 +99,8 @@ def composite_along_rays(
 ) -> Render:
     """Colour, depth and opacity of rays from their samples (NeRF, eq. 3).
 
-    rgb: (B, N, S, 3); density, distances: (B, N, S); background: (3,) or (B, 1, 3) in [-1, 1], None for
-    grey (0).
+    rgb: (B, N, S, 3); density, distances: (B, N, S); background: (3,) or (B, 1, 3) in [-1, 1],
+    None for grey (0).
     """
     weights = compositing_weights(density, interval_lengths(distances, rays.near, rays.far))
     opacity = weights.sum(-1, keepdim=True)
@@ -135,13 +135,9 @@ class RayNoise(TensorBatch):
     importance_jitter: Tensor | None = None
     density: Tensor | None = None
 
-    def slice(self, start: int, stop: int) -> RayNoise:
-        """The noise of the rays start..stop of every image."""
-        return self.map(lambda part: part[:, start:stop])
-
     def of_rays(self, start: int, stop: int, sampling: RaySampling) -> RayNoise:
         """As :class:`NoiseSource`: what has been drawn already."""
-        return self.slice(start, stop)
+        return self.map(lambda part: part[:, start:stop])
 
 
 class NoiseSource(Protocol):

@@ -13,6 +13,7 @@ from graf.geometry.volume_rendering import NO_NOISE, NoiseSource, RaySampling, R
 from graf.models.field import RadianceField
 from graf.runtime.activation_checkpointing import ChunkRunner, call_chunk, evaluate_chunks
 from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings, halve_chunk
+from graf.runtime.randomness import Draws
 
 BACKGROUNDS = {"white": 1.0, "black": -1.0}
 
@@ -98,6 +99,11 @@ class Generator(nn.Module):
         parameters = [*self.field.parameters(), self.background]
         runner = self.make_runner(num_chunks)
         return Render(*evaluate_chunks(render_chunk, num_chunks, codes.tensors(), parameters, self.strategy, runner))
+
+
+def draw_latents(draws: Draws, purpose: str, dim_z: int, uniform: bool) -> Tensor:
+    """Latent codes z (images, dim_z) on the CPU: standard normal, or uniform in [-1, 1]."""
+    return draws.uniform(purpose, dim_z) * 2 - 1 if uniform else draws.normal(purpose, dim_z)
 
 
 def _call_every_chunk(num_chunks: int) -> ChunkRunner:

@@ -18,6 +18,7 @@ from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import PoseSampler, Views
 from graf.models.ccsr import LatentMixture
 from graf.models.discriminator import PatchCondition
+from graf.models.generator import draw_latents
 from graf.models.ray_noise import RayNoiseKeys
 from graf.runtime.device import move_in_one_copy
 from graf.runtime.randomness import Draws
@@ -142,14 +143,10 @@ class InputSampler:
 
     def draw_fakes(self, draws: Draws, purpose: str, settings: StepSettings) -> FakeInputs:
         """Inputs of generated patches, on the CPU; `purpose` tells the D step's from the G step's."""
-        if self.uniform_z:
-            z = draws.uniform(f"{purpose}/z", self.dim_z) * 2 - 1
-        else:
-            z = draws.normal(f"{purpose}/z", self.dim_z)
         numbers = _draw_numbers(draws, purpose)
         views = self.pose_sampler.pick(numbers["view"])
         return FakeInputs(
-            z=z,
+            z=draw_latents(draws, f"{purpose}/z", self.dim_z, self.uniform_z),
             views=views,
             patches=place_patches(numbers["patch"], settings.min_scale, settings.max_scale),
             noise=self._key_noise(draws, purpose, settings),

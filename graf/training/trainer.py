@@ -100,6 +100,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
+        memory: MemorySettings,
         generator: Generator,
         discriminator: PatchDiscriminator,
         caster: RayCaster,
@@ -141,10 +142,7 @@ class Trainer:
             mix_latents=None if ccsr is None else ccsr.latents.mix,
             agreement_degrees=self.objective.agreement_degrees,
         )
-        size = training.micro_batch_size
-        self.memory = MemorySettings(
-            training.batch_size if size == "auto" else size, generator.strategy, generator.chunk
-        )
+        self.use(memory)
         self.profiler = MemoryProfiler(device)
         self._was_watched = False
         self.progress = Progress()
@@ -159,9 +157,8 @@ class Trainer:
     @property
     def state(self) -> dict[str, Stateful]:
         """Every stateful object by name: what a checkpoint holds."""
-        averages = {"generator": self.average} | ({} if self.sr_average is None else {"ccsr": self.sr_average})
-        state: dict[str, Stateful] = {"progress": self.progress, "averages": UpdateCounts(averages)}
-        state |= {f"{name}_average": average.module for name, average in averages.items()}
+        state: dict[str, Stateful] = {"progress": self.progress, "averages": UpdateCounts(self.averages)}
+        state |= {f"{name}_average": average.module for name, average in self.averages.items()}
         for player in self.players:
             state |= {
                 player.name: player.network,
@@ -169,6 +166,11 @@ class Trainer:
                 f"scaler_{player.suffix}": player.scaler,
             }
         return state
+
+    @property
+    def averages(self) -> dict[str, ModelAverage]:
+        """The averaged weights by network."""
+        return {"generator": self.average} | ({} if self.sr_average is None else {"ccsr": self.sr_average})
 
     @property
     def averaged_networks(self) -> tuple[Generator, CCSR | None]:
@@ -184,8 +186,7 @@ class Trainer:
     @property
     def owners(self) -> list[nn.Module | torch.optim.Optimizer]:
         """Everything that holds tensors from step to step."""
-        averages = [average.module for average in (self.average, self.sr_average) if average is not None]
-        players = self.players
+        players, averages = self.players, [average.module for average in self.averages.values()]
         return [*(player.network for player in players), *(player.optimizer for player in players), *averages]
 
     # ------------------------------------------------------------------------------------------------ the loop

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import memory as benchmark
-from graf.app import memory_estimator, memory_planner
-from graf.app.memory_estimator import StepPlanner, configured_settings
+from graf.app import builders, memory_estimator, memory_planner
+from graf.app.memory_estimator import StepPlanner
 from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
 from graf.runtime.activation_checkpointing import call_chunk
@@ -34,7 +34,7 @@ def small(*overrides: str) -> Config:
 )
 def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(name):
     config = small(*benchmark.CONFIGS[name])
-    settings = configured_settings(config)
+    settings = builders.build_memory_settings(config)
     predicted = StepPlanner(config).predict(settings, between=False)
     measured = benchmark.measure_step(config, settings).plan
     assert predicted.peak == pytest.approx(measured.peak, rel=0.05)
@@ -45,7 +45,7 @@ def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(name):
 def test_the_parts_of_a_peak_are_the_sizes_of_networks_optimisers_and_average():
     config = small("training.optimizer=adam")
     step = StepPlanner(config)
-    phases = step.predict(configured_settings(config)).phases
+    phases = step.predict(builders.build_memory_settings(config)).phases
     generator = sum(p.numel() for p in step.trainer.generator.parameters())
     discriminator = sum(p.numel() for p in step.trainer.discriminator.parameters())
     buffers = sum(b.numel() for b in step.trainer.generator.buffers())
@@ -105,7 +105,7 @@ def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
 
 def test_sampling_and_scoring_are_planned_without_inception_weights():
     config = small("training.fid_every=5", "evaluation.feature_extractor=inception")
-    phases = StepPlanner(config).predict(configured_settings(config)).phases
+    phases = StepPlanner(config).predict(builders.build_memory_settings(config)).phases
     assert {"sample", "score"} <= set(phases)
     assert phases["score"].peak > 4 * 20e6  # Inception has more than 20 million weights
 
@@ -113,7 +113,7 @@ def test_sampling_and_scoring_are_planned_without_inception_weights():
 def test_photographs_and_a_gpu_are_not_needed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "coil100.yaml", ["training.device=cuda", "training.fid_every=0"])
-    assert StepPlanner(config).predict(configured_settings(config)).peak > 0
+    assert StepPlanner(config).predict(builders.build_memory_settings(config)).peak > 0
 
 
 def test_a_budget_is_kept_and_used():
@@ -128,7 +128,7 @@ def test_a_budget_is_kept_and_used():
 
 def test_without_need_the_budget_changes_nothing():
     config = small("training.batch_size=4")
-    assert choose_settings(StepPlanner(config), 2**34).settings == configured_settings(config)
+    assert choose_settings(StepPlanner(config), 2**34).settings == builders.build_memory_settings(config)
 
 
 def test_only_keys_left_at_auto_are_chosen():
