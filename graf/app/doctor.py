@@ -22,6 +22,7 @@ from graf.app.builders import build_cameras, build_pose_sampler, describe_datase
 from graf.app.failures import ErrorLog, run_command
 from graf.config import Config, DataConfig, load_config
 from graf.data.datasets import PhotoDataset
+from graf.evaluation.pictures import to_uint8
 from graf.geometry.cameras import Intrinsics, elevation_from_height, project_points
 from graf.geometry.views import NUM_UNIFORMS
 from graf.runtime.logs import setup_console
@@ -236,7 +237,7 @@ def _paste_photograph(
 ) -> None:
     """Photograph number `index` enlarged or shrunk to `size`, with its class, height and angle below it."""
     image, label = dataset[index]
-    pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = to_uint8(image).permute(1, 2, 0).numpy()
     sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC), corner)
     class_idx, height_idx, angle = label.tolist()
     text = dataset.class_names[class_idx] + (f" h{height_idx} {angle}" if dataset.poses_known else "")

@@ -34,8 +34,7 @@ def peak_of(strategy: str, num_chunks: int) -> int:
 def test_a_chunk_leaves_nothing_but_its_outputs_even_where_one_of_them_is_unused(strategy: str) -> None:
     few, many = peak_of(strategy, 8), peak_of(strategy, 40)
     outputs = 4 * RAYS * 2  # bytes per chunk; beside them their parts before they are joined, and gradients
-    assert (many - few) / 32 <= 4 * outputs
-    assert 4 * outputs < 4 * RAYS * SAMPLES / 8  # far less than one number per sample
+    assert (many - few) / 32 <= 4 * outputs  # a thirty-second of one number per sample
 
 
 def test_an_unused_output_gets_no_say_in_the_gradient() -> None:
