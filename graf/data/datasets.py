@@ -6,12 +6,12 @@ How folders are read is in index.py, how a file becomes an image in images.py.
 import difflib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,13 @@ from torch.utils.data import Dataset
 
 from graf.data.errors import DataError
 from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, square_side
-from graf.data.index import LoadReport, PhotoIndex, index_image_folder, index_transforms, index_turntable
+from graf.data.index import PhotoIndex, index_image_folder, index_transforms, index_turntable
 from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
 from graf.runtime.logs import logger, progress_bar, warn_once
-
-__all__ = ["DataError", "DataSettings", "LoadReport", "PhotoDataset", "open_dataset"]
 
 DATA_TYPES = ("synthetic", "turntable", "transforms", "image_folder")
 SUBSETS = ("train", "heldout", "all")
 DECODING_THREADS = 4
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -183,9 +179,7 @@ def open_dataset(settings: DataSettings) -> PhotoDataset:
             f"{index.root}: none of the {len(index.paths)} photographs can be read ({index.report.unreadable[0]}); "
             f"expected PNG, JPEG or another format that Pillow reads"
         )
-    if len(kept) < len(index.paths):
-        index = index.select(kept)
-    return PhotoDataset(index, settings, cache, _find_fov(index, settings.crop))
+    return PhotoDataset(index.select(kept), settings, cache, _find_fov(index, settings.crop))
 
 
 def _index_photographs(settings: DataSettings) -> PhotoIndex:
@@ -237,9 +231,9 @@ def _choose_subset(index: PhotoIndex, settings: DataSettings) -> list[int]:
 
 def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[int], Tensor | None]:
     """Indices of the readable photographs and their uint8 cache (None where it would not fit); fills the report."""
-    bytes_needed = len(index.paths) * 3 * settings.imsize**2
-    decode = bytes_needed <= settings.cache_mib * 2**20
-    cache = torch.empty((len(index.paths), 3, settings.imsize, settings.imsize), dtype=torch.uint8) if decode else None
+    count, imsize = len(index.paths), settings.imsize
+    decode = count * 3 * imsize**2 <= settings.cache_mib * 2**20
+    cache = torch.empty((count, 3, imsize, imsize), dtype=torch.uint8) if decode else None
 
     def read(number: int) -> tuple[int, int] | UnreadableImage:
         try:
@@ -251,24 +245,22 @@ def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[i
         return size
 
     kept = []
-    for number, (name, result) in enumerate(zip(index.names(), _map_in_threads(read, len(index.paths)), strict=True)):
-        if isinstance(result, UnreadableImage):
-            index.report.unreadable.append(f"{name} ({result})")
-        else:
-            kept.append(number)
-            index.report.sizes[result] += 1
-    return kept, cache[kept] if cache is not None and len(kept) < len(index.paths) else cache
+    # Pillow decodes and resizes without the interpreter lock, so threads help.
+    with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
+        sizes = progress_bar(
+            pool.map(read, range(count)), desc="reading photographs", total=count, unit="image", delay=2
+        )
+        for number, (name, result) in enumerate(zip(index.names(), sizes, strict=True)):
+            if isinstance(result, UnreadableImage):
+                index.report.unreadable.append(f"{name} ({result})")
+            else:
+                kept.append(number)
+                index.report.sizes[result] += 1
+    return kept, cache[kept] if cache is not None and len(kept) < count else cache
 
 
 def _read_pixels(path: Path, settings: DataSettings) -> Tensor:
     return read_image(path, settings.imsize, settings.white_bkgd, settings.crop)
-
-
-def _map_in_threads(read: Callable[[int], Result], count: int) -> Iterator[Result]:
-    # Pillow decodes and resizes without the interpreter lock, so threads help.
-    with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
-        images = pool.map(read, range(count))
-        yield from progress_bar(images, desc="reading photographs", total=count, unit="image", delay=2)
 
 
 def _log_report(index: PhotoIndex, strict: bool) -> None:

@@ -136,10 +136,7 @@ def index_turntable(root: Path, v_list: Sequence[float] | None, file_pattern: st
             f"{root}: no photographs; expected names like obj14__235.png or a {LABELS_FILE}; correct data.datadir"
         )
     check_heights(rows, v_list, source)
-    class_names = sorted({row.class_name for row in rows}, key=natural_key)
-    return PhotoIndex(
-        root, [root / row.file for row in rows], number_labels(rows, class_names), class_names, tuple(v_list), report
-    )
+    return _index_rows(root, rows, v_list, report)
 
 
 def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
@@ -213,16 +210,13 @@ def index_image_folder(root: Path, v_list: Sequence[float] | None) -> PhotoIndex
             f"{root}: no photographs; expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in it or in class "
             f"folders; correct data.datadir"
         )
+    return replace(_index_rows(root, rows, v_list or (0.5,), report), poses_known=False)
+
+
+def _index_rows(root: Path, rows: Sequence[LabelRow], v_list: Sequence[float], report: LoadReport) -> PhotoIndex:
     class_names = sorted({row.class_name for row in rows}, key=natural_key)
-    return PhotoIndex(
-        root,
-        [root / row.file for row in rows],
-        number_labels(rows, class_names),
-        class_names,
-        tuple(v_list or (0.5,)),
-        report,
-        poses_known=False,
-    )
+    paths = [root / row.file for row in rows]
+    return PhotoIndex(root, paths, number_labels(rows, class_names), class_names, tuple(v_list), report)
 
 
 def _check_folder(root: Path, expected: str) -> None:
@@ -329,9 +323,8 @@ def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:
 
 def _find_frame_image(root: Path, file: str) -> Path | None:
     path = root / file
-    if path.is_file():
-        return path
-    candidates = (path.with_name(path.name + suffix) for suffix in sorted(IMAGE_SUFFIXES, key=lambda s: s != ".png"))
+    suffixes = ["", *sorted(IMAGE_SUFFIXES, key=lambda suffix: suffix != ".png")]
+    candidates = (path.with_name(path.name + suffix) for suffix in suffixes)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 

@@ -146,6 +146,5 @@ def check_heights(rows: Iterable[LabelRow], v_list: Sequence[float], source: str
 def number_labels(rows: Sequence[LabelRow], class_names: Sequence[str]) -> Tensor:
     """Labels int64 (N, 3) of `rows`, with classes numbered by their place in `class_names`."""
     number = {name: index for index, name in enumerate(class_names)}
-    return torch.tensor([(number[row.class_name], row.height, row.angle) for row in rows], dtype=torch.int64).reshape(
-        -1, 3
-    )
+    labels = [(number[row.class_name], row.height, row.angle) for row in rows]
+    return torch.tensor(labels, dtype=torch.int64).reshape(-1, 3)

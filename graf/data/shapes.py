@@ -10,6 +10,7 @@ import colorsys
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -40,10 +41,7 @@ class Toy:
     def distance(self, points: Tensor) -> Tensor:
         """Distance (P,) of points (3, P) to the surface, negative inside; never more than the true one."""
         local = self._to_local(points)
-        nearest = self.parts[0].distance(local)
-        for part in self.parts[1:]:
-            nearest = torch.minimum(nearest, part.distance(local))
-        return nearest * min(self.stretch)
+        return reduce(torch.minimum, (part.distance(local) for part in self.parts)) * min(self.stretch)
 
     def colour(self, points: Tensor) -> Tensor:
         """Colour (3, P) in [0, 1] of surface points (3, P): the nearest part's, painted over by decals in order."""
@@ -64,6 +62,16 @@ def _length(*parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total = torch.addcmul(total, part, part)
     return total.sqrt()
+
+
+def _corner(*faces: Tensor) -> Tensor:
+    """Signed distance to the convex corner where faces meet at right angles, from the distance to each of them."""
+    return _length(*(face.clamp(min=0) for face in faces)) + reduce(torch.maximum, faces).clamp(max=0)
+
+
+def _from_axis(p: Tensor, centre: Vector, axis: int) -> Tensor:
+    """Distance to the line through `centre` along coordinate axis `axis`."""
+    return _length(*(p[other] - centre[other] for other in range(3) if other != axis))
 
 
 def sphere(centre: Vector, radius: float) -> Distance:
@@ -90,35 +98,26 @@ def box(centre: Vector, half: Vector, rounding: float = 0.0) -> Distance:
     """Box with half sides `half`, edges rounded by `rounding` (inside those sides)."""
 
     def distance(p: Tensor) -> Tensor:
-        x, y, z = ((p[axis] - centre[axis]).abs() - (half[axis] - rounding) for axis in range(3))
-        inside = torch.maximum(torch.maximum(x, y), z).clamp(max=0)
-        return _length(x.clamp(min=0), y.clamp(min=0), z.clamp(min=0)) + inside - rounding
+        faces = ((p[axis] - centre[axis]).abs() - (half[axis] - rounding) for axis in range(3))
+        return _corner(*faces) - rounding
 
     return distance
 
 
 def cylinder(centre: Vector, radius: float, half_length: float, axis: int = 2, rounding: float = 0.0) -> Distance:
     """Cylinder along coordinate axis `axis`."""
-    first, second = (other for other in range(3) if other != axis)
 
     def distance(p: Tensor) -> Tensor:
-        across = _length(p[first] - centre[first], p[second] - centre[second]) - (radius - rounding)
+        across = _from_axis(p, centre, axis) - (radius - rounding)
         along = (p[axis] - centre[axis]).abs() - (half_length - rounding)
-        inside = torch.maximum(across, along).clamp(max=0)
-        return _length(across.clamp(min=0), along.clamp(min=0)) + inside - rounding
+        return _corner(across, along) - rounding
 
     return distance
 
 
 def torus(centre: Vector, ring: float, tube: float, axis: int = 2) -> Distance:
     """Torus around coordinate axis `axis`."""
-    first, second = (other for other in range(3) if other != axis)
-
-    def distance(p: Tensor) -> Tensor:
-        across = _length(p[first] - centre[first], p[second] - centre[second]) - ring
-        return _length(across, p[axis] - centre[axis]) - tube
-
-    return distance
+    return lambda p: _length(_from_axis(p, centre, axis) - ring, p[axis] - centre[axis]) - tube
 
 
 def gable(low: float, high: float, half_width: float, half_length: float) -> Distance:
@@ -151,23 +150,12 @@ def subtract(solid: Distance, hole: Distance) -> Distance:
 
 def intersect(*solids: Distance) -> Distance:
     """What all `solids` share."""
-
-    def distance(p: Tensor) -> Tensor:
-        result = solids[0](p)
-        for solid in solids[1:]:
-            result = torch.maximum(result, solid(p))
-        return result
-
-    return distance
+    return lambda p: reduce(torch.maximum, (solid(p) for solid in solids))
 
 
 def mirror(solid: Distance, *axes: int) -> Distance:
     """`solid`, given where these coordinates are positive, and its mirror images."""
-
-    def distance(p: Tensor) -> Tensor:
-        return solid(torch.stack([p[axis].abs() if axis in axes else p[axis] for axis in range(3)]))
-
-    return distance
+    return lambda p: solid(torch.stack([p[axis].abs() if axis in axes else p[axis] for axis in range(3)]))
 
 
 def beyond(axis: int, limit: float, sign: int = 1) -> Distance:

@@ -229,9 +229,8 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
     views = choose_views(settings)
     with progress_bar(desc="rendering synthetic set", total=len(views), unit="image") as progress:
         for (class_idx, instance), group in groupby(views, key=lambda view: view[:2]):
-            for batch in _split(list(group), VIEWS_AT_ONCE):
-                labels = torch.tensor([(class_idx, height, angle) for _, _, height, angle in batch])
-                u, v = label_angles(labels, settings.v_list)
+            for batch in torch.tensor(list(group)).split(VIEWS_AT_ONCE):
+                u, v = label_angles(batch[:, [0, 2, 3]], settings.v_list)
                 pictures = render_views(
                     class_idx,
                     pose_from_angles(u, v, settings.radius),
@@ -241,7 +240,7 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
                     white_bkgd=settings.white_bkgd,
                 )
                 name = CLASS_NAMES[class_idx] + (f"_i{instance}" if settings.instances > 1 else "")
-                for (_, _, height, angle), rgb, depth, mask in zip(batch, *pictures, strict=True):
+                for (_, _, height, angle), rgb, depth, mask in zip(batch.tolist(), *pictures, strict=True):
                     file = f"{name}_h{height}__{angle}.png"
                     _write_view(folder, file, rgb, depth / max_depth, mask)
                     rows.append((file, CLASS_NAMES[class_idx], height, angle))
@@ -257,8 +256,3 @@ def _write_view(folder: Path, file: str, rgb: Tensor, relative_depth: Tensor, ma
     imwrite(folder / file, pixels.numpy())
     imwrite(folder / DEPTH_FOLDER / file, (relative_depth[0] * 65535).round().numpy().astype(np.uint16))
     imwrite(folder / MASK_FOLDER / file, (mask[0] * 255).round().to(torch.uint8).numpy())
-
-
-def _split(views: list[View], size: int) -> Iterator[list[View]]:
-    for first in range(0, len(views), size):
-        yield views[first : first + size]
