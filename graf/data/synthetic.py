@@ -26,7 +26,7 @@ from graf.data.labels import LABELS_FILE, LABELS_HEADER
 from graf.data.loader import count_usable_cpus
 from graf.data.shapes import CLASS_NAMES, Toy, build_toy
 from graf.geometry.cameras import Intrinsics, height_from_elevation, label_angles, pose_from_angles
-from graf.geometry.rays import cast_rays, pixel_grid
+from graf.geometry.rays import RayCaster, pixel_grid
 from graf.runtime.logs import progress_bar
 
 VERSION = 1  # part of the cache key: raise it whenever the pictures change
@@ -125,7 +125,7 @@ def _one_thread_per_operation() -> Iterator[None]:
 def _render_fine(toy: Toy, poses: Tensor, intrinsics: Intrinsics, white_bkgd: bool) -> tuple[Tensor, Tensor, Tensor]:
     """rgb (N, 3, H, W) in [0, 1], depth and mask (N, 1, H, W), one ray per pixel; depth 0 where nothing is hit."""
     shape = (len(poses), intrinsics.height, intrinsics.width)
-    rays = cast_rays(poses, pixel_grid(*shape), intrinsics, 0.0, math.inf, BOUNDING_RADIUS)
+    rays = RayCaster(intrinsics, 0.0, math.inf, BOUNDING_RADIUS).cast(poses, pixel_grid(*shape))
     origins, directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
     near, far, axis_cosine = rays.near.flatten(), rays.far.flatten(), rays.axis_cosine.flatten()
 

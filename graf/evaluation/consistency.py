@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -235,8 +235,8 @@ def measure_ring(
     low = low_resolution_consistency(ring.sr, render, down)
     shown = ring.sr.clamp(-1, 1)
     bicubic = upsample(render, find_scale(ring.sr, render)).clamp(-1, 1)
-    of_render = reprojection_error(ring.views.with_image(bicubic), intrinsics, visibility)
-    of_sr = reprojection_error(ring.views.with_image(shown), intrinsics, visibility)
+    of_render = reprojection_error(replace(ring.views, image=bicubic), intrinsics, visibility)
+    of_sr = reprojection_error(replace(ring.views, image=shown), intrinsics, visibility)
     measured = {
         "low_resolution_max": low.max,
         "low_resolution_mean": low.mean,

@@ -32,19 +32,14 @@ class Intrinsics:
 
     @classmethod
     def from_fov(cls, resolution: int, fov: float) -> Intrinsics:
-        """Square image of `resolution` pixels with a horizontal field of view of `fov` degrees."""
-        return cls(resolution, resolution, focal_from_fov(fov, resolution))
+        """Square image of `resolution` pixels with a field of view of `fov` degrees. Raises ValueError for no angle."""
+        if not 0.0 < fov < 180.0:
+            raise ValueError(f"fov={fov}: the field of view lies strictly between 0 and 180 degrees")
+        return cls(resolution, resolution, 0.5 * resolution / math.tan(math.radians(fov) / 2))
 
     def resized(self, height: int, width: int) -> Intrinsics:
         """The same camera with another number of pixels (same field of view)."""
         return Intrinsics(height, width, self.focal * width / self.width)
-
-
-def focal_from_fov(fov: float, width: int) -> float:
-    """Focal length in pixels of a camera whose image is `width` pixels wide and spans `fov` degrees."""
-    if not 0.0 < fov < 180.0:
-        raise ValueError(f"fov={fov}: the field of view lies strictly between 0 and 180 degrees")
-    return 0.5 * width / math.tan(math.radians(fov) / 2)
 
 
 def elevation_from_height(v: float) -> float:

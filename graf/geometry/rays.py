@@ -115,34 +115,13 @@ def crop_images(images: Tensor, patches: Patches, size: int) -> Tensor:
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def cast_rays(
-    poses: Tensor, grid: Tensor, intrinsics: Intrinsics, near: float, far: float, bounding_radius: float | None = None
-) -> Rays:
-    """Rays through image-plane coordinates.
-
-    poses: (B, 4, 4); grid: (B, ..., 2), flattened to N coordinates per image. With `bounding_radius`, near and far
-    shrink to the sphere of that radius around the origin, so that no sample is spent outside it; a ray that misses it
-    gets near == far.
-    """
-    grid = grid.reshape(grid.shape[0], -1, 2).to(poses.dtype)
-    x = grid[..., 0] * (intrinsics.width / (2 * intrinsics.focal))
-    y = -grid[..., 1] * (intrinsics.height / (2 * intrinsics.focal))
-    camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
-    length = camera.norm(dim=-1, keepdim=True)
-    directions = rotate(poses[:, None, :3, :3], camera / length)
-    origins = poses[:, None, :3, 3].expand_as(directions)
-    near_t, far_t = torch.full_like(length, near), torch.full_like(length, far)
-    if bounding_radius is not None:
-        middle = -(origins * directions).sum(-1, keepdim=True)
-        half_squared = bounding_radius**2 - (origins.square().sum(-1, keepdim=True) - middle.square())
-        half = half_squared.clamp(min=0).sqrt()
-        near_t, far_t = (middle - half).clamp(near, far), (middle + half).clamp(near, far)
-    return Rays(origins, directions, near_t, far_t, 1 / length)
-
-
 @dataclass(frozen=True)
 class RayCaster:
-    """One camera model for a whole collection: intrinsics, the sampled range near..far, perhaps a bounding sphere."""
+    """One camera model for a whole collection: intrinsics, and the range near..far in which rays are sampled.
+
+    With `bounding_radius`, near and far shrink to the sphere of that radius around the origin, so that no sample is
+    spent outside it; a ray that misses it gets near == far.
+    """
 
     intrinsics: Intrinsics
     near: float
@@ -150,8 +129,22 @@ class RayCaster:
     bounding_radius: float | None = None
 
     def cast(self, poses: Tensor, grid: Tensor) -> Rays:
-        """Rays of cameras (B, 4, 4) through image-plane coordinates (B, ..., 2)."""
-        return cast_rays(poses, grid, self.intrinsics, self.near, self.far, self.bounding_radius)
+        """Rays of cameras (B, 4, 4) through image-plane coordinates (B, ..., 2), flattened to N per image."""
+        intrinsics = self.intrinsics
+        grid = grid.reshape(grid.shape[0], -1, 2).to(poses.dtype)
+        x = grid[..., 0] * (intrinsics.width / (2 * intrinsics.focal))
+        y = -grid[..., 1] * (intrinsics.height / (2 * intrinsics.focal))
+        camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
+        length = camera.norm(dim=-1, keepdim=True)
+        directions = rotate(poses[:, None, :3, :3], camera / length)
+        origins = poses[:, None, :3, 3].expand_as(directions)
+        near, far = torch.full_like(length, self.near), torch.full_like(length, self.far)
+        if self.bounding_radius is not None:
+            middle = -(origins * directions).sum(-1, keepdim=True)
+            half_squared = self.bounding_radius**2 - (origins.square().sum(-1, keepdim=True) - middle.square())
+            half = half_squared.clamp(min=0).sqrt()
+            near, far = (middle - half).clamp(self.near, self.far), (middle + half).clamp(self.near, self.far)
+        return Rays(origins, directions, near, far, 1 / length)
 
     def cast_patches(self, poses: Tensor, patches: Patches, size: int) -> Rays:
         """Rays of patches of size x size pixels, row by row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -137,9 +137,7 @@ class PoseSampler:
     def describe(self) -> str:
         """The pose distribution in words, for the provenance of a score."""
         if self.ranges is not None:
-            ranges = self.ranges
-            limits = ("umin", "umax", "vmin", "vmax", "radius_min", "radius_max")
-            u0, u1, v0, v1, r0, r1 = (getattr(ranges, name) for name in limits)
+            u0, u1, v0, v1, r0, r1 = astuple(self.ranges)
             low, high = elevation_from_height(v1), elevation_from_height(v0)
             heights = f"v in [{v0}, {v1}] (elevation {low:.0f} to {high:.0f} degrees)"
             return f"u in [{u0}, {u1}], {heights}, radius in [{r0}, {r1}], uniform"

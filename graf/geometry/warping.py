@@ -10,7 +10,7 @@ Geometry is taken as given: gradients flow into the colours alone. Everything he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from graf.base.tensors import TensorBatch
 from graf.geometry.cameras import Intrinsics, project_points
-from graf.geometry.rays import Patches, RayCaster, cast_rays, patch_grid
+from graf.geometry.rays import Patches, RayCaster, patch_grid
 from graf.geometry.volume_rendering import Render
 
 #: below this opacity a composited depth says nothing about a surface
@@ -77,10 +77,6 @@ class SurfaceView(TensorBatch):
         surface = recover_surface_depth(render.depth, render.opacity, background)
         return cls(render.rgb if image is None else image, surface, render.opacity, poses, patches)
 
-    def with_image(self, image: Tensor) -> SurfaceView:
-        """The same surface with other colours, for example at a higher resolution."""
-        return replace(self, image=image)
-
 
 def background_depth(caster: RayCaster, poses: Tensor, patches: Patches, size: int) -> Tensor:
     """z-depth (B, 1, size, size) of the end of every ray, where the renderer puts the background.
@@ -110,7 +106,7 @@ def reproject(
     in b's own plane has no finite coordinates.
     """
     batch, height, width, _ = grid.shape
-    rays = cast_rays(poses_a, grid, intrinsics, 0.0, 1.0)
+    rays = RayCaster(intrinsics, 0.0, 1.0).cast(poses_a, grid)
     distance = depth.reshape(batch, -1, 1) / rays.axis_cosine
     pixels, depth_b = project_points(rays.origins + distance * rays.directions, poses_b[:, None], intrinsics)
     x, y = 2 * pixels[..., 0] / intrinsics.width - 1, 2 * pixels[..., 1] / intrinsics.height - 1
@@ -132,8 +128,8 @@ def warp_to_view(
     place = torch.where((in_front & place.isfinite().all(-1))[..., None], place, 2.0)  # 2 lies outside the patch
     pixels = view.image.shape[-1]
     inside = (place.abs() <= 1 + (2 * FRAME_SLACK - 1) / pixels).all(-1)[:, None]
-    surface = _sample_surface(view, place, visibility)
-    visible = inside & surface.solid & ((depth - surface.depth).abs() <= visibility.tolerance)
+    surface_depth, solid = _sample_surface(view, place, visibility)
+    visible = inside & solid & ((depth - surface_depth).abs() <= visibility.tolerance)
     image = view.image.to(torch.promote_types(view.image.dtype, place.dtype))
     colours = functional.grid_sample(
         image, place.to(image.dtype), mode="bilinear", padding_mode="border", align_corners=False
@@ -155,23 +151,15 @@ def warp_between(
     with torch.no_grad():
         size = a.image.shape[-1]
         grid = patch_grid(a.patches, size)
-        surface = _sample_surface(a, _place_in_patch(grid, a.patches), visibility)
-        grid_b, depth_b = reproject(grid, surface.depth, a.poses, b.poses, intrinsics)
+        depth, solid = _sample_surface(a, _place_in_patch(grid, a.patches), visibility)
+        grid_b, depth_b = reproject(grid, depth, a.poses, b.poses, intrinsics)
     colours, visible = warp_to_view(b, grid_b, depth_b, visibility)
-    return colours, visible * surface.solid
-
-
-@dataclass(frozen=True)
-class _Surface:
-    """Interpolated z-depth (B, 1, H, W), and whether there is one opaque surface without an edge."""
-
-    depth: Tensor
-    solid: Tensor
+    return colours, visible * solid
 
 
 @torch.no_grad()
-def _sample_surface(view: SurfaceView, place: Tensor, visibility: Visibility) -> _Surface:
-    """The surface of a view at places (B, H, W, 2) in [-1, 1] of its patch.
+def _sample_surface(view: SurfaceView, place: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """z-depth (B, 1, H, W) at places (B, H, W, 2) in [-1, 1] of a view's patch, and where it is one opaque surface.
 
     Depths are weighted by their opacity, since that of a transparent pixel means nothing; likewise transparent pixels
     neither make nor hide an edge.
@@ -187,7 +175,7 @@ def _sample_surface(view: SurfaceView, place: Tensor, visibility: Visibility) ->
     step = depth.masked_fill(~counts, -torch.inf).amax(-1) - depth.masked_fill(~counts, torch.inf).amin(-1)
     solid = (total > visibility.min_opacity) & (step <= visibility.max_step)
     shape = (len(place), 1, height, width)
-    return _Surface(mean.reshape(shape), solid.reshape(shape))
+    return mean.reshape(shape), solid.reshape(shape)
 
 
 def _find_neighbours(place: Tensor, size: int) -> tuple[Tensor, Tensor]:

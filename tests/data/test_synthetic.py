@@ -16,7 +16,7 @@ from graf.data.datasets import DataError, DataSettings, open_dataset
 from graf.data.shapes import CLASS_NAMES, Painted, Toy, build_toy, sphere
 from graf.data.synthetic import SyntheticSettings, choose_views, ensure_synthetic, render_views
 from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles, project_points
-from graf.geometry.rays import cast_rays, pixel_grid
+from graf.geometry.rays import RayCaster, pixel_grid
 
 SMALL = SyntheticSettings(
     imsize=16, count=8, seed=0, instances=1, radius=3.5, fov=30.0, v_list=(0.3, 0.4), white_bkgd=True
@@ -33,7 +33,7 @@ def poses_at(*degrees, v=0.27, radius=3.5):
 
 def surface_points(pose, depth, mask, intrinsics):
     """World points (P, 3) of the covered pixels of a picture without supersampling, and their pixel numbers."""
-    rays = cast_rays(pose[None], pixel_grid(1, intrinsics.height, intrinsics.width), intrinsics, 0.0, 9.0)
+    rays = RayCaster(intrinsics, 0.0, 9.0).cast(pose[None], pixel_grid(1, intrinsics.height, intrinsics.width))
     distance = depth.flatten() / rays.axis_cosine[0, :, 0]
     pixels = torch.nonzero(mask.flatten() > 0)[:, 0]
     return (rays.origins[0] + rays.directions[0] * distance[:, None])[pixels], pixels

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from graf.evaluation.consistency import (
 from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.rings import Ring
 from graf.geometry.cameras import Intrinsics, pose_from_angles, ring
-from graf.geometry.rays import Patches, cast_rays, pixel_grid
+from graf.geometry.rays import Patches, RayCaster, pixel_grid
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView, Visibility, warp_between
 
@@ -29,7 +30,7 @@ INTRINSICS = Intrinsics.from_fov(32, 30.0)
 def look_at_ball(size: int, views: int = 8, frequency: float = 5.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """image, z-depth, opacity and poses of a textured ball on a ring of views, in closed form, one ray per pixel."""
     poses = pose_from_angles(*ring(views, 0.35), 3.5)
-    rays = cast_rays(poses, pixel_grid(views, size, size), INTRINSICS, 0.0, 100.0)
+    rays = RayCaster(INTRINSICS, 0.0, 100.0).cast(poses, pixel_grid(views, size, size))
     middle = -(rays.origins * rays.directions).sum(-1, keepdim=True)
     half_squared = 0.8**2 - rays.origins.square().sum(-1, keepdim=True) + middle.square()
     hit = half_squared > 0
@@ -113,7 +114,7 @@ def test_views_that_alternate_in_colour_disagree_by_exactly_that(views):
     image, depth, opacity, poses = look_at_ball(32, 12)
     alternating = 0.1 * (-1.0) ** torch.arange(views).view(-1, 1, 1, 1)
     surface = SurfaceView(image, depth, opacity, poses, Patches.whole(12))[:views]
-    found = reprojection_error(surface.with_image(alternating.expand(-1, 3, 32, 32)), INTRINSICS)
+    found = reprojection_error(replace(surface, image=alternating.expand(-1, 3, 32, 32)), INTRINSICS)
     assert found.error == pytest.approx(0.2, rel=1e-5)
 
 

@@ -12,7 +12,6 @@ from graf.geometry.cameras import (
     angles_from_pose,
     directions_from_angles,
     elevation_from_height,
-    focal_from_fov,
     height_from_elevation,
     label_angles,
     median_height,
@@ -20,7 +19,7 @@ from graf.geometry.cameras import (
     project_points,
     ring,
 )
-from graf.geometry.rays import cast_rays, pixel_grid
+from graf.geometry.rays import RayCaster, pixel_grid
 
 RADIUS = 3.5
 
@@ -155,13 +154,13 @@ def test_an_unknown_angle_direction_is_named():
 
 @pytest.mark.parametrize(("fov", "focal"), [(90.0, 32.0), (2 * math.degrees(math.atan(0.5)), 64.0)])
 def test_focal_length_spans_the_field_of_view(fov, focal):
-    assert focal_from_fov(fov, 64) == pytest.approx(focal)
+    assert Intrinsics.from_fov(64, fov).focal == pytest.approx(focal)
 
 
 @pytest.mark.parametrize("fov", [0.0, 180.0, -30.0])
 def test_an_impossible_field_of_view_is_named(fov):
     with pytest.raises(ValueError, match=f"fov={fov}"):
-        focal_from_fov(fov, 64)
+        Intrinsics.from_fov(64, fov)
 
 
 def test_resized_intrinsics_keep_the_field_of_view():
@@ -172,7 +171,7 @@ def test_resized_intrinsics_keep_the_field_of_view():
 def test_points_along_a_ray_project_back_onto_its_pixel_at_their_z_depth(height, width):
     intrinsics = Intrinsics(height, width, 12.0)
     poses = pose_from_angles(*random_angles(5), RADIUS)
-    rays = cast_rays(poses, pixel_grid(5, height, width), intrinsics, 2.0, 5.0)
+    rays = RayCaster(intrinsics, 2.0, 5.0).cast(poses, pixel_grid(5, height, width))
     distance = 2 + 3 * torch.rand(5, height * width, 1, dtype=torch.float64)
     pixels, depth = project_points(rays.origins + distance * rays.directions, poses[:, None], intrinsics)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -13,7 +13,6 @@ from graf.geometry.rays import (
     Patches,
     RayCaster,
     annealed_min_scale,
-    cast_rays,
     crop_images,
     patch_grid,
     pixel_grid,
@@ -153,7 +152,7 @@ def test_whole_image_rays_are_patch_rays_of_the_whole_image_at_any_resolution():
 
 def test_directions_have_unit_length_and_the_axis_cosine_is_that_with_the_optical_axis():
     poses = poses_of(3, torch.float64)
-    rays = cast_rays(poses, pixel_grid(3, 16, 16), INTRINSICS, 2.0, 5.0)
+    rays = RayCaster(INTRINSICS, 2.0, 5.0).cast(poses, pixel_grid(3, 16, 16))
     assert_close(rays.directions.norm(dim=-1), torch.ones(3, 256, dtype=torch.float64))
     assert_close(rays.axis_cosine[..., 0], (rays.directions * -poses[:, None, :3, 2]).sum(-1))
     assert bool((rays.near == 2).all())
@@ -162,7 +161,7 @@ def test_directions_have_unit_length_and_the_axis_cosine_is_that_with_the_optica
 
 def test_near_and_far_of_the_bounding_sphere_lie_on_it():
     poses, radius = poses_of(3, torch.float64), 0.8
-    rays = cast_rays(poses, pixel_grid(3, 16, 16), INTRINSICS, 0.1, 50.0, radius)
+    rays = RayCaster(INTRINSICS, 0.1, 50.0, radius).cast(poses, pixel_grid(3, 16, 16))
     hit = (rays.far > rays.near)[..., 0]
     assert bool(hit.any())
     assert not bool(hit.all())
@@ -172,21 +171,21 @@ def test_near_and_far_of_the_bounding_sphere_lie_on_it():
 
 
 def test_the_central_ray_meets_the_sphere_at_distance_minus_and_plus_radius():
-    rays = cast_rays(poses_of(2), torch.zeros(2, 1, 2), INTRINSICS, 0.1, 50.0, 0.8)
+    rays = RayCaster(INTRINSICS, 0.1, 50.0, 0.8).cast(poses_of(2), torch.zeros(2, 1, 2))
     assert_close(rays.near.flatten(), torch.full((2,), 2.7))
     assert_close(rays.far.flatten(), torch.full((2,), 4.3))
 
 
 def test_exactly_the_rays_that_miss_the_sphere_have_no_length():
     radius = 0.5
-    rays = cast_rays(poses_of(3, torch.float64), pixel_grid(3, 16, 16), INTRINSICS, 0.1, 50.0, radius)
+    rays = RayCaster(INTRINSICS, 0.1, 50.0, radius).cast(poses_of(3, torch.float64), pixel_grid(3, 16, 16))
     closest = torch.linalg.cross(rays.origins, rays.directions).norm(dim=-1)
     assert_close((rays.near == rays.far)[..., 0], closest >= radius)
 
 
 @pytest.mark.parametrize(("near", "far"), [(3.0, 4.0), (0.1, 3.0), (4.0, 9.0), (0.1, 1.0), (6.0, 9.0)])
 def test_the_bounding_sphere_only_shrinks_the_range(near, far):
-    rays = cast_rays(poses_of(2, torch.float64), torch.zeros(2, 1, 2), INTRINSICS, near, far, 1.0)
+    rays = RayCaster(INTRINSICS, near, far, 1.0).cast(poses_of(2, torch.float64), torch.zeros(2, 1, 2))
     start, stop = max(near, 2.5), min(far, 4.5)
     expected = max(stop - start, 0.0)
     assert_close(rays.far - rays.near, torch.full((2, 1, 1), expected, dtype=torch.float64))
@@ -198,13 +197,13 @@ def test_the_bounding_sphere_only_shrinks_the_range(near, far):
 def test_a_ray_that_leaves_the_sphere_behind_the_camera_stays_in_front_of_it():
     pose = poses_of(1)
     pose[:, :3, 1:3] *= -1  # turned about its x axis: looks away from the origin
-    rays = cast_rays(pose, pixel_grid(1, 4, 4), INTRINSICS, 2.0, 5.0, 0.8)
+    rays = RayCaster(INTRINSICS, 2.0, 5.0, 0.8).cast(pose, pixel_grid(1, 4, 4))
     assert bool((rays.near == 2).all())
     assert bool((rays.far == 2).all())
 
 
 def test_slices_and_images_take_the_same_part_of_everything():
-    rays = cast_rays(poses_of(3), pixel_grid(3, 4, 4), INTRINSICS, 2.0, 5.0, 0.5)
+    rays = RayCaster(INTRINSICS, 2.0, 5.0, 0.5).cast(poses_of(3), pixel_grid(3, 4, 4))
     part, one = rays.slice(5, 9), rays[1:2]
     assert (part.per_image, len(part), len(one)) == (4, 3, 1)
     for name in ("origins", "directions", "near", "far", "axis_cosine"):

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from graf.geometry.cameras import Intrinsics, pose_from_angles
-from graf.geometry.rays import Rays, cast_rays, pixel_grid
+from graf.geometry.rays import RayCaster, Rays, pixel_grid
 from graf.geometry.volume_rendering import (
     RayNoise,
     RaySampling,
@@ -34,7 +34,7 @@ def straight_rays(batch: int = 1, count: int = 1, near: float = 2.0, far: float 
 
 def tilted_rays(batch: int = 2, side: int = 3) -> Rays:
     poses = pose_from_angles(torch.rand(batch, dtype=DOUBLE), 0.2 + 0.5 * torch.rand(batch, dtype=DOUBLE), 3.5)
-    return cast_rays(poses, pixel_grid(batch, side, side), Intrinsics.from_fov(side, 40.0), 2.0, 5.0, 1.2)
+    return RayCaster(Intrinsics.from_fov(side, 40.0), 2.0, 5.0, 1.2).cast(poses, pixel_grid(batch, side, side))
 
 
 def fog(sigma: float, colour: tuple[float, float, float] = (0.5, -0.5, 1.0)):

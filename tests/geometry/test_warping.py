@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
-from graf.geometry.rays import Patches, RayCaster, cast_rays, patch_grid, place_patches
+from graf.geometry.rays import Patches, RayCaster, patch_grid, place_patches
 from graf.geometry.volume_rendering import Render, composite_along_rays, compositing_weights, interval_lengths
 from graf.geometry.warping import (
     SurfaceView,
@@ -64,7 +65,7 @@ def look(scene, pose: Tensor, patches: Patches, size: int, depth_size: int | Non
     """Picture of a scene, one ray per pixel, background white."""
     parts = []
     for pixels in (size, depth_size or size):
-        rays = cast_rays(pose, patch_grid(patches, pixels), INTRINSICS, 0.0, 100.0)
+        rays = RayCaster(INTRINSICS, 0.0, 100.0).cast(pose, patch_grid(patches, pixels))
         distance = scene(rays.origins, rays.directions)
         hit = distance.isfinite()
         distance = distance.where(hit, torch.tensor(0.0))
@@ -81,7 +82,7 @@ def look(scene, pose: Tensor, patches: Patches, size: int, depth_size: int | Non
 
 def surface_points(view: SurfaceView) -> Tensor:
     """World points (N, N, 3) of the depth map of a single view."""
-    rays = cast_rays(view.poses, patch_grid(view.patches, view.depth.shape[-1]), INTRINSICS, 0.0, 1.0)
+    rays = RayCaster(INTRINSICS, 0.0, 1.0).cast(view.poses, patch_grid(view.patches, view.depth.shape[-1]))
     points = rays.origins + view.depth.reshape(1, -1, 1) / rays.axis_cosine * rays.directions
     return points.reshape(*view.depth.shape[-2:], 3)
 
@@ -181,7 +182,7 @@ def test_reprojection_does_not_depend_on_the_resolution_of_the_intrinsics():
 @pytest.mark.parametrize(("size", "depth_size"), [(32, 32), (64, 32), (24, 8)])
 def test_a_view_warped_into_itself_is_unchanged(patches, size, depth_size):
     view = look(meet_ball, camera(33.0), patches, size, depth_size)
-    view = view.with_image(torch.rand_like(view.image))
+    view = replace(view, image=torch.rand_like(view.image))
     warped, mask = warp_between(view, view, INTRINSICS, Visibility(max_step=10.0))
     opacity = torch.nn.functional.interpolate(view.opacity, size=(size, size), mode="bilinear", align_corners=False)
     assert torch.equal(mask, (opacity > 0.9).float())
@@ -267,7 +268,9 @@ def test_the_warp_is_differentiable_in_the_other_image_alone():
     image = b.image.requires_grad_()
 
     def warp(pixels: Tensor) -> Tensor:
-        colours, mask = warp_between(a, b.with_image(pixels), INTRINSICS, Visibility(tolerance=0.3, min_opacity=0.5))
+        colours, mask = warp_between(
+            a, replace(b, image=pixels), INTRINSICS, Visibility(tolerance=0.3, min_opacity=0.5)
+        )
         assert not mask.requires_grad
         return colours * mask
 
@@ -280,7 +283,7 @@ def test_the_warp_is_differentiable_in_the_other_image_alone():
     )
     assert not colours.requires_grad
     grid = patch_grid(b.patches, 6).requires_grad_()
-    assert not warp_to_view(b.with_image(image.detach()), grid, grid[..., 0][:, None])[0].requires_grad
+    assert not warp_to_view(replace(b, image=image.detach()), grid, grid[..., 0][:, None])[0].requires_grad
 
 
 def test_points_behind_the_camera_or_nowhere_are_masked_and_finite():
@@ -355,8 +358,8 @@ def test_where_nothing_was_rendered_the_surface_is_the_background():
 
 def test_low_precision_images_are_warped_in_the_precision_of_the_geometry():
     a, b = (look(hit_ground, camera(degrees, 0.1), WHOLE, 16) for degrees in (0.0, 10.0))
-    warped, mask = warp_between(a, b.with_image(b.image.bfloat16()), INTRINSICS)
-    expected, expected_mask = warp_between(a, b.with_image(b.image.bfloat16().float()), INTRINSICS)
+    warped, mask = warp_between(a, replace(b, image=b.image.bfloat16()), INTRINSICS)
+    expected, expected_mask = warp_between(a, replace(b, image=b.image.bfloat16().float()), INTRINSICS)
     assert torch.equal(warped, expected)
     assert torch.equal(mask, expected_mask)
 
