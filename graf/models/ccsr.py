@@ -172,19 +172,22 @@ class KernelProjection(nn.Module):
             raise ValueError(f"the taps sum to {sum(taps)}: a kernel that keeps brightness sums to 1")
         self.scale = scale
         self.taps = tuple(taps)
-        self._matrices: dict[int, tuple[Tensor, Tensor]] = {}
-        self._moved: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._matrices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def matrices(self, size: int) -> tuple[Tensor, Tensor]:
-        """(D, P) for rows of `size` pixels: (size / s, size) and (size, size / s), float64 on the CPU."""
-        if size not in self._matrices:
+    def matrices(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(D, P) for rows of `size` pixels: (size / s, size) and (size, size / s).
+
+        In float64 where the device has it: CUDA may round float32 products to ten bits (TF32).
+        """
+        if (size, device) not in self._matrices:
             rows = torch.arange(size // self.scale)[:, None]
             first = self.scale * rows + (self.scale - len(self.taps)) // 2
             columns = (first + torch.arange(len(self.taps))).clamp(0, size - 1)
             taps = torch.tensor(self.taps, dtype=torch.float64).expand(len(rows), -1)
             down = torch.zeros(size // self.scale, size, dtype=torch.float64).scatter_add_(1, columns, taps)
-            self._matrices[size] = (down, torch.linalg.pinv(down))
-        return self._matrices[size]
+            exact = torch.float64 if device.type != "mps" else torch.float32
+            self._matrices[size, device] = down.to(device, exact), torch.linalg.pinv(down).to(device, exact)
+        return self._matrices[size, device]
 
     def down(self, images: Tensor) -> Tensor:
         """H: (B, C, s h, s w) -> (B, C, h, w)."""
@@ -195,20 +198,9 @@ class KernelProjection(nn.Module):
         return images + self._multiply(1, target - self.down(images), self.scale)
 
     def _multiply(self, which: int, images: Tensor, factor: int = 1) -> Tensor:
-        """D or P on both axes of images, whose sides are `factor` times smaller than the fine ones.
-
-        In float64 where the device has it: CUDA may round float32 products to ten bits (TF32).
-        """
-        exact = torch.float64 if images.device.type != "mps" else images.dtype
-        vertical, horizontal = (self._on_device(which, size * factor, images.device) for size in images.shape[-2:])
-        return (vertical.to(exact) @ images.to(exact) @ horizontal.to(exact).t()).to(images.dtype)
-
-    def _on_device(self, which: int, size: int, device: torch.device) -> Tensor:
-        """One of the matrices on a device, copied there once."""
-        if (which, size, device) not in self._moved:
-            exact = torch.float64 if device.type != "mps" else torch.float32
-            self._moved[which, size, device] = self.matrices(size)[which].to(device, exact)
-        return self._moved[which, size, device]
+        """D or P on both axes of images, whose sides are `factor` times smaller than the fine ones."""
+        vertical, horizontal = (self.matrices(size * factor, images.device)[which] for size in images.shape[-2:])
+        return (vertical @ images.to(vertical.dtype) @ horizontal.t()).to(images.dtype)
 
 
 @dataclass(frozen=True)

@@ -183,19 +183,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             'x = torch.load(path, map_location="cpu", weights_only=False); '
             "torch.save({k: v for k, v in getattr(x, 'state_dict', lambda: x)().items()}, new_path)"
         ) from error
-    wrapper = next((name for name in WRAPPERS if _is_mapping(contents) and _is_mapping(contents.get(name))), None)
-    state: Any = contents if wrapper is None else contents[wrapper]
-    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if _is_mapping(state) else {}
+    outer: Mapping[str, Any] = contents if isinstance(contents, Mapping) else {}
+    state = next((outer[name] for name in WRAPPERS if isinstance(outer.get(name), Mapping)), outer)
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise WeightsError(
             f"{path}: holds a {type(contents).__name__} without named tensors; expected a state dict, plain or inside "
             f"{', '.join(WRAPPERS)}"
         )
     return tensors
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 NEW_ARCHITECTURE = {

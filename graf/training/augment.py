@@ -22,28 +22,21 @@ class Augmentation:
     translation: float = 0.0
     cutout: float = 0.0
 
-    @property
-    def active(self) -> bool:
-        return max(self.colour, self.translation, self.cutout) > 0
-
 
 def augment_patches(patches: Tensor, augmentation: Augmentation, uniforms: Tensor) -> Tensor:
     """Augment (B, 3, K, K) patches with random numbers `uniforms` (B, NUM_UNIFORMS) in [0, 1)."""
-    if not augmentation.active:
-        return patches
+    size = patches.shape[-1]
     if augmentation.colour:
         patches = jitter_colour(patches, augmentation.colour * (2 * uniforms[:, :3] - 1))
-    if augmentation.translation or augmentation.cutout:
-        size = patches.shape[-1]
+    if augmentation.translation:
+        shift = torch.round((2 * uniforms[:, 3:5] - 1) * augmentation.translation * size).long()
+        patches = translate(patches, shift)
+    if augmentation.cutout:
+        side = round(augmentation.cutout * size)
+        corner = torch.floor(uniforms[:, 5:7] * (size + 1)).long() - side // 2
         pixels = torch.arange(size, device=patches.device)
-        if augmentation.translation:
-            shift = torch.round((2 * uniforms[:, 3:5] - 1) * augmentation.translation * size).long()
-            patches = translate(patches, shift)
-        if augmentation.cutout:
-            side = round(augmentation.cutout * size)
-            corner = torch.floor(uniforms[:, 5:7] * (size + 1)).long() - side // 2
-            inside = (pixels >= corner[..., None]) & (pixels < corner[..., None] + side)  # (B, 2, K)
-            patches = patches * ~(inside[:, 1, :, None] & inside[:, 0, None, :])[:, None]
+        inside = (pixels >= corner[..., None]) & (pixels < corner[..., None] + side)  # (B, 2, K)
+        patches = patches * ~(inside[:, 1, :, None] & inside[:, 0, None, :])[:, None]
     return patches
 
 

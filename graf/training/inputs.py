@@ -149,7 +149,12 @@ class InputSampler:
             z=draw_latents(draws, f"{purpose}/z", self.dim_z, self.uniform_z),
             views=views,
             patches=place_patches(numbers["patch"], settings.min_scale, settings.max_scale),
-            noise=self._key_noise(draws, purpose, settings),
+            noise=RayNoiseKeys(
+                jitter=draws.keys(f"{purpose}/jitter") if self.jitter else None,
+                importance_jitter=draws.keys(f"{purpose}/importance") if self.jitter and self.importance else None,
+                density=draws.keys(f"{purpose}/density") if settings.density_noise > 0 else None,
+                density_std=settings.density_noise,
+            ),
             augment_d=numbers["augment_d"],
             augment_g=numbers["augment_g"],
             super_resolution=self._prepare_super_resolution(numbers, views, settings, with_neighbours=purpose == "g"),
@@ -175,14 +180,6 @@ class InputSampler:
         if reals.mirrored is not None:
             images = torch.where(reals.mirrored[:, None, None, None], images.flip(3), images)
         return replace(reals, images=images)
-
-    def _key_noise(self, draws: Draws, purpose: str, settings: StepSettings) -> RayNoiseKeys:
-        return RayNoiseKeys(
-            jitter=draws.keys(f"{purpose}/jitter") if self.jitter else None,
-            importance_jitter=draws.keys(f"{purpose}/importance") if self.jitter and self.importance else None,
-            density=draws.keys(f"{purpose}/density") if settings.density_noise > 0 else None,
-            density_std=settings.density_noise,
-        )
 
     def _prepare_super_resolution(
         self, numbers: dict[str, Tensor], views: Views, settings: StepSettings, with_neighbours: bool

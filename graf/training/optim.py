@@ -36,10 +36,8 @@ class LearningRateSchedule:
     warmup: int = 0
 
     def __call__(self, iteration: int) -> float:
-        return self._rise(iteration) * self._fall(iteration)
-
-    def _rise(self, iteration: int) -> float:
-        return min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
+        rise = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
+        return rise * self._fall(iteration)
 
     def _fall(self, iteration: int) -> float:
         if self.kind == "multistep":
@@ -69,10 +67,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -
         torch.nn.utils.clip_grad_value_(parameters, limit)
 
 
-def find_nonfinite_gradient(modules: dict[str, nn.Module]) -> str | None:
-    """The full name of the first parameter whose gradient holds an inf or NaN, or None."""
-    for module_name, module in modules.items():
-        for name, parameter in module.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                return f"{module_name}.{name}"
+def find_nonfinite_gradient(module: nn.Module) -> str | None:
+    """The name of the first parameter whose gradient holds an inf or NaN, or None."""
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return name
     return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graf.base.errors import UserError
-from graf.runtime.amp import Scaler, find_inf, optimizer_step, scale_of
+from graf.runtime.amp import Scaler, find_inf, optimizer_step
 from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
 
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
@@ -81,16 +81,12 @@ class Player:
         """The learning rate of an iteration."""
         return self.lr * self.schedule(iteration)
 
-    def scalars(self, device: torch.device) -> dict[str, Tensor]:
-        """The loss scale for the log, still on the device."""
-        return {f"scale_{self.suffix}": scale_of(self.scaler, device)}
-
     def _describe_divergence(self, terms: dict[str, Tensor], iteration: int) -> str:
         bad_terms = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
         first = bad_terms[0] if bad_terms else "no term"
-        parameter = find_nonfinite_gradient({self.name: self.network})
+        parameter = find_nonfinite_gradient(self.network)
         if first.startswith("grad_norm") and parameter is not None:
-            first = f"the gradient of {parameter}"
+            first = f"the gradient of {self.name}.{parameter}"
         return (
             f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a "
             "lower learning rate (training.lr_g, training.lr_d, ccsr.lr) or with training.use_amp=false"

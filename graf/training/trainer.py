@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from graf.geometry.volume_rendering import Render
 from graf.models.ccsr import CCSR
 from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
-from graf.runtime.amp import Precision
+from graf.runtime.amp import Precision, scale_of
 from graf.runtime.checkpoint import Stateful
 from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
@@ -73,15 +73,8 @@ class SuperResolutionRenders(TensorBatch):
 
 
 Result = TypeVar("Result")
-ResultOut = TypeVar("ResultOut", covariant=True)
-
-
-class Accumulate(Protocol[ResultOut]):
-    """One phase: the gradients of a step's inputs, in parts of so many rows."""
-
-    def __call__(self, inputs: StepInputs, parts: list[slice], shared: SharedRender) -> ResultOut: ...
-
-
+#: one phase: the gradients of a step's inputs, in parts of so many rows
+Accumulate = Callable[[StepInputs, list[slice], SharedRender], Result]
 #: what helps when memory is too small for one image in chunks of the fewest rays
 ADVICE = (
     "lower ray_sampler.N_samples (rays per patch), nerf.N_samples (samples per ray), nerf.netwidth or "
@@ -353,9 +346,7 @@ class Trainer:
         """A step's statistics as floats, with the values of the schedules; reads the device once."""
         iteration = max(self.progress.iteration - 1, 0)
         settings = self.settings_at(iteration)
-        found = dict(statistics)
-        for player in self.players:
-            found |= player.scalars(self.device)
+        found = statistics | {f"scale_{player.suffix}": scale_of(player.scaler, self.device) for player in self.players}
         values = torch.stack([value.double().to(self.device) for value in found.values()]).tolist()
         scalars = dict(zip(found, values, strict=True))
         scalars |= {f"lr_{player.suffix}": player.lr_at(iteration) for player in self.players}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from graf.runtime.amp import NoOpScaler
+from graf.runtime.amp import NoOpScaler, scale_of
 from graf.training import players
 from graf.training.optim import LearningRateSchedule
 from graf.training.players import DivergenceError, Player
@@ -35,7 +35,7 @@ def test_a_turn_begins_with_its_learning_rate_and_without_old_gradients():
         player.begin(iteration)
         assert [group["lr"] for group in player.optimizer.param_groups] == pytest.approx([expected])
         assert player.lr_at(iteration) == pytest.approx(expected)
-        assert player.scalars(torch.device("cpu")) == {"scale_sr": 1.0}
+        assert scale_of(player.scaler, torch.device("cpu")) == 1.0
         assert all(parameter.grad is None for parameter in player.network.parameters())
 
 
@@ -100,7 +100,7 @@ def test_a_scaler_skips_an_inf_halves_its_scale_and_goes_on():
     player.apply(give_loss(player), 0, "norm", 1.0)
     handle.remove()
     assert player.skipped == 1
-    assert player.scalars(torch.device("cpu"))["scale_sr"] == 512.0
+    assert scale_of(player.scaler, torch.device("cpu")) == 512.0
     assert torch.equal(player.network.first.detach(), torch.ones(2))
     assert torch.equal(player.network.second.detach(), torch.ones(3))
     player.begin(1)
