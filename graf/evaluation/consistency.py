@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -42,8 +43,8 @@ class LowResolutionConsistency:
     Rounding to 8 bits alone moves a value by at most 1/255; what file_max has beyond it comes from clipping.
     """
 
-    max: float
-    mean: float
+    low_resolution_max: float
+    low_resolution_mean: float
     file_max: float
     file_mean: float
     clipped: float
@@ -131,19 +132,20 @@ def low_resolution_consistency(sr: Tensor, lr: Tensor, down: Down | None = None)
     reduce = partial(functional.avg_pool2d, kernel_size=scale) if down is None else down
     images = [_compare_reduced(fine.cpu().double(), coarse.cpu().double(), reduce) for fine, coarse in _each(sr, lr)]
     return LowResolutionConsistency(
-        max=max(image.max for image in images),
-        mean=_mean(image.mean for image in images),
+        low_resolution_max=max(image.low_resolution_max for image in images),
+        low_resolution_mean=fmean(image.low_resolution_mean for image in images),
         file_max=max(image.file_max for image in images),
-        file_mean=_mean(image.file_mean for image in images),
-        clipped=_mean(image.clipped for image in images),
+        file_mean=fmean(image.file_mean for image in images),
+        clipped=fmean(image.clipped for image in images),
     )
 
 
 def _compare_reduced(sr: Tensor, lr: Tensor, reduce: Down) -> LowResolutionConsistency:
-    difference, file_difference = (reduce(sr) - lr).abs(), (reduce(_as_in_files(sr)) - lr).abs()
+    in_file = to_uint8(sr).to(sr.dtype) / 127.5 - 1
+    difference, file_difference = (reduce(sr) - lr).abs(), (reduce(in_file) - lr).abs()
     return LowResolutionConsistency(
-        max=difference.max().item(),
-        mean=difference.mean().item(),
+        low_resolution_max=difference.max().item(),
+        low_resolution_mean=difference.mean().item(),
         file_max=file_difference.max().item(),
         file_mean=file_difference.mean().item(),
         clipped=(sr.abs() > 1).double().mean().item(),
@@ -153,15 +155,6 @@ def _compare_reduced(sr: Tensor, lr: Tensor, reduce: Down) -> LowResolutionConsi
 def _each(*batches: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """One image of each batch after the other, still (1, C, H, W): what is made of them is never there all at once."""
     return zip(*(batch.split(1) for batch in batches), strict=True)
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return math.fsum(numbers) / len(numbers)
-
-
-def _as_in_files(images: Tensor) -> Tensor:
-    return to_uint8(images).to(images.dtype) / 127.5 - 1
 
 
 @torch.no_grad()
@@ -232,17 +225,12 @@ def measure_ring(
 ) -> ConsistencyReport:
     """The report of one object; `down` as in :func:`low_resolution_consistency`."""
     render = ring.views.image
-    low = low_resolution_consistency(ring.sr, render, down)
+    measured = asdict(low_resolution_consistency(ring.sr, render, down))
     shown = ring.sr.clamp(-1, 1)
     bicubic = upsample(render, find_scale(ring.sr, render)).clamp(-1, 1)
     of_render = reprojection_error(replace(ring.views, image=bicubic), intrinsics, visibility)
     of_sr = reprojection_error(replace(ring.views, image=shown), intrinsics, visibility)
-    measured = {
-        "low_resolution_max": low.max,
-        "low_resolution_mean": low.mean,
-        "file_max": low.file_max,
-        "file_mean": low.file_mean,
-        "clipped": low.clipped,
+    measured |= {
         "reprojection_render": of_render.error,
         "reprojection_sr": of_sr.error,
         "coverage": of_sr.coverage,
@@ -255,10 +243,10 @@ def measure_ring(
             )
         measured |= {
             "depth_error": depth_error(ring.views.depth, ring.truth),
-            "psnr": _mean(psnr(a, b).item() for a, b in _each(shown, true_images)),
-            "psnr_bicubic": _mean(psnr(a, b).item() for a, b in _each(bicubic, true_images)),
-            "ssim": _mean(ssim(a, b).item() for a, b in _each(shown, true_images)),
-            "ssim_bicubic": _mean(ssim(a, b).item() for a, b in _each(bicubic, true_images)),
+            "psnr": fmean(psnr(a, b).item() for a, b in _each(shown, true_images)),
+            "psnr_bicubic": fmean(psnr(a, b).item() for a, b in _each(bicubic, true_images)),
+            "ssim": fmean(ssim(a, b).item() for a, b in _each(shown, true_images)),
+            "ssim_bicubic": fmean(ssim(a, b).item() for a, b in _each(bicubic, true_images)),
         }
     return ConsistencyReport(objects=1, **measured)
 

@@ -220,14 +220,6 @@ class OfflineFeatures(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return str(OFFLINE_DIMENSIONS)
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, MIN_RESOLUTION, MIN_RESOLUTION, dtype=torch.uint8)
-
 
 def _pool_moments(maps: Tensor) -> list[Tensor]:
     """(B, C, H, W) -> mean and standard deviation over the image, (B, C) each."""

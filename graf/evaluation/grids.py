@@ -11,7 +11,6 @@ from torch import Tensor
 from graf.evaluation.pictures import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid, to_uint8
 from graf.evaluation.renderer import Renderer, Renders
 from graf.geometry.cameras import ring
-from graf.geometry.views import Cameras, Views
 from graf.models.ccsr import upsample
 
 
@@ -35,16 +34,12 @@ class Showcase:
         """Views per object."""
         return len(self.u)
 
-    def views_of_row(self, row: int, cameras: Cameras) -> Views:
-        """The C views of object `row`."""
-        return cameras.views_at(self.class_idx[row].expand(self.columns), self.u, self.v)
-
 
 def render_showcase(renderer: Renderer, showcase: Showcase, super_resolve: bool = False) -> Iterator[Renders]:
     """The C views of one object after the other, on the CPU, rendered as they are asked for."""
-    for row in range(len(showcase.z)):
-        z = showcase.z[row : row + 1].expand(showcase.columns, -1)
-        yield renderer.render_views(z, showcase.views_of_row(row, renderer.cameras), super_resolve)
+    for z, class_idx in zip(showcase.z, showcase.class_idx, strict=True):
+        views = renderer.cameras.views_at(class_idx.expand(showcase.columns), showcase.u, showcase.v)
+        yield renderer.render_views(z.expand(showcase.columns, -1), views, super_resolve)
 
 
 def colour_showcase(renders: Renders, near: float, far: float) -> dict[str, Tensor]:
