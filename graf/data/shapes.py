@@ -299,15 +299,12 @@ def build_toy(class_idx: int, instance: int = 0, seed: int = 0) -> Toy:
     if instance == 0:
         return toy
     random = np.random.default_rng([seed, class_idx, instance])
-    turn, stretch = random.uniform(-0.12, 0.12), random.uniform(0.82, 1.0, size=3)
+    turn = random.uniform(-0.12, 0.12)
+    x, y, z = random.uniform(0.82, 1.0, size=3).tolist()
 
     def recolour(painted: Painted) -> Painted:
         hue, lightness, saturation = colorsys.rgb_to_hls(*painted.colour)
         return replace(painted, colour=colorsys.hls_to_rgb((hue + turn) % 1, lightness, saturation))
 
-    return Toy(
-        toy.name,
-        [recolour(part) for part in toy.parts],
-        [recolour(decal) for decal in toy.decals],
-        (float(stretch[0]), float(stretch[1]), float(stretch[2])),
-    )
+    parts, decals = ([recolour(painted) for painted in group] for group in (toy.parts, toy.decals))
+    return replace(toy, parts=parts, decals=decals, stretch=(x, y, z))

@@ -104,12 +104,11 @@ class PoseSampler:
     ) -> None:
         self.cameras = cameras
         self.ranges = ranges
-        views = cameras.views_of_labels(labels)
+        self.views = cameras.views_of_labels(labels)
         if poses is not None:
             # u and v stay the labels': a discriminator that saw binned angles on photographs and true ones on renders
             # would tell them apart by that alone
-            views = replace(views, poses=poses)
-        self.views = views
+            self.views = replace(self.views, poses=poses)
 
     def __len__(self) -> int:
         return len(self.views)
