@@ -247,10 +247,10 @@ def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[i
     kept = []
     # Pillow decodes and resizes without the interpreter lock, so threads help.
     with quiet_decoders(), ThreadPoolExecutor(DECODING_THREADS) as pool:
-        sizes = progress_bar(
+        results = progress_bar(
             pool.map(read, range(count)), desc="reading photographs", total=count, unit="image", delay=2
         )
-        for number, (name, result) in enumerate(zip(index.names(), sizes, strict=True)):
+        for number, (name, result) in enumerate(zip(index.names(), results, strict=True)):
             if isinstance(result, UnreadableImage):
                 index.report.unreadable.append(f"{name} ({result})")
             else:

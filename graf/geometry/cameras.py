@@ -32,7 +32,7 @@ class Intrinsics:
 
     @classmethod
     def from_fov(cls, resolution: int, fov: float) -> Intrinsics:
-        """Square image of `resolution` pixels with a field of view of `fov` degrees. Raises ValueError for no angle."""
+        """Square image of `resolution` pixels with a horizontal field of view of `fov` degrees."""
         if not 0.0 < fov < 180.0:
             raise ValueError(f"fov={fov}: the field of view lies strictly between 0 and 180 degrees")
         return cls(resolution, resolution, 0.5 * resolution / math.tan(math.radians(fov) / 2))

@@ -175,7 +175,7 @@ class KernelProjection(nn.Module):
         self._matrices: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def matrices(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(D, P) for rows of `size` pixels: (size / s, size) and (size, size / s).
+        """(D, P) for rows of `size` pixels: (size / s, size) and (size, size / s), kept on a device.
 
         In float64 where the device has it: CUDA may round float32 products to ten bits (TF32).
         """
