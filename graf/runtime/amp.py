@@ -6,58 +6,20 @@ Use one scaler per optimiser: an inf in one must not shrink the other's scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal
 
 import torch
 
+try:
+    from torch.amp import GradScaler as Scaler
+except ImportError:  # torch before 2.3
+    from torch.cuda.amp import GradScaler as Scaler  # type: ignore[assignment]
+
+from graf.runtime.device import read_processor
 from graf.runtime.logs import warn_once
-
-Outputs = TypeVar("Outputs")
-
-
-@runtime_checkable
-class Scaler(Protocol):
-    """What the training step uses of `torch.amp.GradScaler`."""
-
-    def scale(self, outputs: Any) -> Any: ...
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
-    def step(self, optimizer: torch.optim.Optimizer) -> float | None: ...
-    def update(self) -> None: ...
-    def get_scale(self) -> float: ...
-    def is_enabled(self) -> bool: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-class NoOpScaler:
-    """A scaler of scale 1 that never skips a step, so that the training step needs no `if use_amp`."""
-
-    def scale(self, outputs: Outputs) -> Outputs:
-        return outputs
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients are not scaled."""
-
-    def step(self, optimizer: torch.optim.Optimizer) -> float | None:
-        return optimizer.step()
-
-    def update(self) -> None:
-        """The scale stays 1."""
-
-    def get_scale(self) -> float:
-        return 1.0
-
-    def is_enabled(self) -> bool:
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """A scale of 1 is right whatever the scale was: there is nothing to restore."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +36,14 @@ class Precision:
         return torch.amp.autocast(self.device_type, dtype=self.dtype)
 
     def make_scaler(self, enabled: bool | None = None) -> Scaler:
-        """A gradient scaler for one optimiser: real for float16, else a no-op; `enabled` overrides that choice."""
-        if not (self.dtype is torch.float16 if enabled is None else enabled):
-            return NoOpScaler()
+        """A gradient scaler for one optimiser: on for float16, else one of scale 1 that never skips a step.
+
+        enabled: overrides that choice.
+        """
+        enabled = self.dtype is torch.float16 if enabled is None else enabled
         if hasattr(torch.amp, "GradScaler"):
-            return cast(Scaler, torch.amp.GradScaler(self.device_type))
-        if self.device_type == "cuda" and hasattr(torch.cuda, "amp"):  # torch before 2.3
-            return cast(Scaler, torch.cuda.amp.GradScaler())
-        warn_once(
-            f"torch {torch.__version__} has no gradient scaler for {self.device_type}: gradients are not scaled and "
-            "small ones may vanish; update torch or use amp_dtype bfloat16"
-        )
-        return NoOpScaler()
+            return Scaler(self.device_type, enabled=enabled)
+        return torch.cuda.amp.GradScaler(enabled=enabled)  # torch before 2.3
 
     def describe(self) -> str:
         """One phrase for the log."""
@@ -146,16 +104,7 @@ def has_native_bfloat16() -> bool:
     if capabilities is not None:
         found = capabilities()
         return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
-    return not read_processor_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
-
-
-def read_processor_flags(path: str = "/proc/cpuinfo") -> set[str]:
-    """Instruction-set flags of the first processor as Linux lists them; empty on other systems."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return next((set(line.partition(":")[2].split()) for line in file if line.startswith("flags")), set())
-    except FileNotFoundError:
-        return set()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor("flags").split())
 
 
 def float32_region(device_type: str) -> AbstractContextManager[Any]:
@@ -191,10 +140,10 @@ def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor |
     if not scaler.is_enabled():
         return None
     # Torch records found_inf per optimiser and has no public reader for it; the name is the same since torch 1.6.
-    records = cast(Any, scaler)._found_inf_per_device(optimizer)
+    records = scaler._found_inf_per_device(optimizer)
     if not records:
         scaler.unscale_(optimizer)
-        records = cast(Any, scaler)._found_inf_per_device(optimizer)
+        records = scaler._found_inf_per_device(optimizer)
     if not records:  # there was no gradient at all
         return None
     first, *others = records.values()

@@ -112,9 +112,7 @@ def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch explains foreign pickles in warnings; the error below does it once
             contents = torch.load(path, map_location=map_location, weights_only=True)
-    except (
-        Exception
-    ) as error:  # what a foreign file raises depends on its first bytes: KeyError, EOFError, OSError, ...
+    except Exception as error:  # which one a foreign file raises depends on its first bytes: KeyError, EOFError, ...
         if is_out_of_memory(error):
             raise
         raise CheckpointError(

@@ -69,12 +69,12 @@ class MemoryProfiler:
     @property
     def worst(self) -> tuple[str, float] | None:
         """The phase with the largest peak and that peak, MiB; None where no peak is known."""
-        peaks = {
-            name: reading.get("peak", reading.get("live_peak"))
+        peaks = [
+            (name, reading[quantity])
             for name, reading in self.readings.items()
-            if "peak" in reading or "live_peak" in reading
-        }
-        return max(((name, peak) for name, peak in peaks.items() if peak is not None), key=lambda x: x[1], default=None)
+            for quantity in reading.keys() & {"peak", "live_peak"}
+        ]
+        return max(peaks, key=lambda phase: phase[1], default=None)
 
     def scalars(self) -> dict[str, float]:
         """All readings under the names of the log: memory_<phase>_<quantity>."""

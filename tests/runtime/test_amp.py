@@ -10,7 +10,6 @@ import torch
 
 from graf.runtime import amp, logs
 from graf.runtime.amp import (
-    NoOpScaler,
     Precision,
     Scaler,
     choose_precision,
@@ -19,8 +18,10 @@ from graf.runtime.amp import (
     optimizer_step,
     scale_of,
 )
+from graf.runtime.device import read_processor
 
 CPU = torch.device("cpu")
+OFF = Precision("cpu", None).make_scaler()
 CUDA = torch.device("cuda:0")
 
 
@@ -103,15 +104,14 @@ def test_native_bfloat16_is_read_from_processor_flags(
 ) -> None:
     listing = tmp_path / "cpuinfo"
     listing.write_text(f"processor\t: 0\nflags\t\t: {flags}\nflags\t\t: other\n")
-    found = amp.read_processor_flags(str(listing))
-    assert found == set(flags.split())
+    assert read_processor("flags", str(listing)) == flags
     monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)
-    monkeypatch.setattr(amp, "read_processor_flags", lambda: found)
+    monkeypatch.setattr(amp, "read_processor", lambda key: read_processor(key, str(listing)))
     assert amp.has_native_bfloat16() == native
 
 
 def test_a_machine_without_proc_lists_no_flags(tmp_path: Path) -> None:
-    assert amp.read_processor_flags(str(tmp_path / "absent")) == set()
+    assert read_processor("flags", str(tmp_path / "absent")) == ""
 
 
 def test_autocast_multiplies_in_its_dtype_and_float32_region_switches_it_off_inside() -> None:
@@ -200,8 +200,8 @@ def test_an_inf_is_found_before_the_step_and_gradients_are_unscaled_once(factor:
 def test_without_scaling_nothing_is_looked_for() -> None:
     weight, optimizer = make_pair()
     (weight * float("inf")).sum().backward()
-    assert find_inf(NoOpScaler(), optimizer) is None
-    assert optimizer_step(NoOpScaler(), optimizer) is True
+    assert find_inf(OFF, optimizer) is None
+    assert optimizer_step(OFF, optimizer) is True
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -225,7 +225,7 @@ def test_the_scale_is_a_tensor_that_follows_the_scaler() -> None:
     optimizer_step(scaler, optimizer)
     scaler.update()
     assert float(scale_of(scaler, CPU)) == scaler.get_scale() == 2.0**15
-    assert float(scale_of(NoOpScaler(), CPU)) == 1.0
+    assert float(scale_of(OFF, CPU)) == 1.0
 
 
 def test_a_step_works_again_after_a_skip() -> None:
@@ -274,13 +274,13 @@ def test_scale_and_growth_tracker_survive_a_state_dict_round_trip() -> None:
 def test_only_float16_gets_a_real_scaler() -> None:
     assert Precision("cpu", torch.float16).make_scaler().is_enabled()
     for dtype in (None, torch.bfloat16):
-        assert isinstance(Precision("cpu", dtype).make_scaler(), NoOpScaler)
-    assert isinstance(Precision("cpu", torch.float16).make_scaler(enabled=False), NoOpScaler)
+        assert not Precision("cpu", dtype).make_scaler().is_enabled()
+    assert not Precision("cpu", torch.float16).make_scaler(enabled=False).is_enabled()
 
 
-def test_the_noop_scaler_steps_always_and_changes_nothing() -> None:
+def test_a_scaler_that_is_off_steps_always_and_changes_nothing() -> None:
     weight, optimizer = make_pair()
-    scaler = NoOpScaler()
+    scaler = Precision("cpu", None).make_scaler()
     assert isinstance(scaler, Scaler)
     loss = (2 * weight).sum()
     assert scaler.scale(loss) is loss
@@ -295,20 +295,8 @@ def test_the_noop_scaler_steps_always_and_changes_nothing() -> None:
     assert not scaler.is_enabled()
 
 
-def test_torch_before_2_3_uses_the_cuda_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = object()
+@pytest.mark.parametrize(("dtype", "enabled"), [(torch.float16, True), (None, False)])
+def test_torch_before_2_3_uses_the_cuda_scaler(monkeypatch: pytest.MonkeyPatch, dtype, enabled: bool) -> None:
     monkeypatch.delattr(torch.amp, "GradScaler")
-    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: made)
-    assert Precision("cuda", torch.float16).make_scaler() is made
-
-
-def test_a_build_without_any_scaler_gets_the_noop_and_one_message(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delattr(torch.amp, "GradScaler")
-    monkeypatch.delattr(torch.cuda.amp, "GradScaler")
-    monkeypatch.delattr(torch.cuda, "amp")
-    for _ in range(2):
-        assert isinstance(Precision("cuda", torch.float16).make_scaler(), NoOpScaler)
-    assert len(caplog.records) == 1
-    assert "no gradient scaler" in caplog.messages[0]
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda enabled: ("made", enabled))
+    assert Precision("cuda", dtype).make_scaler() == ("made", enabled)
