@@ -88,15 +88,12 @@ def _iteration(file: Path) -> int:
 
 def newest_run(results: Path) -> RunFolder:
     """The run under `results` that wrote a checkpoint last."""
-    newest: dict[Path, float] = {}
-    for config_file in results.glob("*/config.yaml"):
-        saved = (config_file.parent / "checkpoints").glob("*.pt")
-        newest[config_file.parent] = max((file.stat().st_mtime for file in saved), default=0.0)
-    if not newest:
+    runs = [RunFolder(config_file.parent) for config_file in results.glob("*/config.yaml")]
+    if not runs:
         raise ConfigError(
             f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run"
         )
-    return RunFolder(max(newest, key=lambda folder: newest[folder]))
+    return max(runs, key=lambda run: max((file.stat().st_mtime for file in run.checkpoints.glob("*.pt")), default=0.0))
 
 
 def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | None]:
