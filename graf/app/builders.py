@@ -286,10 +286,8 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
         if ccsr.freeze_trunk:
             trunk.requires_grad_(False)
         latents = ViewLatents(ccsr.num_views, 3, config.data.imsize, ccsr.view_mode)
-        kernel = ccsr.kernel
-        return CCSR(
-            trunk, latents, BoxProjection(ccsr.scale) if kernel is None else KernelProjection(ccsr.scale, kernel)
-        )
+        projection = BoxProjection(ccsr.scale) if ccsr.kernel is None else KernelProjection(ccsr.scale, ccsr.kernel)
+        return CCSR(trunk, latents, projection)
 
 
 def build_trainer(

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from graf.app import builders
 from graf.app.runs import RunFolder
 from graf.config import ConfigError, build_config
 from graf.evaluation.renderer import Renderer
 from graf.runtime.amp import choose_precision
-from graf.runtime.checkpoint import CheckpointError, Stateful, read_checkpoint, restore
+from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import pick_device
 
 
@@ -66,13 +67,12 @@ def open_checkpoint(file: Path, device: torch.device) -> TrainedGenerator:
         ) from error
     generator = builders.build_generator(config, len(dataset_info.class_names)).to(device)
     ccsr = builders.build_ccsr(config, pretrained=False)
-    averages: dict[str, Stateful] = {"generator_average": generator}
+    averages: dict[str, nn.Module] = {"generator_average": generator}
     if ccsr is not None:
         averages["ccsr_average"] = ccsr.to(device)
     restore(checkpoint, averages, file, partial=True)
-    for network in (generator, ccsr):
-        if network is not None:
-            network.eval().requires_grad_(False)
+    for network in averages.values():
+        network.eval().requires_grad_(False)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     renderer = builders.build_renderer(config, dataset_info, precision, device, generator, ccsr)
     return TrainedGenerator(renderer, dataset_info, iteration)

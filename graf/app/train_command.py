@@ -168,13 +168,11 @@ def train(
     showcase = hooks.fixed_showcase(renderer, config)
     meta = {"config": config.model_dump(mode="json"), "dataset": asdict(dataset_info)}
     caches = CacheRelease(training.empty_cache, device)
-    save = hooks.CheckpointHook(
-        folder, meta, training.save_every, training.backup_every, training.keep_checkpoints, caches
-    )
+    save = hooks.CheckpointHook(folder, meta, caches)
     log = RunLog(folder.path, total=training.max_iterations, start=start, monitoring=training.monitoring)
     snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
     with log, StopRequest() as request, record_allocations(snapshot, device):
-        sample = hooks.SampleHook(renderer, showcase, folder, log, training.sample_every, caches)
+        sample = hooks.SampleHook(renderer, showcase, folder, log, caches)
         score = None
         if extractor is not None:
             protocol, count = builders.build_protocol(config), config.evaluation.num_images
@@ -184,13 +182,13 @@ def train(
             if renderer.ccsr is not None:
                 classes = range(len(renderer.classes))
                 consistency = builders.build_consistency(config, dataset_info, renderer, classes)
-            score = hooks.ScoreHook(task, real, config, folder, log, save, caches, consistency)
+            score = hooks.ScoreHook(task, real, folder, log, save, caches, consistency)
         between: list[Hook] = [
-            hooks.LogHook(log, training.print_every, training.batch_size, caches, (start, trainer.progress.seconds)),
+            hooks.LogHook(log, caches, (start, trainer.progress.seconds)),
             sample,
             *([score] if score is not None else []),
             save,
-            hooks.StopHook(request, training.max_minutes, started),
+            hooks.StopHook(request, started),
         ]
 
         # The loop

@@ -154,11 +154,10 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str)
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """The fields of a model; those that are sections with their own model."""
-    fields: dict[str, type[BaseModel] | None] = {}
-    for name, info in model.model_fields.items():
-        kind: Any = info.annotation
-        fields[name] = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return fields
+    kinds: dict[str, Any] = {name: info.annotation for name, info in model.model_fields.items()}
+    return {
+        key: kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None for key, kind in kinds.items()
+    }
 
 
 def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
