@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from graf.app import eval_command, eval_tasks
+from graf.app import eval_command, eval_options
 from graf.evaluation import renderer
 from graf.evaluation.fidelity import read_scores
 from graf.geometry.cameras import median_height
@@ -445,15 +446,15 @@ def test_heights_and_elevations_name_the_same_cameras_and_exclude_each_other(loo
 
 
 def test_the_command_line_offers_what_can_be_done_with_the_defaults_of_the_options():
-    assert list(eval_command.ACTIONS) == list(eval_tasks.ACTIONS)
+    assert all(callable(pkgutil.resolve_name(function)) for function, _ in eval_options.ACTIONS.values())
 
-    def options(*arguments: str) -> eval_tasks.EvalOptions:
+    def options(*arguments: str) -> eval_options.EvalOptions:
         given = vars(eval_command.build_parser().parse_args(arguments))
         assert given.pop("debug") is False
-        return eval_tasks.EvalOptions(**given)
+        return eval_options.EvalOptions(**given)
 
-    assert options() == eval_tasks.EvalOptions()
-    assert options("--sr", "--heldout", "--grid") == eval_tasks.EvalOptions(sr=True, actions=["heldout", "grid"])
+    assert options() == eval_options.EvalOptions()
+    assert options("--sr", "--heldout", "--grid") == eval_options.EvalOptions(sr=True, actions=["heldout", "grid"])
 
 
 def test_the_program_itself_returns_the_exit_code(run_command_line, tmp_path):

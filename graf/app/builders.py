@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from graf.config import DEFAULT_CHUNK, Config, ConfigError, batch_too_large
+from graf.config import DEFAULT_CHUNK, Config, ConfigError, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.images import square_side
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
 from graf.evaluation.consistency import ConsistencyTask
+from graf.evaluation.extractor import Extractor, choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol
 from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import Intrinsics
@@ -37,7 +38,7 @@ from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
 
-Network = TypeVar("Network", bound=nn.Module)
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,6 @@ class DatasetInfo:
     v_list: tuple[float, ...]
     fov: float
     poses_known: bool
-
-    def as_meta(self) -> dict[str, Any]:
-        """Plain values for a checkpoint; `DatasetInfo(**meta)` reads them back."""
-        return asdict(self)
 
 
 def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
@@ -188,29 +185,31 @@ def _render_truth(
 
 def build_protocol(config: Config) -> FidelityProtocol:
     """How FID and KID are computed."""
+    return _fill(FidelityProtocol, config.evaluation)
+
+
+def find_extractor(config: Config) -> Extractor:
+    """The feature extractor of FID and KID."""
     evaluation = config.evaluation
-    return FidelityProtocol(evaluation.seed, evaluation.batch_size, evaluation.kid_subsets, evaluation.kid_subset_size)
+    return choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download)
+
+
+def _fill(kind: type[Settings], section: Section, **others: Any) -> Settings:
+    """A dataclass of settings out of the keys of the same names in a section, and of others."""
+    names = {item.name for item in fields(kind)} - others.keys()  # type: ignore[arg-type]
+    return kind(**{name: getattr(section, name) for name in names}, **others)
 
 
 def _build_mlp(config: Config, num_classes: int) -> RadianceField:
     nerf, z_dist = config.nerf, config.z_dist
-    shape = MLPShape(
+    shape = _fill(
+        MLPShape,
+        nerf,
         depth=nerf.netdepth,
         width=nerf.netwidth,
-        multires=nerf.multires,
-        multires_views=nerf.multires_views,
-        base_frequency=nerf.base_frequency,
-        use_viewdirs=nerf.use_viewdirs,
         dim_shape=z_dist.dim - z_dist.dim_appearance,
         dim_appearance=z_dist.dim_appearance,
         num_classes=num_classes,
-        dim_class=nerf.dim_class,
-        density=nerf.density,
-        density_scale=nerf.density_scale,
-        density_bias=nerf.density_bias,
-        sphere_prior=nerf.sphere_prior,
-        prior_radius=nerf.prior_radius,
-        bounding_radius=nerf.bounding_radius,
     )
     return MLPField(shape)
 
@@ -254,16 +253,13 @@ def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscr
         groups = (len(dataset_info.class_names),)
         if dataset_info.poses_known:
             groups += (len(dataset_info.v_list), config.data.num_views)
-    shape = DiscriminatorShape(
+    shape = _fill(
+        DiscriminatorShape,
+        discriminator,
         size=config.ray_sampler.patch_size,
-        ndf=discriminator.ndf,
-        max_channels=discriminator.max_channels,
-        norm=discriminator.norm,
         spectral=discriminator.spectral_norm,
         num_classes=len(dataset_info.class_names),
         condition_pose=dataset_info.poses_known,
-        azimuth_harmonics=discriminator.azimuth_harmonics,
-        condition_maps=discriminator.condition_maps,
         label_groups=groups,
     )
     with _seeded_weights(config.seed, "discriminator"):
@@ -290,10 +286,8 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
         if ccsr.freeze_trunk:
             trunk.requires_grad_(False)
         latents = ViewLatents(ccsr.num_views, 3, config.data.imsize, ccsr.view_mode)
-        kernel = ccsr.kernel
-        return CCSR(
-            trunk, latents, BoxProjection(ccsr.scale) if kernel is None else KernelProjection(ccsr.scale, kernel)
-        )
+        projection = BoxProjection(ccsr.scale) if ccsr.kernel is None else KernelProjection(ccsr.scale, ccsr.kernel)
+        return CCSR(trunk, latents, projection)
 
 
 def build_trainer(
@@ -309,22 +303,13 @@ def build_trainer(
     pretrained: as in :func:`build_ccsr`.
     """
     ccsr = build_ccsr(config, pretrained)
-    return Trainer(
-        config,
-        build_memory_settings(config),
-        _move(build_generator(config, len(dataset_info.class_names)), device),
-        _move(build_discriminator(config, dataset_info), device),
-        build_caster(config, dataset_info),
-        pose_sampler,
-        precision,
-        device,
-        None if ccsr is None else _move(ccsr, device),
-    )
-
-
-def _move(network: Network, device: torch.device) -> Network:
-    """A network on a device; fake ones, which the memory estimator builds, exist on the CPU alone."""
-    return network if device.type == "cpu" else network.to(device)
+    generator = build_generator(config, len(dataset_info.class_names))
+    discriminator = build_discriminator(config, dataset_info)
+    for network in (generator, discriminator, ccsr):
+        if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved
+            network.to(device)
+    memory, caster = build_memory_settings(config), build_caster(config, dataset_info)
+    return Trainer(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr)
 
 
 @contextmanager

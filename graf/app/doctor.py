@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -140,14 +141,10 @@ def write_pictures(inspection: Inspection, folder: Path) -> list[Path]:
 
 def draw_contact_sheet(dataset: PhotoDataset) -> Image.Image:
     """A row of evenly spaced photographs, ordered by angle and height, for each class (the first 24 classes)."""
-    rows = []
-    for class_idx in range(min(len(dataset.class_names), MAX_SHEET_ROWS)):
-        members = torch.nonzero(dataset.labels[:, 0] == class_idx)[:, 0].tolist()
-        members.sort(key=lambda index: (dataset.labels[index, 2].item(), dataset.labels[index, 1].item()))
-        rows.append(_choose_evenly(members, SHEET_COLUMNS))
-    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_TILE, len(rows) * (SHEET_TILE + CAPTION)), "white")
-    for row, members in enumerate(rows):
-        for column, index in enumerate(members):
+    count = min(len(dataset.class_names), MAX_SHEET_ROWS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * SHEET_TILE, count * (SHEET_TILE + CAPTION)), "white")
+    for row in range(count):
+        for column, index in enumerate(_choose_evenly(dataset, row, SHEET_COLUMNS, sort_by=[2, 1])):
             corner = (column * SHEET_TILE, row * (SHEET_TILE + CAPTION))
             _paste_photograph(sheet, dataset, index, corner, SHEET_TILE)
     return sheet
@@ -159,13 +156,10 @@ def draw_cameras(poses: Tensor) -> Image.Image:
     scale = 0.45 * CAMERA_PANEL / max(centres.norm(dim=1).max().item(), 1.0)
     picture = Image.new("RGB", (2 * CAMERA_PANEL, CAMERA_PANEL + CAPTION), "white")
     draw = ImageDraw.Draw(picture)
+    from_the_side = torch.stack((centres[:, :2].norm(dim=1), centres[:, 2]), dim=1)
     views = (
         ("from above: x red, y green", centres[:, :2], (RED, GREEN)),
-        (
-            "from the side: distance from the z axis, z blue",
-            torch.stack((centres[:, :2].norm(dim=1), centres[:, 2]), dim=1),
-            (GREY, BLUE),
-        ),
+        ("from the side: distance from the z axis, z blue", from_the_side, (GREY, BLUE)),
     )
     for panel, (title, points, colours) in enumerate(views):
         middle = torch.tensor([(panel + 0.5) * CAMERA_PANEL, CAPTION + 0.5 * CAMERA_PANEL])
@@ -184,12 +178,10 @@ def draw_overlays(inspection: Inspection) -> Image.Image:
     Without known poses the outline alone is drawn: it is the same for every camera that looks at the origin.
     """
     dataset = inspection.dataset
+    count = OVERLAY_COLUMNS if len(dataset.class_names) > 1 else 3 * OVERLAY_COLUMNS
     members = []
     for class_idx in range(len(dataset.class_names)):
-        of_class = torch.nonzero(dataset.labels[:, 0] == class_idx)[:, 0].tolist()
-        of_class.sort(key=lambda index: dataset.labels[index, 2].item())
-        count = OVERLAY_COLUMNS if len(dataset.class_names) > 1 else 3 * OVERLAY_COLUMNS
-        members += _choose_evenly(of_class, count)
+        members += _choose_evenly(dataset, class_idx, count, sort_by=[2])
     members = members[: 6 * OVERLAY_COLUMNS]
     rows = -(-len(members) // OVERLAY_COLUMNS)
     sheet = Image.new("RGB", (OVERLAY_COLUMNS * OVERLAY_TILE, rows * (OVERLAY_TILE + CAPTION)), "white")
@@ -244,21 +236,19 @@ def _paste_photograph(
     ImageDraw.Draw(sheet).text((corner[0] + 2, corner[1] + size + 1), text, fill="black")
 
 
-def _choose_evenly(items: list[int], count: int) -> list[int]:
-    step = max(1.0, len(items) / count)
-    return [items[int(place * step)] for place in range(min(count, len(items)))]
+def _choose_evenly(dataset: PhotoDataset, class_idx: int, count: int, sort_by: list[int]) -> list[int]:
+    """Evenly spaced photographs of a class, in the order of these columns of their labels."""
+    members = torch.nonzero(dataset.labels[:, 0] == class_idx)[:, 0].tolist()
+    members.sort(key=lambda index: dataset.labels[index, sort_by].tolist())
+    step = max(1.0, len(members) / count)
+    return [members[int(place * step)] for place in range(min(count, len(members)))]
 
 
 def _line(draw: ImageDraw.ImageDraw, points: Tensor, colour: tuple[int, int, int], width: int) -> None:
     draw.line([(x, y) for x, y in points.tolist()], fill=colour, width=width)
 
 
-def _dot(
-    draw: ImageDraw.ImageDraw,
-    centre: Tensor,
-    radius: float,
-    fill: tuple[int, int, int] | None = None,
-    outline: tuple[int, int, int] | None = None,
-) -> None:
+def _dot(draw: ImageDraw.ImageDraw, centre: Tensor, radius: float, **colours: Any) -> None:
+    """A disc; colours: `fill`, `outline` or both."""
     x, y = centre.tolist()
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=outline)
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), **colours)

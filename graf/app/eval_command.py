@@ -6,19 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from graf.app.eval_options import EvalOptions
+from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog, run_command
-
-ACTIONS = {
-    "grid": "grid of views per class: rgb, depth, opacity",
-    "rotation": "video of a full turn",
-    "elevation": "video from the lowest to the highest camera and back",
-    "shape_appearance": "grid of shape codes x appearance codes",
-    "interpolate": "video from object to object",
-    "fid_kid": "FID and KID against the photographs, as JSON and CSV",
-    "consistency": "how well super-resolved views agree, as JSON",
-    "heldout": "PSNR and KID at the labels held out of training",
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--objects", type=int, help="objects (codes) per class (default: %(default)s)")
     source.add_argument("--datadir", help="folder of the photographs (default: as in training, data.datadir)")
     action = parser.add_argument_group("what to do (default: --grid --rotation)")
-    for name, text in ACTIONS.items():
+    for name, (_, text) in ACTIONS.items():
         action.add_argument(
             f"--{name}", dest="actions", action="append_const", const=name, default=argparse.SUPPRESS, help=text
         )

@@ -8,13 +8,25 @@ from math import inf
 
 from graf.config import ConfigError
 
+#: what can be asked for, in the order in which it is done -> (its function, what it makes)
+ACTIONS = {
+    "grid": ("graf.app.eval_tasks:write_grids", "grid of views per class: rgb, depth, opacity"),
+    "rotation": ("graf.app.eval_tasks:write_rotation", "video of a full turn"),
+    "elevation": ("graf.app.eval_tasks:write_elevation", "video from the lowest to the highest camera and back"),
+    "shape_appearance": ("graf.app.eval_tasks:write_shape_appearance", "grid of shape codes x appearance codes"),
+    "interpolate": ("graf.app.eval_tasks:write_interpolation", "video from object to object"),
+    "fid_kid": ("graf.app.eval_tasks:write_fid_kid", "FID and KID against the photographs, as JSON and CSV"),
+    "consistency": ("graf.app.eval_tasks:write_consistency", "how well super-resolved views agree, as JSON"),
+    "heldout": ("graf.app.eval_tasks:write_heldout", "PSNR and KID at the labels held out of training"),
+}
+
 
 @dataclass(frozen=True)
 class EvalOptions:
     """The choices of one evaluation, named as on the command line. Raises ConfigError for values out of range.
 
     run: folder; checkpoint: file; None: the newest run of `outdir`, its best checkpoint. actions: keys of
-    graf.app.eval_tasks.ACTIONS. heights: values v in [0, 1]; elevations: the same in degrees, one of the two at most.
+    ACTIONS. heights: values v in [0, 1]; elevations: the same in degrees, one of the two at most.
     """
 
     run: str | None = None

@@ -6,7 +6,7 @@ It opens the run and calls graf.evaluation; it reads no command line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import pkgutil
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graf.app import builders
-from graf.app.eval_options import EvalOptions
+from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog
 from graf.app.loading import open_checkpoint
 from graf.app.runs import RunFolder, newest_run
@@ -26,7 +26,7 @@ from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
-from graf.evaluation.pictures import Picture, save_png, write_video
+from graf.evaluation.pictures import save_png, write_video
 from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import elevation_from_height, height_from_elevation, ring
@@ -63,14 +63,6 @@ class Evaluation:
         """One code per object, (objects, dim_z); the same ones for every class, so that classes compare."""
         return self.renderer.codes(self.seed, range(self.options.objects))
 
-    def path(self, name: str) -> Path:
-        """A file in the evaluation folder."""
-        return self.folder / name
-
-    def progress(self, frames: Iterable[Picture], name: str) -> Iterable[Picture]:
-        """A progress bar over the frames of a video."""
-        return progress_bar(frames, desc=name, total=self.options.frames, unit="frame")
-
 
 def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
     """Do everything that is asked for, in the order of ACTIONS; returns the files that were written.
@@ -79,7 +71,8 @@ def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
     """
     evaluation = open_evaluation(options)
     errors.folder = evaluation.folder.parent
-    return [path for name, act in ACTIONS.items() if name in options.actions for path in act(evaluation)]
+    asked = [pkgutil.resolve_name(function) for name, (function, _) in ACTIONS.items() if name in options.actions]
+    return [path for act in asked for path in act(evaluation)]
 
 
 def open_evaluation(options: EvalOptions) -> Evaluation:
@@ -97,7 +90,7 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
     device = pick_device(options.device)
     configure_backends(device)
     opened = open_checkpoint(file, device)
-    config, renderer = opened.config, opened.renderer
+    renderer, config = opened.renderer, opened.renderer.config
     if options.chunk is not None:
         renderer.generator.chunk = options.chunk
     if options.resolution is not None:
@@ -137,14 +130,15 @@ def write_grids(evaluation: Evaluation) -> list[Path]:
         showcases = [Showcase.around(z, [class_idx] * len(z), options.views, v) for v in evaluation.heights]
         renders = chain.from_iterable(render_showcase(renderer, showcase, options.sr) for showcase in showcases)
         for name, picture in draw_showcase(renders, options.views, near, far, rows, columns).items():
-            written.append(save_png(evaluation.path(f"grid_{renderer.classes[class_idx]}_{name}.png"), picture))
+            written.append(save_png(evaluation.folder / f"grid_{renderer.classes[class_idx]}_{name}.png", picture))
     return written
 
 
 def _write_path(evaluation: Evaluation, name: str, z: Tensor, classes: list[int], u: Tensor, v: Tensor) -> list[Path]:
     """A video of objects side by side along a path of codes and cameras, one frame for each of (z, u, v)."""
     frames = path_frames(evaluation.renderer, z, classes, u, v, evaluation.options.sr)
-    return [write_video(evaluation.path(f"{name}.mp4"), evaluation.progress(frames, name), evaluation.options.fps)]
+    shown = progress_bar(frames, desc=name, total=evaluation.options.frames, unit="frame")
+    return [write_video(evaluation.folder / f"{name}.mp4", shown, evaluation.options.fps)]
 
 
 def _all_objects(evaluation: Evaluation) -> tuple[Tensor, list[int]]:
@@ -202,7 +196,7 @@ def write_shape_appearance(evaluation: Evaluation) -> list[Path]:
         for kind in ("rgb", "sr", "bicubic"):
             if kind in pictures:
                 file = f"{name}.png" if kind == "rgb" else f"{name}_{kind}.png"
-                written.append(save_png(evaluation.path(file), pictures[kind]))
+                written.append(save_png(evaluation.folder / file, pictures[kind]))
     return written
 
 
@@ -215,19 +209,11 @@ def write_fid_kid(evaluation: Evaluation) -> list[Path]:
     photographs, protocol = builders.open_photographs(config), builders.build_protocol(config)
     if evaluation.options.seed is not None:
         protocol = replace(protocol, seed=evaluation.seed)
-    settings = config.evaluation
-    task = ScoringTask(
-        renderer,
-        builders.build_pose_sampler(config, photographs, renderer.cameras),
-        choose_extractor(settings.feature_extractor, settings.inception_weights, settings.download),
-        protocol,
-        evaluation.options.num_images or settings.num_images,
-        evaluation.folder.parent / "feature_cache",
-    )
-    provenance: dict[str, Plain] = {
-        "iteration": evaluation.iteration,
-        "ema": config.training.model_average_beta > 0,
-    }
+    pose_sampler = builders.build_pose_sampler(config, photographs, renderer.cameras)
+    extractor, cache = builders.find_extractor(config), evaluation.folder.parent / "feature_cache"
+    count = evaluation.options.num_images or config.evaluation.num_images
+    task = ScoringTask(renderer, pose_sampler, extractor, protocol, count, cache)
+    provenance: dict[str, Plain] = {"iteration": evaluation.iteration, "ema": config.training.model_average_beta > 0}
     real = builders.real_images(photographs, renderer.ccsr)
     if "sr" in real:
         real["bicubic"] = real["sr"]
@@ -237,18 +223,18 @@ def write_fid_kid(evaluation: Evaluation) -> list[Path]:
         write_scores(evaluation.folder, scores)
         print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
         rows.append(scores.as_dict())
-    return [evaluation.path("scores.csv"), _write_json(evaluation.path("scores.json"), rows)]
+    return [evaluation.folder / "scores.csv", _write_json(evaluation.folder / "scores.json", rows)]
 
 
 def write_consistency(evaluation: Evaluation) -> list[Path]:
     """How well super-resolved views agree with their renders, each other and, on synthetic data, the truth."""
     if evaluation.renderer.ccsr is None:
         raise ConfigError("--consistency: this run has no super-resolution; train one with ccsr.enabled=true")
-    report = builders.build_consistency(
-        evaluation.config, evaluation.dataset_info, evaluation.renderer, evaluation.classes
-    ).measure()
+    config, dataset_info = evaluation.config, evaluation.dataset_info
+    report = builders.build_consistency(config, dataset_info, evaluation.renderer, evaluation.classes).measure()
     print(report.text())
-    return [_write_json(evaluation.path("consistency.json"), {"iteration": evaluation.iteration, **report.as_dict()})]
+    content = {"iteration": evaluation.iteration, **report.as_dict()}
+    return [_write_json(evaluation.folder / "consistency.json", content)]
 
 
 def write_heldout(evaluation: Evaluation) -> list[Path]:
@@ -283,7 +269,7 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             provenance={"iteration": evaluation.iteration},
         )
     print(report.text())
-    return [_write_json(evaluation.path("heldout.json"), report.as_dict())]
+    return [_write_json(evaluation.folder / "heldout.json", report.as_dict())]
 
 
 def _stack(photographs: Any) -> tuple[Tensor, Tensor]:
@@ -294,15 +280,3 @@ def _stack(photographs: Any) -> tuple[Tensor, Tensor]:
 def _write_json(path: Path, content: object) -> Path:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
     return path
-
-
-ACTIONS: dict[str, Callable[[Evaluation], list[Path]]] = {
-    "grid": write_grids,
-    "rotation": write_rotation,
-    "elevation": write_elevation,
-    "shape_appearance": write_shape_appearance,
-    "interpolate": write_interpolation,
-    "fid_kid": write_fid_kid,
-    "consistency": write_consistency,
-    "heldout": write_heldout,
-}

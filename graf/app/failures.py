@@ -47,7 +47,8 @@ def run_command(command: Callable[[ErrorLog], None], *, debug: bool, interrupted
         message = explain_failure(error)
         if message is None:
             where = "its traceback is above" if debug and log.folder is None else log.keep(error)
-            message = f"unexpected {_name_with_message(error)} ({where})"
+            what = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
+            message = f"unexpected {what} ({where})"
         print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
@@ -66,10 +67,6 @@ def explain_failure(error: Exception) -> str | None:
             f"ccsr.features or training.batch_size, in eval.py --resolution or --num_images [{_first_line(error)}]"
         )
     return None
-
-
-def _name_with_message(error: Exception) -> str:
-    return ": ".join(filter(None, (type(error).__name__, _first_line(error))))
 
 
 def _first_line(error: Exception) -> str:

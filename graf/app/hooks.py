@@ -43,20 +43,18 @@ class LogHook:
     """
 
     log: RunLog
-    every: int
-    batch_size: int
     caches: CacheRelease
     since: tuple[int, float] = (0, 0.0)
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        progress = trainer.progress
+        progress, training = trainer.progress, trainer.config.training
         self.caches.after_step(progress.iteration)
-        if not is_due(progress.iteration, self.every) and progress.iteration != 1:
+        if not is_due(progress.iteration, training.print_every) and progress.iteration != 1:
             return
         steps, seconds = progress.iteration - self.since[0], progress.seconds - self.since[1]
         self.since = (progress.iteration, progress.seconds)
         scalars = trainer.scalars_of(statistics)
-        scalars["images_per_second"] = steps * self.batch_size / seconds if seconds > 0 else float("nan")
+        scalars["images_per_second"] = steps * training.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
         memory.pop("peak", None)  # of what came after the last phase; those of the phases follow
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
@@ -79,13 +77,12 @@ class SampleHook:
     showcase: Showcase
     folder: RunFolder
     log: RunLog
-    every: int
     caches: CacheRelease
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        iteration = trainer.progress.iteration
-        early = self.every > 0 and iteration in EARLY_SAMPLES and iteration < self.every
-        if early or is_due(iteration, self.every):
+        iteration, every = trainer.progress.iteration, trainer.config.training.sample_every
+        early = every > 0 and iteration in EARLY_SAMPLES and iteration < every
+        if early or is_due(iteration, every):
             with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("sample"):
                 self.write(iteration)
             self.caches.after_phase()
@@ -111,7 +108,6 @@ class ScoreHook:
 
     task: ScoringTask
     photographs: Mapping[str, Any]
-    config: Config
     folder: RunFolder
     log: RunLog
     checkpoints: CheckpointHook
@@ -120,7 +116,7 @@ class ScoreHook:
     _last: int = -1
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        if is_due(trainer.progress.iteration, self.config.training.fid_every):
+        if is_due(trainer.progress.iteration, trainer.config.training.fid_every):
             self.write(trainer)
             self.caches.after_phase()
 
@@ -135,13 +131,13 @@ class ScoreHook:
 
     def _score(self, trainer: Trainer) -> None:
         iteration = trainer.progress.iteration
-        provenance = {"iteration": iteration, "ema": self.config.training.model_average_beta > 0}
+        provenance = {"iteration": iteration, "ema": trainer.config.training.model_average_beta > 0}
         for output, photographs in self.photographs.items():
             scores = self.task.score(output, photographs, photographs.fingerprint(), provenance)
             write_scores(self.folder.path, scores)
             self.log.scalars(iteration, scores.values)
             text = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
-            metric = self.config.training.save_best
+            metric = trainer.config.training.save_best
             if output == "render" and is_better(scores, trainer.progress.best or None, metric):
                 trainer.progress.best = scores.as_dict()
                 self.checkpoints.save(trainer, BEST_CHECKPOINT)
@@ -159,23 +155,20 @@ class ScoreHook:
 class CheckpointHook:
     """Saves model_XXXXXXXX.pt every save_every seconds and backup_XXXXXXXX.pt every backup_every iterations.
 
-    Of the former the last `keep` stay, the latter all.
+    Of the former the last keep_checkpoints stay, the latter all.
     """
 
     folder: RunFolder
     meta: dict[str, Any]
-    save_every: float
-    backup_every: int
-    keep: int
     caches: CacheRelease
     _last: float = field(default_factory=time.monotonic)
     _last_iteration: int = -1
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration = trainer.progress.iteration
-        if time.monotonic() - self._last >= self.save_every:
+        if time.monotonic() - self._last >= trainer.config.training.save_every:
             self.save_latest(trainer)
-        if is_due(iteration, self.backup_every):
+        if is_due(iteration, trainer.config.training.backup_every):
             self.save(trainer, checkpoint_name(iteration).replace("model_", "backup_"))
 
     def save_latest(self, trainer: Trainer) -> None:
@@ -183,7 +176,7 @@ class CheckpointHook:
         if trainer.progress.iteration == self._last_iteration:
             return
         self.save(trainer, checkpoint_name(trainer.progress.iteration))
-        prune_checkpoints(self.folder.checkpoints, self.keep)
+        prune_checkpoints(self.folder.checkpoints, trainer.config.training.keep_checkpoints)
         self._last, self._last_iteration = time.monotonic(), trainer.progress.iteration
 
     def save(self, trainer: Trainer, name: str) -> None:
@@ -199,14 +192,14 @@ class StopHook:
     """Asks the trainer to stop after a signal, or once max_minutes have passed since the program started."""
 
     request: StopRequest
-    max_minutes: float | None
     started: float
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        minutes = trainer.config.training.max_minutes
         if self.request.reason is not None:
             trainer.stop_reason = self.request.reason
-        elif self.max_minutes is not None and time.monotonic() - self.started >= 60 * self.max_minutes:
-            trainer.stop_reason = f"training.max_minutes={self.max_minutes:g} have passed"
+        elif minutes is not None and time.monotonic() - self.started >= 60 * minutes:
+            trainer.stop_reason = f"training.max_minutes={minutes:g} have passed"
 
 
 def fixed_showcase(renderer: Renderer, config: Config) -> Showcase:

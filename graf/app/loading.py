@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from graf.app import builders
 from graf.app.runs import RunFolder
-from graf.config import Config, ConfigError, build_config
+from graf.config import ConfigError, build_config
 from graf.evaluation.renderer import Renderer
 from graf.runtime.amp import choose_precision
-from graf.runtime.checkpoint import CheckpointError, Stateful, read_checkpoint, restore
+from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import pick_device
 
 
@@ -34,12 +35,8 @@ def load(path: str | Path, device: str = "auto") -> Renderer:
     16
     >>> renderer.sample(class_name="mug", azimuth=45, elevation=20).pil()[0].save(run / "mug.png")
     """
-    return open_checkpoint(find_checkpoint(Path(path)), pick_device(device)).renderer
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path`, a run folder or the file itself, stands for."""
-    return RunFolder(path).choose_checkpoint() if path.is_dir() else path
+    file = RunFolder(Path(path)).choose_checkpoint() if Path(path).is_dir() else Path(path)
+    return open_checkpoint(file, pick_device(device)).renderer
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,6 @@ class TrainedGenerator:
     """What a checkpoint holds for rendering, and what it says about its run."""
 
     renderer: Renderer
-    config: Config
     dataset_info: builders.DatasetInfo
     iteration: int
 
@@ -71,13 +67,12 @@ def open_checkpoint(file: Path, device: torch.device) -> TrainedGenerator:
         ) from error
     generator = builders.build_generator(config, len(dataset_info.class_names)).to(device)
     ccsr = builders.build_ccsr(config, pretrained=False)
-    averages: dict[str, Stateful] = {"generator_average": generator}
+    averages: dict[str, nn.Module] = {"generator_average": generator}
     if ccsr is not None:
         averages["ccsr_average"] = ccsr.to(device)
     restore(checkpoint, averages, file, partial=True)
-    for network in (generator, ccsr):
-        if network is not None:
-            network.eval().requires_grad_(False)
+    for network in averages.values():
+        network.eval().requires_grad_(False)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     renderer = builders.build_renderer(config, dataset_info, precision, device, generator, ccsr)
-    return TrainedGenerator(renderer, config, dataset_info, iteration)
+    return TrainedGenerator(renderer, dataset_info, iteration)

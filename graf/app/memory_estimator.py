@@ -189,8 +189,6 @@ class _FewChunks:
             self.sizes = [output.shape for output in outputs]
             return outputs
         self.meter.expect(measured.peak)
-        if not torch.is_grad_enabled():
-            return tuple(shared[0].new_empty(size) for size in self.sizes)
         kept = measured.kept if keeps_graph else 0
         uncomputed: tuple[Tensor, ...] = _UncomputedChunk.apply(self.sizes, kept, *shared, *parameters)
         return uncomputed
@@ -198,7 +196,11 @@ class _FewChunks:
     def _begin(self, number: int) -> _Measured | None:
         """Call where chunk `number` begins; returns what it will have needed, or None if it has to be computed."""
         direction = 0 if self.begun < self.num_chunks else 1
-        self._end_previous(direction if self.begun != self.num_chunks else 0)
+        if self.started_at is not None:  # here the previous chunk ends
+            grown = self.meter.current - self.started_at
+            self.last[direction] = _Measured(self.meter.peak - self.started_at, grown)
+            self.meter.peak = max(self.meter.peak, self.outer_peak)
+            self.started_at = None
         self.begun += 1
         if self.begun in (self.num_chunks, 2 * self.num_chunks):
             return None  # the last one: what follows is no longer its own
@@ -207,14 +209,6 @@ class _FewChunks:
         self.started_at, self.outer_peak = self.meter.current, self.meter.peak
         self.meter.reset_peak()
         return None
-
-    def _end_previous(self, direction: int) -> None:
-        if self.started_at is None:
-            return
-        grown = self.meter.current - self.started_at
-        self.last[direction] = _Measured(self.meter.peak - self.started_at, grown)
-        self.meter.peak = max(self.meter.peak, self.outer_peak)
-        self.started_at = None
 
 
 class _UncomputedChunk(torch.autograd.Function):
@@ -263,17 +257,14 @@ class PhaseRecorder(MemoryProfiler):
         if name == "sr" or self.trainer.sr is None:
             self._renders = None
 
-    def _record(self, name: str, peak: float) -> None:
-        self.record(name, int(peak))
-
-    def record(self, name: str, peak: int) -> None:
+    def record(self, name: str, peak: float) -> None:
         """Note `peak` bytes for phase `name`, and what of them is known to be there."""
         trainer = self.trainer
         networks = [player.network for player in trainer.players]
         parameters = [parameter for network in networks for parameter in network.parameters()]
         averages = [average.module for average in trainer.averages.values()]
         self.phases[name] = PhasePeak(
-            peak=peak,
+            peak=int(peak),
             weights=count_bytes([*parameters, *(buffer for network in networks for buffer in network.buffers())]),
             gradients=count_bytes([parameter.grad for parameter in parameters if parameter.grad is not None]),
             optimizer=count_bytes([state for player in trainer.players for state in tensors_of(player.optimizer)]),
@@ -309,11 +300,9 @@ class StepPlanner:
         self.rehearsal = _Rehearsal()
         self._steps: dict[MemorySettings, dict[str, PhasePeak]] = {}
         self._between: dict[tuple[str, int], PhasePeak] = {}
-        dtype = torch.bfloat16 if config.training.use_amp else None
+        is_half = config.training.use_amp if precision is None else precision.dtype is not None
         # float16 needs as many bytes as bfloat16, and a CPU's autocast knows only the latter
-        if precision is not None:
-            dtype = None if precision.dtype is None else torch.bfloat16
-        self.precision = Precision("cpu", dtype)
+        self.precision = Precision("cpu", torch.bfloat16 if is_half else None)
         labels = torch.tensor([(number, 0, 0) for number in range(len(self.dataset_info.class_names))])
         cameras, data = builders.build_cameras(self.config, self.dataset_info), config.data
         ranges = PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)

@@ -249,12 +249,10 @@ def print_plan(config: Config) -> None:
 
 def _describe_alternatives(config: Config, planner: StepPlanner, plan: Plan) -> list[str]:
     own, size = plan.settings, config.training.batch_size
-    sizes = {size}
-    while min(sizes) > 1:
-        sizes.add(min(sizes) // 2)
-    found = [
-        MemorySettings(part, strategy, own.chunk) for part in sorted(sizes, reverse=True) for strategy in STRATEGIES
-    ]
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    found = [MemorySettings(part, strategy, own.chunk) for part in sizes for strategy in STRATEGIES]
     found += [MemorySettings(size, "checkpoint", max(SMALLEST_CHUNK, own.chunk // 4))]
     fastest = min(relative_cost(config, settings) for settings in found)
     lines = []
@@ -278,6 +276,5 @@ def _describe_limits(config: Config, device_type: str) -> list[str]:
 
 
 def _row(name: str, *columns: str) -> str:
-    return f"{name:<62}" + "".join(
-        f"{column:>12}" if index < 5 else f"{column:>20}" for index, column in enumerate(columns)
-    )
+    widths = (12, 12, 12, 12, 12, 20)
+    return f"{name:<62}" + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=False))

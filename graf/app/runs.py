@@ -62,16 +62,12 @@ class RunFolder:
 
         A folder holds one course of training (`choose_run_folder` sees to it), so that one was also written last.
         """
-        files = [file for file in self.checkpoints.glob("*.pt") if _is_checkpoint(file)]
-        return max(files, key=lambda file: (_iteration(file), file.stat().st_mtime_ns, file.name), default=None)
+        return max(self.saved(), key=lambda file: (_iteration(file), file.stat().st_mtime_ns, file.name), default=None)
 
-    def has_checkpoint(self) -> bool:
-        """Whether a run has saved anything here."""
-        return any(_is_checkpoint(file) for file in self.checkpoints.glob("*.pt"))
-
-
-def _is_checkpoint(file: Path) -> bool:
-    return file.name == BEST_CHECKPOINT or _NUMBERED.fullmatch(file.name) is not None
+    def saved(self) -> list[Path]:
+        """Every checkpoint of the run, in no order."""
+        files = self.checkpoints.glob("*.pt")
+        return [file for file in files if file.name == BEST_CHECKPOINT or _NUMBERED.fullmatch(file.name)]
 
 
 def _iteration(file: Path) -> int:
@@ -88,15 +84,12 @@ def _iteration(file: Path) -> int:
 
 def newest_run(results: Path) -> RunFolder:
     """The run under `results` that wrote a checkpoint last."""
-    newest: dict[Path, float] = {}
-    for config_file in results.glob("*/config.yaml"):
-        saved = (config_file.parent / "checkpoints").glob("*.pt")
-        newest[config_file.parent] = max((file.stat().st_mtime for file in saved), default=0.0)
-    if not newest:
+    runs = [RunFolder(config_file.parent) for config_file in results.glob("*/config.yaml")]
+    if not runs:
         raise ConfigError(
             f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run"
         )
-    return RunFolder(max(newest, key=lambda folder: newest[folder]))
+    return max(runs, key=lambda run: max((file.stat().st_mtime for file in run.checkpoints.glob("*.pt")), default=0.0))
 
 
 def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | None]:
@@ -126,7 +119,7 @@ def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | No
 def _free_folder(config: Config) -> RunFolder:
     """outdir/expname or, where a run has saved something, the first of -2, -3, ... where none has."""
     folder, number = RunFolder(config.run_folder), 2
-    while folder.has_checkpoint():
+    while folder.saved():
         folder = RunFolder(config.run_folder.with_name(f"{config.expname}-{number}"))
         number += 1
     return folder

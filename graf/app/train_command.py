@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from graf.app.failures import ErrorLog, run_command
@@ -51,7 +52,9 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     parser.add_argument(
         "--config", default="default", help="YAML file, or name of a shipped configuration (default: %(default)s)"
     )
-    parser.add_argument("--use_amp", action="store_true", help="mixed precision where the device gains from it")
+    parser.add_argument(
+        "--use_amp", action="store_const", const="true", help="mixed precision where the device gains from it"
+    )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps")
     parser.add_argument("--resume", default="auto", help="auto: newest checkpoint of the run; none: afresh; or a file")
     parser.add_argument("--outdir", help="folder of all runs; this one is written to OUTDIR/expname")
@@ -70,16 +73,9 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:
     """The flags as overrides of configuration keys, before the explicit ones."""
-    flags = {
-        "training.device": options.device,
-        "training.outdir": options.outdir,
-        "training.max_iterations": options.max_iterations,
-        "training.max_minutes": options.max_minutes,
-        "training.memory_budget": options.memory_budget,
-        "training.use_amp": "true" if options.use_amp else None,
-        "seed": options.seed,
-    }
-    return [f"{key}={value}" for key, value in flags.items() if value is not None] + list(options.overrides)
+    flags = ("device", "outdir", "max_iterations", "max_minutes", "memory_budget", "use_amp")
+    values = {f"training.{flag}": getattr(options, flag) for flag in flags} | {"seed": options.seed}
+    return [f"{key}={value}" for key, value in values.items() if value is not None] + list(options.overrides)
 
 
 def train(
@@ -94,7 +90,6 @@ def train(
     from graf.app.runs import choose_run_folder, describe_changes
     from graf.base.files import write_atomically
     from graf.data.loader import make_loader
-    from graf.evaluation.extractor import choose_extractor
     from graf.evaluation.scoring import ScoringTask
     from graf.runtime.amp import choose_precision
     from graf.runtime.checkpoint import read_checkpoint, restore
@@ -125,10 +120,7 @@ def train(
     logger.info(
         "data: %d photographs of %d classes in %s", len(photographs), len(dataset_info.class_names), config.data.datadir
     )
-    extractor = None
-    if training.fid_every:
-        evaluation = config.evaluation
-        extractor = choose_extractor(evaluation.feature_extractor, evaluation.inception_weights, evaluation.download)
+    extractor = builders.find_extractor(config) if training.fid_every else None
 
     # Networks
     cameras = builders.build_cameras(config, dataset_info)
@@ -174,15 +166,13 @@ def train(
     # What happens between steps
     renderer = builders.build_renderer(config, dataset_info, precision, device, *trainer.averaged_networks)
     showcase = hooks.fixed_showcase(renderer, config)
-    meta = {"config": config.model_dump(mode="json"), "dataset": dataset_info.as_meta()}
+    meta = {"config": config.model_dump(mode="json"), "dataset": asdict(dataset_info)}
     caches = CacheRelease(training.empty_cache, device)
-    save = hooks.CheckpointHook(
-        folder, meta, training.save_every, training.backup_every, training.keep_checkpoints, caches
-    )
+    save = hooks.CheckpointHook(folder, meta, caches)
     log = RunLog(folder.path, total=training.max_iterations, start=start, monitoring=training.monitoring)
     snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
     with log, StopRequest() as request, record_allocations(snapshot, device):
-        sample = hooks.SampleHook(renderer, showcase, folder, log, training.sample_every, caches)
+        sample = hooks.SampleHook(renderer, showcase, folder, log, caches)
         score = None
         if extractor is not None:
             protocol, count = builders.build_protocol(config), config.evaluation.num_images
@@ -190,16 +180,15 @@ def train(
             real = builders.real_images(photographs, renderer.ccsr)
             consistency = None
             if renderer.ccsr is not None:
-                consistency = builders.build_consistency(
-                    config, dataset_info, renderer, range(len(dataset_info.class_names))
-                )
-            score = hooks.ScoreHook(task, real, config, folder, log, save, caches, consistency)
+                classes = range(len(renderer.classes))
+                consistency = builders.build_consistency(config, dataset_info, renderer, classes)
+            score = hooks.ScoreHook(task, real, folder, log, save, caches, consistency)
         between: list[Hook] = [
-            hooks.LogHook(log, training.print_every, training.batch_size, caches, (start, trainer.progress.seconds)),
+            hooks.LogHook(log, caches, (start, trainer.progress.seconds)),
             sample,
             *([score] if score is not None else []),
             save,
-            hooks.StopHook(request, training.max_minutes, started),
+            hooks.StopHook(request, started),
         ]
 
         # The loop

@@ -1,7 +1,7 @@
 """The configuration of a run: `schema` says what may stand in it, `loading` reads it."""
 
 from graf.config.loading import CONFIG_FOLDER, ConfigError, build_config, load_config
-from graf.config.schema import DEFAULT_CHUNK, PATCH_SIZES, Config, DataConfig, batch_too_large, parse_bytes
+from graf.config.schema import DEFAULT_CHUNK, PATCH_SIZES, Config, DataConfig, Section, batch_too_large, parse_bytes
 
 __all__ = [
     "CONFIG_FOLDER",
@@ -10,6 +10,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Section",
     "batch_too_large",
     "build_config",
     "load_config",

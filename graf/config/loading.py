@@ -7,7 +7,7 @@ what is allowed and the nearest valid key.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def build_config(values: Mapping[str, Any]) -> Config:
     """Validate a nested mapping. Raises ConfigError with one line per problem."""
-    unknown = list(_unknown_keys(values, Config, ()))
+    unknown = list(_unknown_keys(values, Config))
     if unknown:
         raise ConfigError("\n".join(unknown))
     try:
@@ -82,11 +82,14 @@ def build_config(values: Mapping[str, Any]) -> Config:
         for problem in error.errors():
             key = _key_of(problem["loc"])
             message = str(problem["msg"]).removeprefix("Value error, ")
-            found.setdefault((key, repr(problem["input"])), []).append(_lower(message) if key else message)
+            message = message[:1].lower() + message[1:] if key else message
+            found.setdefault((key, repr(problem["input"])), []).append(message)
         lines = []
+        descriptions = _all_keys()
         for (key, value), messages in found.items():
             text = ", or ".join(dict.fromkeys(messages))
-            lines.append(f"{key}={value}: {text}{_describe_key(key)}" if key else text)
+            description = f" ({descriptions[key]})" if descriptions.get(key) else ""
+            lines.append(f"{key}={value}: {text}{description}" if key else text)
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -151,11 +154,10 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str)
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """The fields of a model; those that are sections with their own model."""
-    fields: dict[str, type[BaseModel] | None] = {}
-    for name, info in model.model_fields.items():
-        kind: Any = info.annotation
-        fields[name] = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return fields
+    kinds: dict[str, Any] = {name: info.annotation for name, info in model.model_fields.items()}
+    return {
+        key: kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None for key, kind in kinds.items()
+    }
 
 
 def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
@@ -169,40 +171,24 @@ def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, st
     return keys
 
 
-def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: tuple[str, ...]) -> list[str]:
-    problems = []
-    fields = _sections(model)
+def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """A line for each key that no section has."""
+    sections = _sections(model)
     for name, value in values.items():
-        key = ".".join((*prefix, str(name)))
-        if name not in fields:
-            if key in RETIRED_KEYS:
-                problems.append(f"{key}={value!r}: {RETIRED_KEYS[key]}")
-                continue
-            keys = [*_all_keys(), *(name for name, section in _sections(Config).items() if section)]
-            problems.append(f"{key}={value!r}: unknown key; did you mean {_nearest(key, keys)}?")
-            continue
-        section = fields[name]
-        if section is not None and isinstance(value, Mapping):
-            problems += _unknown_keys(value, section, (*prefix, str(name)))
-    return problems
+        key = f"{prefix}{name}"
+        if key in RETIRED_KEYS:
+            yield f"{key}={value!r}: {RETIRED_KEYS[key]}"
+        elif name not in sections:
+            yield f"{key}={value!r}: unknown key; did you mean {_nearest_key(key)}?"
+        elif (section := sections[name]) is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, section, f"{key}.")
 
 
-def _nearest(key: str, keys: Sequence[str]) -> str:
+def _nearest_key(key: str) -> str:
     """The most similar key; a key that is right but for its section counts as nearest."""
-    last = key.rpartition(".")[2]
+    keys, last = [*_all_keys(), *_sections(Config)], key.rpartition(".")[2]
     same_name = [other for other in keys if other.rpartition(".")[2] == last]
-    if same_name:
-        return same_name[0]
-    return max(keys, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
-
-
-def _describe_key(key: str) -> str:
-    description = _all_keys().get(key)
-    return f" ({description})" if description else ""
-
-
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    return same_name[0] if same_name else max(keys, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
 
 
 def _one_line(error: BaseException) -> str:

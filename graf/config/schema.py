@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -388,24 +388,23 @@ class Config(Section):
         return str(yaml.dump(self.model_dump(mode="json"), Dumper=YamlDumper, sort_keys=False, width=120))
 
 
-def _contradictions(config: Config) -> list[str]:
+def _contradictions(config: Config) -> Iterator[str]:
     """Values that are fine one by one and not together, a line each."""
-    problems = []
     data, rays, training = config.data, config.ray_sampler, config.training
     if data.near >= data.far:
-        problems.append(f"data.near={data.near}: must be smaller than data.far={data.far}")
+        yield f"data.near={data.near}: must be smaller than data.far={data.far}"
     for low, high in (("umin", "umax"), ("vmin", "vmax")):
         if getattr(data, low) > getattr(data, high):
-            problems.append(f"data.{low}={getattr(data, low)}: must not exceed data.{high}={getattr(data, high)}")
+            yield f"data.{low}={getattr(data, low)}: must not exceed data.{high}={getattr(data, high)}"
     if data.heldout_every == 1:
-        problems.append("data.heldout_every=1: would leave nothing to train on; 0 holds nothing out, 6 every sixth")
+        yield "data.heldout_every=1: would leave nothing to train on; 0 holds nothing out, 6 every sixth"
     if isinstance(data.radius, tuple) and data.type != "image_folder":
-        problems.append(
+        yield (
             f"data.radius={list(data.radius)}: a range is only for data.type=image_folder, whose poses are sampled; "
             f"data.type={data.type} needs one number"
         )
     if config.z_dist.dim_appearance >= config.z_dist.dim:
-        problems.append(
+        yield (
             f"z_dist.dim_appearance={config.z_dist.dim_appearance}: must be smaller than "
             f"z_dist.dim={config.z_dist.dim}, of which it is a part; the rest is the shape code"
         )
@@ -413,50 +412,41 @@ def _contradictions(config: Config) -> list[str]:
     if side * side != rays.N_samples or side not in PATCH_SIZES:
         nearest = min(PATCH_SIZES, key=lambda size: abs(size - math.sqrt(rays.N_samples)))
         reason = "is not a perfect square" if side * side != rays.N_samples else f"is a patch of side {side}"
-        problems.append(
+        yield (
             f"ray_sampler.N_samples={rays.N_samples}: {reason}; the discriminator takes patches of side "
             f"{', '.join(map(str, PATCH_SIZES))}; try {nearest * nearest}"
         )
     elif side > data.imsize:
-        problems.append(
+        yield (
             f"ray_sampler.N_samples={rays.N_samples}: a patch of side {side} does not fit into "
             f"data.imsize={data.imsize}"
         )
     if rays.min_scale > rays.max_scale:
-        problems.append(f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}")
+        yield f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}"
     if config.discriminator.class_loss and config.discriminator.condition_maps:
-        problems.append(
-            "discriminator.condition_maps: would tell the class head the class; with class_loss > 0 set it to 0"
-        )
-    problems += _ccsr_contradictions(config.ccsr)
+        yield "discriminator.condition_maps: would tell the class head the class; with class_loss > 0 set it to 0"
+    yield from _ccsr_contradictions(config.ccsr)
     if config.ccsr.enabled and training.reg_type == "wgangp":
-        problems.append(
-            "training.reg_type=wgangp: does not cover super-resolved crops; with ccsr.enabled use reg_type=real"
-        )
+        yield "training.reg_type=wgangp: does not cover super-resolved crops; with ccsr.enabled use reg_type=real"
     if training.reg_type == "wgangp" and training.gan_type != "wgan":
-        problems.append("training.reg_type=wgangp: needs training.gan_type=wgan; try reg_type=real")
+        yield "training.reg_type=wgangp: needs training.gan_type=wgan; try reg_type=real"
     if config.discriminator.hflip and data.type != "image_folder":
-        problems.append(
-            "discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder"
-        )
+        yield "discriminator.hflip=true: mirrored images contradict their labels; only for data.type=image_folder"
     if data.crop is not None and data.type == "synthetic":
-        problems.append(f"data.crop={data.crop}: the synthetic set is made as it is used; set data.imsize and data.fov")
+        yield f"data.crop={data.crop}: the synthetic set is made as it is used; set data.imsize and data.fov"
     if data.type == "synthetic" and training.drop_last and training.batch_size > data.synthetic.count:
-        problems.append(batch_too_large(training.batch_size, data.synthetic.count))
-    return problems
+        yield batch_too_large(training.batch_size, data.synthetic.count)
 
 
-def _ccsr_contradictions(ccsr: CcsrConfig) -> list[str]:
-    problems = []
+def _ccsr_contradictions(ccsr: CcsrConfig) -> Iterator[str]:
     if ccsr.kernel is not None and len(ccsr.kernel) % 2:
-        problems.append(f"ccsr.kernel: {len(ccsr.kernel)} weights; scale {ccsr.scale} needs an even number of them")
+        yield f"ccsr.kernel: {len(ccsr.kernel)} weights; scale {ccsr.scale} needs an even number of them"
     if ccsr.kernel is not None and abs(sum(ccsr.kernel) - 1) > 1e-6:
-        problems.append(f"ccsr.kernel: the weights sum to {sum(ccsr.kernel):g}; a blur keeps brightness: make it 1")
+        yield f"ccsr.kernel: the weights sum to {sum(ccsr.kernel):g}; a blur keeps brightness: make it 1"
     if ccsr.weights is not None and ccsr.trunk != "rrdb":
-        problems.append(f"ccsr.weights={ccsr.weights!r}: only for ccsr.trunk=rrdb, found ccsr.trunk={ccsr.trunk}")
+        yield f"ccsr.weights={ccsr.weights!r}: only for ccsr.trunk=rrdb, found ccsr.trunk={ccsr.trunk}"
     if ccsr.freeze_trunk and ccsr.weights is None:
-        problems.append("ccsr.freeze_trunk=true: an untrained trunk would stay untrained; set ccsr.weights too")
-    return problems
+        yield "ccsr.freeze_trunk=true: an untrained trunk would stay untrained; set ccsr.weights too"
 
 
 def parse_bytes(text: str) -> int:

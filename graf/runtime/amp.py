@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 
+from graf.runtime.device import read_processor
 from graf.runtime.logs import warn_once
 
 Outputs = TypeVar("Outputs")
@@ -146,16 +147,7 @@ def has_native_bfloat16() -> bool:
     if capabilities is not None:
         found = capabilities()
         return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
-    return not read_processor_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
-
-
-def read_processor_flags(path: str = "/proc/cpuinfo") -> set[str]:
-    """Instruction-set flags of the first processor as Linux lists them; empty on other systems."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return next((set(line.partition(":")[2].split()) for line in file if line.startswith("flags")), set())
-    except FileNotFoundError:
-        return set()
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor("flags").split())
 
 
 def float32_region(device_type: str) -> AbstractContextManager[Any]:

@@ -100,8 +100,8 @@ def _count_free_mib(path: Path) -> str:
     return f"{shutil.disk_usage(folder).free / MIB:,.1f} MiB"
 
 
-def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """The contents of a checkpoint, of this format or an older one: `format`, `meta`, `objects`.
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """The contents of a checkpoint, of this format or an older one, on the CPU: `format`, `meta`, `objects`.
 
     Raises `CheckpointError` when the file is missing, cut short, or not a checkpoint of this program.
     """
@@ -111,10 +111,8 @@ def read_checkpoint(path: Path | str, map_location: torch.device | str = "cpu") 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch explains foreign pickles in warnings; the error below does it once
-            contents = torch.load(path, map_location=map_location, weights_only=True)
-    except (
-        Exception
-    ) as error:  # what a foreign file raises depends on its first bytes: KeyError, EOFError, OSError, ...
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # which one a foreign file raises depends on its first bytes: KeyError, EOFError, ...
         if is_out_of_memory(error):
             raise
         raise CheckpointError(

@@ -87,17 +87,18 @@ def describe_device(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{device} ({properties.name}, {properties.total_memory / 2**30:.1f} GiB)"
     if device.type == "cpu":
-        return f"cpu ({_processor_name()}, {torch.get_num_threads()} threads)"
+        name = read_processor("model name") or platform.processor() or platform.machine()
+        return f"cpu ({name}, {torch.get_num_threads()} threads)"
     return f"{device} ({platform.processor() or platform.machine()})"
 
 
-def _processor_name() -> str:
+def read_processor(key: str, listing: str = "/proc/cpuinfo") -> str:
+    """What Linux lists for the first processor under `key` ("flags", "model name"); empty on other systems."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except FileNotFoundError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        with open(listing, encoding="utf-8") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")
+    except FileNotFoundError:
+        return ""
 
 
 #: bytes to which tensors are aligned in a common buffer: the largest element

@@ -53,24 +53,20 @@ class LiveTensorMeter(TorchDispatchMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        if isinstance(outputs, Tensor):
-            self._see(outputs)
-        elif isinstance(outputs, (tuple, list)):
-            for output in outputs:
-                if isinstance(output, Tensor):
-                    self._see(output)
-                elif isinstance(output, (tuple, list)):
-                    for tensor in output:
-                        self._see(tensor)
-        elif outputs is None and args and isinstance(args[0], (tuple, list)):  # _foreach_add_(tensors, ...)
-            for tensor in args[0]:
-                self._see(tensor)
+        if outputs is None and args and isinstance(args[0], (tuple, list)):  # _foreach_add_(tensors, ...)
+            self._see(args[0])
+        self._see(outputs)
         return outputs
 
-    def _see(self, tensor: Tensor) -> None:
-        if self.device_type is not None and tensor.device.type != self.device_type:
+    def _see(self, tensor: Any) -> None:
+        """Count a tensor, or each one of a list."""
+        if isinstance(tensor, (tuple, list)):
+            for item in tensor:
+                self._see(item)
             return
-        if tensor.layout is not torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return
+        if self.device_type is not None and tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()

@@ -134,13 +134,18 @@ def read_usable_memory(device: torch.device) -> int | None:
         return int(free) + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
+    available = _read_amounts("/proc/meminfo").get("MemAvailable")
+    return None if available is None else min([available, *_read_control_group()])
+
+
+def _read_amounts(listing: str) -> dict[str, int]:
+    """Bytes by name of the lines `name: number kB` of a file in /proc; empty on macOS, Windows, in some sandboxes."""
     try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            lines = {key: value for key, _, value in (line.partition(":") for line in file)}
-        available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (FileNotFoundError, KeyError):  # macOS, Windows
-        return None
-    return min([available, *_read_control_group()])
+        with open(listing, encoding="utf-8") as file:
+            lines = [line.replace(":", " ").split() for line in file]
+    except FileNotFoundError:
+        return {}
+    return {line[0]: 1024 * int(line[1]) for line in lines if line[2:] == ["kB"]}
 
 
 #: where control groups are, and the process's own among them
@@ -181,14 +186,9 @@ def _read_group(group: Path, limit: str, use: str, reclaimable: str) -> int | No
 
 
 def _read_process_memory() -> dict[str, float]:
-    try:
-        with open("/proc/self/status", encoding="utf-8") as file:
-            kib = {
-                key: float(value.split()[0]) for key, _, value in (line.partition(":") for line in file) if "Vm" in key
-            }
-        return {"rss": kib["VmRSS"] / 1024, "peak_rss": kib["VmHWM"] / 1024}
-    except (FileNotFoundError, KeyError):  # macOS, Windows, some sandboxes
-        pass
+    amounts = _read_amounts("/proc/self/status")
+    if {"VmRSS", "VmHWM"} <= amounts.keys():
+        return {"rss": amounts["VmRSS"] / MIB, "peak_rss": amounts["VmHWM"] / MIB}
     try:
         import resource
     except ImportError:  # Windows

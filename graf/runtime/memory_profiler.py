@@ -59,8 +59,23 @@ class MemoryProfiler:
             if self._peaks:
                 self._peaks[-1] = max(self._peaks[-1], peak)
                 peak = self._inner[name] = max(self._inner.get(name, 0.0), peak)
-            self._record(name, peak)
+            self.record(name, peak)
             self._restart_peak()
+
+    def record(self, name: str, peak: float) -> None:
+        """Take down the readings of phase `name`, whose peak was so many bytes."""
+        reading = self.readings.setdefault(name, {})
+        memory = read_memory(self.device)
+        if self.device.type == "cuda":
+            most = torch.cuda.max_memory_reserved(self.device) / MIB
+            reading |= {"peak": peak / MIB, "allocated": memory["allocated"], "reserved": memory["reserved"]}
+            reading["peak_reserved"] = max(most, memory["reserved"])
+        elif self.device.type == "mps":
+            reading |= memory
+        else:
+            if self._live is not None:
+                reading["live_peak"] = peak / MIB
+            reading |= {key: value for key, value in memory.items() if key == "rss"}
 
     def forget(self, name: str) -> None:
         """Drop the readings of a phase that will not happen any more."""
@@ -69,12 +84,12 @@ class MemoryProfiler:
     @property
     def worst(self) -> tuple[str, float] | None:
         """The phase with the largest peak and that peak, MiB; None where no peak is known."""
-        peaks = {
-            name: reading.get("peak", reading.get("live_peak"))
+        peaks = [
+            (name, reading[quantity])
             for name, reading in self.readings.items()
-            if "peak" in reading or "live_peak" in reading
-        }
-        return max(((name, peak) for name, peak in peaks.items() if peak is not None), key=lambda x: x[1], default=None)
+            for quantity in reading.keys() & {"peak", "live_peak"}
+        ]
+        return max(peaks, key=lambda phase: phase[1], default=None)
 
     def scalars(self) -> dict[str, float]:
         """All readings under the names of the log: memory_<phase>_<quantity>."""
@@ -94,17 +109,3 @@ class MemoryProfiler:
             self._live.reset_peak()
         elif self.device.type == "cuda":
             reset_peak(self.device)
-
-    def _record(self, name: str, peak: float) -> None:
-        reading = self.readings.setdefault(name, {})
-        memory = read_memory(self.device)
-        if self.device.type == "cuda":
-            most = torch.cuda.max_memory_reserved(self.device) / MIB
-            reading |= {"peak": peak / MIB, "allocated": memory["allocated"], "reserved": memory["reserved"]}
-            reading["peak_reserved"] = max(most, memory["reserved"])
-        elif self.device.type == "mps":
-            reading |= memory
-        else:
-            if self._live is not None:
-                reading["live_peak"] = peak / MIB
-            reading |= {key: value for key, value in memory.items() if key == "rss"}

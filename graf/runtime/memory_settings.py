@@ -41,10 +41,9 @@ class MemorySettings:
 
     def describe_change(self, other: MemorySettings) -> str:
         """What is different in `other`, in words."""
-        names = ("micro_batch_size", "strategy", "chunk")
-        changed = [(name, getattr(self, name), getattr(other, name)) for name in names]
         keys = {"strategy": "memory_strategy"}
-        return ", ".join(f"training.{keys.get(name, name)} {old} -> {new}" for name, old, new in changed if old != new)
+        changed = [(keys.get(name, name), old, getattr(other, name)) for name, old in vars(self).items()]
+        return ", ".join(f"training.{key} {old} -> {new}" for key, old, new in changed if old != new)
 
 
 def halve_chunk(chunk: int) -> int:

@@ -1,6 +1,7 @@
 """From a configuration to objects: weights follow the seed alone, and each key arrives where it acts."""
 
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -80,7 +81,7 @@ def test_codes_split_into_shape_and_appearance():
 
 
 def test_a_scene_survives_the_checkpoint():
-    meta = SCENE.as_meta()
+    meta = asdict(SCENE)
     assert DatasetInfo(**meta) == SCENE
 
 

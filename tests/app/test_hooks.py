@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from graf.app import hooks
 from graf.app.runs import RunFolder
+from graf.config import Config
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog
 from graf.runtime.memory import CacheRelease
@@ -18,11 +20,12 @@ from graf.training.trainer import Progress
 CPU = torch.device("cpu")
 
 
-def trainer_at(iteration: int, seconds: float = 0.0) -> SimpleNamespace:
-    """What the hooks use of a Trainer."""
+def trainer_at(iteration: int, seconds: float = 0.0, **training: Any) -> SimpleNamespace:
+    """What the hooks use of a Trainer; training: keys of that section."""
     meter = MemoryProfiler(CPU)
     meter.readings["d"] = {"live_peak": 12.0}
     return SimpleNamespace(
+        config=Config.model_validate({"training": training}),
         progress=Progress(iteration, seconds),
         device=CPU,
         profiler=meter,
@@ -48,9 +51,9 @@ def rows_of(folder: Path) -> dict[int, dict[str, float]]:
 )
 def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start, seconds, expected):
     with RunLog(tmp_path, total=30, start=start, progress=False) as log:
-        hook = hooks.LogHook(log, 10, 8, CacheRelease("never", CPU), (start, seconds))
+        hook = hooks.LogHook(log, CacheRelease("never", CPU), (start, seconds))
         for iteration in range(start + 1, 24):
-            hook(trainer_at(iteration, seconds + 2.0 * (iteration - start)), {})
+            hook(trainer_at(iteration, seconds + 2.0 * (iteration - start), print_every=10, batch_size=8), {})
     rows = rows_of(tmp_path)
     assert {iteration: row["images_per_second"] for iteration, row in rows.items()} == pytest.approx(expected)
     for row in rows.values():
@@ -66,10 +69,10 @@ def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start,
 def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
     expected = [1, 10, 50, 100, 250, 400, 800] if expected is None else expected
     drawn: list[int] = []
-    hook = hooks.SampleHook(*[None] * 4, every, CacheRelease("never", CPU))  # type: ignore[arg-type]
+    hook = hooks.SampleHook(*[None] * 4, CacheRelease("never", CPU))  # type: ignore[arg-type]
     monkeypatch.setattr(hook, "write", drawn.append)
     for iteration in range(1, 1001):
-        hook(trainer_at(iteration), {})
+        hook(trainer_at(iteration, sample_every=every), {})
     assert drawn == expected
 
 
@@ -77,24 +80,25 @@ def test_a_checkpoint_is_saved_when_its_time_has_come_and_once_an_iteration(tmp_
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
     run = RunFolder(tmp_path)
-    hook = hooks.CheckpointHook(run, {}, 10, 4, 2, CacheRelease("never", CPU), _last=clock.now)
+    hook = hooks.CheckpointHook(run, {}, CacheRelease("never", CPU), _last=clock.now)
+    settings = {"save_every": 10, "backup_every": 4, "keep_checkpoints": 2}
     for iteration in range(1, 10):
         clock.now += 4
-        hook(trainer_at(iteration), {})
-    hook.save_latest(trainer_at(9))
+        hook(trainer_at(iteration, **settings), {})
+    hook.save_latest(trainer_at(9, **settings))
     saved = sorted(path.name for path in run.checkpoints.iterdir())
     backups = ["backup_00000004.pt", "backup_00000008.pt"]
     assert saved == [*backups, "model_00000006.pt", "model_00000009.pt"]  # 3, 6 and 9 were due, two are kept
     before = (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns
-    hook.save_latest(trainer_at(9))
+    hook.save_latest(trainer_at(9, **settings))
     assert (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns == before
 
 
 def test_the_trainer_is_asked_to_stop_by_a_signal_or_by_the_clock(monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
-    request, trainer = StopRequest(), trainer_at(1)
-    hook = hooks.StopHook(request, 2.0, started=1000.0)
+    request, trainer = StopRequest(), trainer_at(1, max_minutes=2.0)
+    hook = hooks.StopHook(request, started=1000.0)
     clock.now = 1119.0
     hook(trainer, {})
     assert trainer.stop_reason is None
@@ -105,5 +109,5 @@ def test_the_trainer_is_asked_to_stop_by_a_signal_or_by_the_clock(monkeypatch):
     hook(trainer, {})
     assert trainer.stop_reason == "SIGTERM"
     unlimited = trainer_at(1)
-    hooks.StopHook(StopRequest(), None, started=0.0)(unlimited, {})
+    hooks.StopHook(StopRequest(), started=0.0)(unlimited, {})
     assert unlimited.stop_reason is None

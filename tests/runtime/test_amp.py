@@ -19,6 +19,7 @@ from graf.runtime.amp import (
     optimizer_step,
     scale_of,
 )
+from graf.runtime.device import read_processor
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
@@ -103,15 +104,14 @@ def test_native_bfloat16_is_read_from_processor_flags(
 ) -> None:
     listing = tmp_path / "cpuinfo"
     listing.write_text(f"processor\t: 0\nflags\t\t: {flags}\nflags\t\t: other\n")
-    found = amp.read_processor_flags(str(listing))
-    assert found == set(flags.split())
+    assert read_processor("flags", str(listing)) == flags
     monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)
-    monkeypatch.setattr(amp, "read_processor_flags", lambda: found)
+    monkeypatch.setattr(amp, "read_processor", lambda key: read_processor(key, str(listing)))
     assert amp.has_native_bfloat16() == native
 
 
 def test_a_machine_without_proc_lists_no_flags(tmp_path: Path) -> None:
-    assert amp.read_processor_flags(str(tmp_path / "absent")) == set()
+    assert read_processor("flags", str(tmp_path / "absent")) == ""
 
 
 def test_autocast_multiplies_in_its_dtype_and_float32_region_switches_it_off_inside() -> None:

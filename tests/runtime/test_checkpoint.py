@@ -19,7 +19,7 @@ import torch
 
 from graf.base import files
 from graf.runtime import logs
-from graf.runtime.amp import NoOpScaler
+from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import (
     CheckpointError,
     checkpoint_name,
@@ -498,7 +498,7 @@ def test_a_state_that_its_object_refuses_is_the_same_one_line(tmp_path: Path) ->
 def test_a_scaler_of_another_precision_starts_fresh_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, saved_enabled: bool
 ) -> None:
-    real, off = torch.amp.GradScaler("cpu", init_scale=8.0), NoOpScaler()
+    real, off = torch.amp.GradScaler("cpu", init_scale=8.0), Precision("cpu", None).make_scaler()
     saved, current = (real, off) if saved_enabled else (off, real)
     contents = saved_contents(tmp_path, {"scaler_g": saved})
     with caplog.at_level("INFO", "graf"):

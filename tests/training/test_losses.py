@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.testing import assert_close
 
-from graf.runtime.amp import NoOpScaler
+from graf.runtime.amp import Precision
 from graf.training.losses import (
     MCE_Loss,
     discriminator_fake_loss,
@@ -16,6 +16,7 @@ from graf.training.losses import (
     r1_penalty,
 )
 
+OFF = Precision("cpu", None).make_scaler()
 LOGITS = torch.tensor([-30.0, -1.5, -1.0, 0.0, 0.4, 1.0, 2.5, 30.0], dtype=torch.float64)
 
 
@@ -56,7 +57,7 @@ def draw_images(batch: int = 3) -> torch.Tensor:
 
 def test_r1_of_a_linear_discriminator_is_the_squared_norm_of_its_weight():
     weight, images = torch.randn(3, 4, 4, dtype=torch.float64), draw_images()
-    penalty = r1_penalty((images * weight).sum((1, 2, 3)), images, NoOpScaler())
+    penalty = r1_penalty((images * weight).sum((1, 2, 3)), images, OFF)
     assert_close(penalty, weight.square().sum().expand(3))
 
 
@@ -64,7 +65,7 @@ def test_r1_of_a_quadratic_discriminator_and_its_own_gradient_have_closed_forms(
     """D(x) = a |x|^2 / 2: R1 = a^2 |x|^2, dR1/da = 2 a |x|^2."""
     a, images = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), draw_images()
     squared = images.detach().square().sum((1, 2, 3))
-    penalty = r1_penalty(a * images.square().sum((1, 2, 3)) / 2, images, NoOpScaler())
+    penalty = r1_penalty(a * images.square().sum((1, 2, 3)) / 2, images, OFF)
     assert_close(penalty.detach(), 0.49 * squared)
     (gradient,) = torch.autograd.grad(penalty.sum(), a)
     assert_close(gradient, 1.4 * squared.sum())
@@ -74,7 +75,7 @@ def test_input_gradient_norms_agree_with_finite_differences():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6), torch.nn.Tanh(), torch.nn.Linear(6, 1))
     network.double()
     images = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    found = input_gradient_norms(network(images)[:, 0], images, NoOpScaler())
+    found = input_gradient_norms(network(images)[:, 0], images, OFF)
     step = 1e-5
     offsets = step * torch.eye(12, dtype=torch.float64).view(12, 3, 2, 2)
     for index, image in enumerate(images.detach()):
@@ -86,14 +87,14 @@ def test_input_gradient_norms_agree_with_finite_differences():
 def test_the_gradient_penalty_measures_the_distance_from_slope_one(length, expected):
     weight = functional.normalize(torch.randn(48, dtype=torch.float64), dim=0).view(3, 4, 4) * length
     images = draw_images()
-    penalty = gradient_penalty((images * weight).sum((1, 2, 3)), images, NoOpScaler())
+    penalty = gradient_penalty((images * weight).sum((1, 2, 3)), images, OFF)
     assert_close(penalty, torch.full((3,), expected, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_the_gradient_penalty_of_a_flat_discriminator_has_a_finite_gradient():
     weight = torch.zeros(3, 4, 4, requires_grad=True)
     images = torch.randn(2, 3, 4, 4, requires_grad=True)
-    penalty = gradient_penalty((images * weight).sum((1, 2, 3)), images, NoOpScaler())
+    penalty = gradient_penalty((images * weight).sum((1, 2, 3)), images, OFF)
     penalty.sum().backward()
     assert_close(penalty, torch.ones(2), atol=1e-5, rtol=0)
     assert bool(torch.isfinite(weight.grad).all())
@@ -104,7 +105,7 @@ def test_an_enabled_gradient_scaler_changes_neither_a_penalty_nor_its_gradient(p
     weight, images = torch.randn(3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
     values = []
-    for chosen in (NoOpScaler(), scaler):
+    for chosen in (OFF, scaler):
         penalty = penalise(torch.tanh((images * weight).sum((1, 2, 3)) / 10), images, chosen)
         values.append((penalty, torch.autograd.grad(penalty.sum(), weight)[0]))
     assert scaler.get_scale() == 2.0**14
@@ -118,8 +119,8 @@ def test_penalties_are_per_image_so_that_micro_batches_add_up():
     def discriminate(batch: torch.Tensor) -> torch.Tensor:
         return torch.sin(batch).prod(1).sum((1, 2))
 
-    whole = r1_penalty(discriminate(images), images, NoOpScaler())
-    parts = [r1_penalty(discriminate(part), part, NoOpScaler()) for part in (images[:1], images[1:])]
+    whole = r1_penalty(discriminate(images), images, OFF)
+    parts = [r1_penalty(discriminate(part), part, OFF) for part in (images[:1], images[1:])]
     assert_close(torch.cat(parts), whole)
 
 

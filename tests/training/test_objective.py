@@ -11,11 +11,12 @@ import torch
 from torch.testing import assert_close
 
 from graf.app import builders
-from graf.runtime.amp import NoOpScaler
+from graf.runtime.amp import Precision
 from graf.runtime.randomness import Draws
 from graf.training.inputs import StepInputs
 from graf.training.trainer import Trainer
 
+OFF = Precision("cpu", None).make_scaler()
 WEIGHTS = ("discriminator.class_loss=2.5", "training.reg_param=7", "training.reg_every=3")
 SUPER_RESOLUTION = (
     *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=0.4"),
@@ -53,7 +54,7 @@ def test_the_losses_of_the_discriminator_are_its_weighted_statistics(case, itera
     assert_close(loss, terms["loss_d"] + 2.5 * terms["loss_d_class"])
     assert objective.penalty_is_due(iteration)
     assert not objective.penalty_is_due(iteration + 1)
-    loss, terms = objective.penalty_loss(reals, inputs.reals.mix, render, 3, NoOpScaler())
+    loss, terms = objective.penalty_loss(reals, inputs.reals.mix, render, 3, OFF)
     assert terms.keys() == {"penalty"}
     assert terms["penalty"] > 0
     assert_close(loss, 7 * 3 * terms["penalty"])
@@ -80,7 +81,7 @@ def test_terms_of_parts_add_up_to_those_of_the_batch(case):
         fakes, reals = part.fakes_g, objective.cut_reals(part.reals)
         render = objective.render_patches(fakes)
         _, found = objective.discriminator_loss(reals, objective.cut_fakes(fakes, render.rgb), part.reals.views, 3)
-        found |= objective.penalty_loss(reals, part.reals.mix, render.rgb, 3, NoOpScaler())[1]
+        found |= objective.penalty_loss(reals, part.reals.mix, render.rgb, 3, OFF)[1]
         found |= objective.generator_loss(fakes, render.rgb, 3)[1]
         if trainer.ccsr is not None:
             neighbours = objective.render_neighbours(fakes)
