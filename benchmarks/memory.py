@@ -54,6 +54,7 @@ LARGEST_MIB, LARGEST_RAYS = 9_000, 8_192
 PUBLISHED = ("training.fid_every=0", "training.chunk=auto", "data.imsize=256")
 SMALL = ("nerf.netwidth=64", "nerf.netdepth=4", "nerf.N_samples=16", "training.fid_every=0")
 #: predicted against measured: name -> keys on top of smoke.yaml and SMALL
+TRIPLANE = ("nerf.field=triplane", "training.match_views=true", "training.photometric=20", "training.opacity=0.1")
 CONFIGS = {
     "dense": (),
     "dense, 8 chunks": ("training.chunk=64",),
@@ -74,6 +75,14 @@ CONFIGS = {
         "nerf.N_importance=8",
         "training.memory_strategy=checkpoint",
         "training.chunk=100",
+    ),
+    "tri-planes": TRIPLANE,
+    "tri-planes, parts of 2, deferred": (
+        *TRIPLANE,
+        "training.memory_strategy=deferred",
+        "training.chunk=100",
+        "training.micro_batch_size=2",
+        "training.batch_size=6",
     ),
     "CCSR": ("ccsr.enabled=true",),
     "CCSR, parts of 2, deferred": (

@@ -15,6 +15,7 @@ from torch import Tensor
 from graf.config import DEFAULT_CHUNK, Config, ConfigError, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
+from graf.data.errors import DataError
 from graf.data.images import square_side
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
@@ -22,16 +23,19 @@ from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.extractor import Extractor, choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol
 from graf.evaluation.renderer import Renderer
+from graf.evaluation.scoring import ValidationTask
 from graf.geometry.cameras import Intrinsics
 from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler, Views
 from graf.geometry.volume_rendering import RaySampling, Render
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, UnitRange, ViewLatents
+from graf.models.density import DensityLaw
 from graf.models.discriminator import DiscriminatorShape, PatchDiscriminator
 from graf.models.field import RadianceField
 from graf.models.generator import Generator
 from graf.models.mlp_field import MLPField, MLPShape
 from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
+from graf.models.triplane_field import TriplaneField, TriplaneShape
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.memory_settings import MemorySettings
@@ -39,6 +43,10 @@ from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
 
 Settings = TypeVar("Settings")
+
+
+#: photographs of the validation split that a run is measured on
+NUM_VALIDATION = 48
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class DatasetInfo:
 
 
 def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
-    """The data set of a configuration. subset: "train", "heldout" or "all"."""
+    """The data set of a configuration. subset: "train", "validation", "test" or "all"."""
     radius = sum(config.data.radius_range) / 2
     values = config.data.model_dump() | {"radius": radius, "imsize": config.photo_size}
     photographs = open_dataset(DataSettings.from_mapping(values, subset))
@@ -183,6 +191,24 @@ def _render_truth(
     return Render(images, depth, mask)
 
 
+def build_validation(config: Config, renderer: Renderer, split: str = "validation") -> ValidationTask | None:
+    """What a run is measured on while it trains: photographs of a split of known views; None where there are none.
+
+    At most NUM_VALIDATION of them, evenly chosen.
+    """
+    if not config.data.heldout_every or config.data.type == "image_folder":
+        return None
+    try:
+        photographs = open_photographs(config, split)
+    except DataError as error:
+        info_once(f"nothing is measured on the {split} split: {error}")
+        return None
+    real = real_images(photographs, renderer.ccsr)["render"]
+    chosen = range(0, len(photographs), -(-len(photographs) // NUM_VALIDATION))
+    images = torch.stack([real[index][0] for index in chosen])
+    return ValidationTask(renderer, images, build_pose_sampler(config, photographs, renderer.cameras).select(chosen))
+
+
 def build_protocol(config: Config) -> FidelityProtocol:
     """How FID and KID are computed."""
     return _fill(FidelityProtocol, config.evaluation)
@@ -210,12 +236,40 @@ def _build_mlp(config: Config, num_classes: int) -> RadianceField:
         dim_shape=z_dist.dim - z_dist.dim_appearance,
         dim_appearance=z_dist.dim_appearance,
         num_classes=num_classes,
+        density=_build_density_law(config),
     )
     return MLPField(shape)
 
 
+def _build_triplane(config: Config, num_classes: int) -> RadianceField:
+    nerf, z_dist = config.nerf, config.z_dist
+    assert nerf.bounding_radius is not None  # the configuration has been checked
+    shape = _fill(
+        TriplaneShape,
+        nerf,
+        extent=nerf.bounding_radius,
+        dim_shape=z_dist.dim - z_dist.dim_appearance,
+        dim_appearance=z_dist.dim_appearance,
+        num_classes=num_classes,
+        density=_build_density_law(config),
+    )
+    return TriplaneField(shape)
+
+
+def _build_density_law(config: Config) -> DensityLaw:
+    nerf = config.nerf
+    return DensityLaw(
+        activation=nerf.density,
+        scale=nerf.density_scale,
+        bias=nerf.density_bias,
+        sphere_prior=nerf.sphere_prior,
+        prior_radius=nerf.prior_radius,
+        bounding_radius=nerf.bounding_radius,
+    )
+
+
 #: the values of nerf.field
-FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp}
+FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp, "triplane": _build_triplane}
 
 
 def build_generator(config: Config, num_classes: int) -> Generator:

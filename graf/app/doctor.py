@@ -104,7 +104,9 @@ def describe(inspection: Inspection) -> list[str]:
     lines.append(f"read as {dataset.imsize}x{dataset.imsize}")
     if data.heldout_every and dataset.poses is None and dataset.poses_known:
         angles = labels[:, 2].unique()
-        lines.append(f"held out: {len(angles[:: data.heldout_every])} of {len(angles)} angles")
+        heldout = len(angles[:: data.heldout_every])
+        halves = f"{heldout - heldout // 2} for test, {heldout // 2} for validation"
+        lines.append(f"held out: {heldout} of {len(angles)} angles, {halves}")
     radii = inspection.poses[:, :3, 3].norm(dim=1)
     lines.append(f"cameras: radius {radii.min():.2f}..{radii.max():.2f}, field of view {inspection.fov:.1f} degrees")
     problems = list(dataset.report.lines())

@@ -35,7 +35,7 @@ from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.logs import logger, progress_bar, setup_console
 from graf.runtime.memory import prepare_allocator
 
-NUM_HELDOUT_CODES = 8
+NUM_HELDOUT_CODES = 4
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def write_consistency(evaluation: Evaluation) -> list[Path]:
 
 
 def write_heldout(evaluation: Evaluation) -> list[Path]:
-    """Renders of the views that training never saw against their photographs; see graf.evaluation.heldout."""
+    """Renders of the test split, which training never saw, against its photographs; see graf.evaluation.heldout."""
     config, renderer = evaluation.config, evaluation.renderer
     if not evaluation.dataset_info.poses_known:
         raise ConfigError(
@@ -246,18 +246,19 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
         )
     if not config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
-    training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "heldout"))
+    training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "test"))
     means, (images, _) = (
         _stack(builders.real_images(photographs, renderer.ccsr)["render"]) for photographs in (training, heldout)
     )
     views = builders.build_pose_sampler(config, heldout, renderer.cameras).views
     photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), renderer.classes)
     codes = renderer.codes(evaluation.seed, range(NUM_HELDOUT_CODES))
-    with progress_bar(desc="held-out views", unit="image", total=3 * len(codes) * len(images)) as bar:
+    with progress_bar(desc="held-out views", unit="image", total=(3 + len(codes)) * len(images)) as bar:
 
-        def render(views: Views, code: int) -> Tensor:
+        def render(views: Views, code: int | None) -> Tensor:
             bar.update(len(views))
-            return renderer.render_views(codes[code : code + 1].expand(len(views), -1), views).rgb
+            z = torch.zeros_like(codes[0]) if code is None else codes[code]
+            return renderer.render_views(z.expand(len(views), -1), views).rgb
 
         report = measure_heldout(
             photographs,

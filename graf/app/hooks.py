@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from graf.evaluation.fidelity import is_better, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
 from graf.evaluation.pictures import save_png
 from graf.evaluation.renderer import Renderer
-from graf.evaluation.scoring import ScoringTask
+from graf.evaluation.scoring import ScoringTask, ValidationTask
 from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
@@ -103,7 +103,8 @@ class SampleHook:
 class ScoreHook:
     """FID and KID of the averaged weights; remembers the best score in trainer.progress.best and saves model_best.pt.
 
-    photographs: what each output is scored against, "render" and, with super-resolution, "sr".
+    photographs: what each output is scored against, "render" and, with super-resolution, "sr"; validation: measured
+    beside the render.
     """
 
     task: ScoringTask
@@ -113,6 +114,7 @@ class ScoreHook:
     checkpoints: CheckpointHook
     caches: CacheRelease
     consistency: ConsistencyTask | None = None
+    validation: ValidationTask | None = None
     _last: int = -1
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
@@ -134,6 +136,8 @@ class ScoreHook:
         provenance = {"iteration": iteration, "ema": trainer.config.training.model_average_beta > 0}
         for output, photographs in self.photographs.items():
             scores = self.task.score(output, photographs, photographs.fingerprint(), provenance)
+            if output == "render" and self.validation is not None:
+                scores = replace(scores, values=scores.values | self.validation.measure())
             write_scores(self.folder.path, scores)
             self.log.scalars(iteration, scores.values)
             text = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())

@@ -182,7 +182,8 @@ def train(
             if renderer.ccsr is not None:
                 classes = range(len(renderer.classes))
                 consistency = builders.build_consistency(config, dataset_info, renderer, classes)
-            score = hooks.ScoreHook(task, real, folder, log, save, caches, consistency)
+            validation = builders.build_validation(config, renderer)
+            score = hooks.ScoreHook(task, real, folder, log, save, caches, consistency, validation)
         between: list[Hook] = [
             hooks.LogHook(log, caches, (start, trainer.progress.seconds)),
             sample,

@@ -86,7 +86,7 @@ class DataConfig(Section):
     )
     classes: tuple[str, ...] | None = Field(None, description="names of the classes to keep; null keeps all")
     heldout_every: int = Field(
-        0, ge=0, description="hold every n-th distinct angle (or image) out of training; 0: none"
+        0, ge=0, description="hold every n-th distinct angle (or image) out, for test and validation in turn; 0: none"
     )
     strict: bool = Field(False, description="an unusable file is an error instead of a report")
     cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
@@ -123,7 +123,15 @@ class DataConfig(Section):
 class NerfConfig(Section):
     """The radiance field and its sampling along rays."""
 
-    field: str = Field("mlp", description="what represents the objects, a name in graf.app.builders; mlp: GRAF's")
+    field: str = Field(
+        "mlp", description="what represents the objects: mlp, GRAF's network, or triplane, features on three planes"
+    )
+    plane_resolution: int = Field(64, ge=4, le=1024, description="triplane: features on each side of a plane")
+    plane_channels: int = Field(16, ge=1, description="triplane: numbers of a feature")
+    decoder_width: int = Field(64, ge=4, description="triplane: hidden units of its decoder")
+    colour_components: int = Field(
+        6, ge=1, description="triplane: colours at a point that viewing direction and appearance code mix"
+    )
     N_samples: int = Field(64, ge=2, description="samples per ray")
     N_importance: int = Field(0, ge=0, description="further samples per ray where the first ones found density")
     netdepth: int = Field(8, ge=1, description="layers of the density trunk")
@@ -165,6 +173,12 @@ class RaySamplerConfig(Section):
     min_scale: float = Field(0.25, gt=0, le=1, description="smallest side of a patch as a share of the image")
     max_scale: float = Field(1.0, gt=0, le=1, description="largest side of a patch as a share of the image")
     scale_anneal: float = Field(0.0025, ge=0, description="s_min(it) = exp(-3 scale_anneal it / 1000); 0: at once")
+    snap: bool = Field(
+        False, description="patches on whole pixels: scales n side / imsize, every pixel of a real patch a photograph's"
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="how photographs are read between pixels; bilinear (GRAF) blurs them"
+    )
 
     @property
     def patch_size(self) -> int:
@@ -272,6 +286,15 @@ class TrainingConfig(Section):
     reg_param: float = Field(10.0, ge=0, description="its weight: reg_param E ||gradient||^2, per image")
     reg_every: int = Field(1, ge=1, description="apply it every n-th step with n times the weight (lazy)")
     share_fakes: bool = Field(False, description="D and G step use the same fake patches: a render less per step")
+    match_views: bool = Field(False, description="generated patches take labels and places of the batch's photographs")
+    photometric: float = Field(
+        0.0, ge=0, description="weight of the squared distance of renders to photographs of the same view; 0: none"
+    )
+    photometric_min: float = Field(0.0, ge=0, description="its floor")
+    photometric_decay: float = Field(
+        0.0, ge=0, description="its decay per iteration: max(photometric_min, photometric exp(-decay it))"
+    )
+    opacity: float = Field(0.0, ge=0, description="weight of the renders' mean opacity, which clears fog; 0: none")
     optimizer: Literal["rmsprop", "adam"] = Field("rmsprop", description="RMSprop (alpha .99) or Adam (betas)")
     betas: tuple[DecayRate, DecayRate] = Field((0.0, 0.99), description="Adam's decay rates")
     lr_g: float = Field(5e-4, gt=0, description="learning rate of the generator")
@@ -302,7 +325,9 @@ class TrainingConfig(Section):
         100_000, ge=0, description="iterations between checkpoints that are kept for ever; 0: none"
     )
     keep_checkpoints: int = Field(3, ge=1, description="how many of the timed checkpoints are kept")
-    save_best: Literal["fid", "kid"] = Field("fid", description="the score that decides model_best.pt")
+    save_best: Literal["fid", "kid", "psnr"] = Field(
+        "fid", description="the score that decides model_best.pt; psnr: on the validation split"
+    )
 
     @field_validator("memory_budget")
     @classmethod
@@ -425,6 +450,18 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"ray_sampler.min_scale={rays.min_scale}: must not exceed max_scale={rays.max_scale}"
     if config.discriminator.class_loss and config.discriminator.condition_maps:
         yield "discriminator.condition_maps: would tell the class head the class; with class_loss > 0 set it to 0"
+    if config.nerf.field == "triplane" and config.nerf.bounding_radius is None:
+        yield "nerf.field=triplane: its planes need an extent; set nerf.bounding_radius, for example to 1"
+    if training.photometric and not training.match_views:
+        yield (
+            f"training.photometric={training.photometric:g}: compares renders with photographs of the same view; set "
+            "training.match_views=true too"
+        )
+    if training.save_best == "psnr" and (not data.heldout_every or data.type == "image_folder"):
+        yield (
+            f"training.save_best=psnr: needs photographs of known views that are held out; data.type={data.type}, "
+            f"data.heldout_every={data.heldout_every}; set data.heldout_every=6, or save_best=fid"
+        )
     yield from _ccsr_contradictions(config.ccsr)
     if config.ccsr.enabled and training.reg_type == "wgangp":
         yield "training.reg_type=wgangp: does not cover super-resolved crops; with ccsr.enabled use reg_type=real"

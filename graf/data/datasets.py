@@ -24,7 +24,7 @@ from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthe
 from graf.runtime.logs import logger, progress_bar, warn_once
 
 DATA_TYPES = ("synthetic", "turntable", "transforms", "image_folder")
-SUBSETS = ("train", "heldout", "all")
+SUBSETS = ("train", "validation", "test", "all")
 DECODING_THREADS = 4
 
 
@@ -35,10 +35,11 @@ class DataSettings:
     `v_list` is required for turntable, derived from the poses for transforms where it is None, and defaults to
     synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
     every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
-    photograph (transforms, image_folder). `strict` turns skipped photographs into a DataError. `crop` is the side of
-    the central square that is used, in pixels, where it is not the largest one. Sets that fit `cache_mib` MiB as uint8
-    are decoded when they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the
-    synthetic_* fields act on the synthetic set only.
+    photograph (transforms, image_folder); of these the first, third, ... are the test split, by which a run is
+    reported, the others the validation split, by which choices are made. `strict` turns skipped photographs into a
+    DataError. `crop` is the side of the central square that is used, in pixels, where it is not the largest one. Sets
+    that fit `cache_mib` MiB as uint8 are decoded when they are opened; larger ones when an image is asked for.
+    `radius`, `fov` (degrees) and the synthetic_* fields act on the synthetic set only.
     """
 
     type: str
@@ -213,18 +214,19 @@ def _choose_subset(index: PhotoIndex, settings: DataSettings) -> list[int]:
         return list(range(len(index.paths)))
     if every == 0:
         raise DataError(
-            "data.heldout_every=0 holds nothing out, but the held-out subset was asked for; set it to 6, for example"
+            f"data.heldout_every=0 holds nothing out, but the {settings.subset} split was asked for; set it to 6, for "
+            "example"
         )
-    if settings.type in ("turntable", "synthetic"):
-        heldout_angles = index.labels[:, 2].unique()[::every]  # unique() sorts
-        is_heldout = torch.isin(index.labels[:, 2], heldout_angles)
-    else:
-        is_heldout = torch.arange(len(index.paths)) % every == 0
-    chosen = torch.nonzero(is_heldout if settings.subset == "heldout" else ~is_heldout)[:, 0].tolist()
+    by_angle = settings.type in ("turntable", "synthetic")
+    places = index.labels[:, 2] if by_angle else torch.arange(len(index.paths))
+    heldout = places.unique()[::every]  # unique() sorts
+    subsets = {"test": heldout[::2], "validation": heldout[1::2]}
+    is_chosen = torch.isin(places, subsets.get(settings.subset, heldout))
+    chosen = torch.nonzero(~is_chosen if settings.subset == "train" else is_chosen)[:, 0].tolist()
     if not chosen:
         raise DataError(
             f"{index.root}: data.heldout_every={every} leaves no photograph of {len(index.paths)} in the subset "
-            f"{settings.subset!r}; choose a smaller value or 0"
+            f"{settings.subset!r}; choose a smaller value, or 0"
         )
     return chosen
 

@@ -234,7 +234,9 @@ def _verify_weights(extractor: Extractor) -> None:
 
 
 def is_better(new: Scores | Mapping[str, Plain], best: Mapping[str, Plain] | None, metric: str) -> bool:
-    """Whether `new` replaces `best` as the lowest `metric`, "fid" or "kid"; arguments are Scores or their `as_dict()`.
+    """Whether `new` replaces `best` by `metric`; arguments are Scores or their `as_dict()`.
+
+    metric: "fid" or "kid", which are to be low, or "psnr" on the validation split, which is to be high.
 
     Scores of different extractors, counts or resolutions are never compared: the record starts over with `new`, which
     is reported once. A score that is not finite is never better.
@@ -254,11 +256,14 @@ def is_better(new: Scores | Mapping[str, Plain], best: Mapping[str, Plain] | Non
 
 
 def _find_metric(row: Mapping[str, Plain], metric: str) -> tuple[str, float]:
-    if metric not in ("fid", "kid"):
-        raise FidelityError(f"training.save_best={metric}: expected fid or kid")
-    for name in (metric, f"{metric}_offline"):
+    """The name of the metric in a row of scores, and its value, negative where high ones are good."""
+    names = {"fid": ("fid", "fid_offline"), "kid": ("kid", "kid_offline"), "psnr": ("psnr_validation",)}
+    if metric not in names:
+        raise FidelityError(f"training.save_best={metric}: expected one of {', '.join(names)}")
+    for name in names[metric]:
         if row.get(name) is not None:
-            return name, float(cast(float, row[name]))
+            value = float(cast(float, row[name]))
+            return name, -value if metric == "psnr" else value
     raise FidelityError(f"a score row without {metric}: it has {', '.join(row)}")
 
 

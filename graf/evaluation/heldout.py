@@ -1,9 +1,10 @@
 """The held-out measurement: renders of a labelled view against photographs of it that training never saw.
 
-For each photograph and each of `num_z` fixed latents one render is made from the photograph's own view, one from the
-mirrored azimuth (-angle) and one from +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores
-as well at the wrong azimuths as at the right one; the gates ask for a margin. Blur wins PSNR, so KID must also be lower
-than that of the blurriest sensible answer, the mean of the object's training photographs.
+For each photograph one render is made with the code z = 0 and one with each of `num_z` drawn codes from the
+photograph's own view, and with z = 0 one from the mirrored azimuth (-angle) and one from +90 degrees. A generator that
+ignores the azimuth, or turns the wrong way, scores as well at the wrong azimuths as at the right one; the gates ask for
+a margin above what two runs with other seeds differ by. Blur wins PSNR, so KID must also be lower than that of the
+blurriest sensible answer, the mean of the object's training photographs.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from torch.utils.data import Dataset
 from graf.base.errors import UserError
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
-from graf.evaluation.metrics import psnr
+from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.views import Views
 
-MARGIN_DB = 0.3
+#: two seeds differ by 0.1 to 0.3 dB
+MARGIN_DB = 1.0
 LEAST_PSNR_DB = 19.0
 
 Gate = tuple[str, float, float, bool]
@@ -63,15 +65,18 @@ class HeldoutPhotographs:
 
 @dataclass(frozen=True)
 class ObjectRow:
-    """One object's mean PSNR in dB, over its photographs and the latents.
+    """One object's mean PSNR in dB, over its photographs; SSIM of z = 0.
 
-    labelled: at the photograph's own azimuth; labelled_unmirrored: the same without the angles 0 and 180, which mirror
-    onto themselves; mirrored: at -angle, likewise without them (NaN where nothing is left); plus90: at angle + 90.
+    labelled: with z = 0 at the photograph's own azimuth; mean_z: the same with drawn codes, and their mean;
+    labelled_unmirrored: labelled without the angles 0 and 180, which mirror onto themselves; mirrored: at -angle,
+    likewise without them (NaN where nothing is left); plus90: at angle + 90.
     """
 
     name: str
     photographs: int
     labelled: float
+    ssim: float
+    mean_z: float
     labelled_unmirrored: float
     mirrored: float
     plus90: float
@@ -95,16 +100,17 @@ class HeldoutReport:
             kept = [value for value in values if value == value]
             return sum(kept) / len(kept) if kept else float("nan")
 
-        columns = ("labelled", "labelled_unmirrored", "mirrored", "plus90")
+        columns = ("labelled", "ssim", "mean_z", "labelled_unmirrored", "mirrored", "plus90")
         return ObjectRow("average", sum(row.photographs for row in self.objects), *(mean(column) for column in columns))
 
     def gates(self) -> list[Gate]:
         """(name, value, threshold, passed) of each gate; a value that is NaN does not pass."""
         average = self.average()
         kid, kid_mean = self.renders.values[self.kid_name], self.mean_images.values[self.kid_name]
+        noise = self.renders.values[f"{self.kid_name.replace('kid', 'kid_std', 1)}"]
         mirrored, plus90 = average.mirrored + MARGIN_DB, average.plus90 + MARGIN_DB
         return [
-            (f"{self.kid_name} below mean images", kid, kid_mean, kid < kid_mean),
+            (f"{self.kid_name} below mean images by its deviation", kid, kid_mean - noise, kid < kid_mean - noise),
             (f"psnr over mirrored + {MARGIN_DB} dB", *_at_least(average.labelled_unmirrored, mirrored)),
             (f"psnr over +90 degrees + {MARGIN_DB} dB", *_at_least(average.labelled, plus90)),
             ("psnr", *_at_least(average.labelled, LEAST_PSNR_DB)),
@@ -122,12 +128,13 @@ class HeldoutReport:
     def text(self) -> str:
         """The report as a table for people."""
         lines = [
-            f"held-out PSNR in dB, mean over {self.num_z} latents ([..]: without 0 and 180 degrees)",
-            f"{'object':<16}{'photos':>8}{'labelled':>10}{'[labelled]':>12}{'[mirrored]':>12}{'+90':>8}",
+            f"PSNR in dB on the test split, z = 0, and the mean over {self.num_z} z ([..]: without 0 and 180 degrees)",
+            f"{'object':<16}{'photos':>8}{'z = 0':>10}{'SSIM':>8}{'mean z':>8}"
+            f"{'[z = 0]':>12}{'[mirrored]':>12}{'+90':>8}",
         ]
         for row in (*self.objects, self.average()):
             lines.append(
-                f"{row.name[:15]:<16}{row.photographs:>8}{row.labelled:>10.2f}"
+                f"{row.name[:15]:<16}{row.photographs:>8}{row.labelled:>10.2f}{row.ssim:>8.4f}{row.mean_z:>8.2f}"
                 f"{row.labelled_unmirrored:>12.2f}{row.mirrored:>12.2f}{row.plus90:>8.2f}"
             )
         for scores, name in ((self.renders, "renders"), (self.mean_images, "per-object mean images")):
@@ -180,19 +187,19 @@ def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
 @torch.no_grad()
 def measure_heldout(
     photographs: HeldoutPhotographs,
-    render: Callable[[Views, int], Tensor],
+    render: Callable[[Views, int | None], Tensor],
     extractor: Extractor,
     protocol: FidelityProtocol,
     device: torch.device,
     *,
-    num_z: int = 8,
+    num_z: int = 4,
     batch_size: int = 16,
     provenance: dict[str, Plain] | None = None,
 ) -> HeldoutReport:
     """Render the held-out views and compare with the photographs.
 
     `render(views, z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in every
-    call. 3 num_z N images are rendered, `batch_size` at a time; the num_z N of the photographs' own views are kept, as
+    call, None z = 0. (3 + num_z) N images are rendered, `batch_size` at a time; the num_z N of drawn codes are kept, as
     uint8.
 
     KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
@@ -204,23 +211,27 @@ def measure_heldout(
     images, labelled = photographs.images.cpu(), photographs.views
     labels = labelled.labels.cpu()
 
-    views = {
+    seen = {
         "labelled": labelled,
         "mirrored": labelled.mirror(),
         "plus90": labelled.turn(90.0 * labelled.angle_sign),  # in the sense of the labels
     }
-    scores_db = {name: torch.empty(num_z, len(labels)) for name in views}
+    wanted: list[tuple[str, Views, int | None]] = [(name, views, None) for name, views in seen.items()]
+    wanted += [("mean_z", labelled, z_index) for z_index in range(num_z)]
+    scores: dict[str, list[Tensor]] = {}
     renders = []
-    for z_index in range(num_z):
+    for name, views, z_index in wanted:
         for start in range(0, len(labels), batch_size):
             rows = slice(start, min(start + batch_size, len(labels)))
-            for name, seen in views.items():
-                rendered = render(seen[rows], z_index).cpu()
-                if rendered.shape != images[rows].shape:
-                    raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images[rows].shape)}")
-                scores_db[name][z_index, rows] = psnr(rendered, images[rows])
-                if name == "labelled":
-                    renders.append(to_uint8(rendered))
+            rendered = render(views[rows], z_index).cpu()
+            if rendered.shape != images[rows].shape:
+                raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images[rows].shape)}")
+            scores.setdefault(name, []).append(psnr(rendered, images[rows]))
+            if name == "labelled":
+                scores.setdefault("ssim", []).append(ssim(rendered, images[rows]))
+            if name == "mean_z":
+                renders.append(to_uint8(rendered))
+    measured = {name: torch.cat(parts).view(-1, len(labels)) for name, parts in scores.items()}
 
     means = torch.stack([photographs.training_means[int(c)].cpu() for c in labels[:, 0]]).repeat(num_z, 1, 1, 1)
     real = _Images(to_uint8(images))
@@ -231,7 +242,7 @@ def measure_heldout(
     }
     return HeldoutReport(
         objects=tuple(
-            _measure_object(photographs.class_names[class_idx], labels, labels[:, 0] == class_idx, scores_db)
+            _measure_object(photographs.class_names[class_idx], labels, labels[:, 0] == class_idx, measured)
             for class_idx in photographs.classes()
         ),
         renders=scored["heldout renders"],
@@ -241,14 +252,14 @@ def measure_heldout(
     )
 
 
-def _measure_object(name: str, labels: Tensor, chosen: Tensor, scores_db: dict[str, Tensor]) -> ObjectRow:
-    """Average the (num_z, N) PSNR over the latents and the photographs of one object."""
+def _measure_object(name: str, labels: Tensor, chosen: Tensor, measured: dict[str, Tensor]) -> ObjectRow:
+    """Average the (codes, N) scores over the codes and the photographs of one object."""
     two_sided = chosen & (labels[:, 2] % 180 != 0)
+    means = {name: float(values[:, chosen].mean()) for name, values in measured.items() if name != "mirrored"}
     return ObjectRow(
         name=name,
         photographs=int(chosen.sum()),
-        labelled=float(scores_db["labelled"][:, chosen].mean()),
-        labelled_unmirrored=float(scores_db["labelled"][:, two_sided].mean()),
-        mirrored=float(scores_db["mirrored"][:, two_sided].mean()),
-        plus90=float(scores_db["plus90"][:, chosen].mean()),
+        labelled_unmirrored=float(measured["labelled"][:, two_sided].mean()),
+        mirrored=float(measured["mirrored"][:, two_sided].mean()),
+        **means,
     )

@@ -12,14 +12,34 @@ from torch.utils.data import Dataset
 
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, RenderedImages, Scores, score_images
+from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.renderer import Renderer
-from graf.geometry.views import PoseSampler
+from graf.geometry.views import PoseSampler, Views
 from graf.models.ccsr import upsample
 from graf.runtime.logs import progress_bar
 from graf.runtime.memory import retry_smaller
 
 #: images that are rendered for one call of the extractor's loader
 RENDER_BATCH = 8
+
+
+@dataclass(frozen=True)
+class ValidationTask:
+    """PSNR and SSIM of renders with the code z = 0 against photographs of the validation split.
+
+    images: (N, 3, H, W) in [-1, 1] at the render's resolution; views: the N that they were taken from.
+    """
+
+    renderer: Renderer
+    images: torch.Tensor
+    views: Views
+
+    def measure(self) -> dict[str, float]:
+        """The means over the photographs, by name."""
+        z = torch.zeros(len(self.views), self.renderer.generator.dim_z)
+        rgb = self.renderer.render_views(z, self.views).rgb
+        scores = {"psnr": psnr(rgb, self.images), "ssim": ssim(rgb, self.images)}
+        return {f"{name}_validation": float(values.mean()) for name, values in scores.items()}
 
 
 @dataclass

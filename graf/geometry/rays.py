@@ -48,7 +48,7 @@ class Rays(TensorBatch):
 
 @dataclass(frozen=True)
 class Patches(TensorBatch):
-    """Where a batch of square patches lies: `scale` (B,) in (0, 1] and `centre` (B, 2) with |centre| <= 1 - scale."""
+    """Where a batch of square patches lies: `scale` (B,) in (0, 1] and `centre` (B, 2), inside the image."""
 
     scale: Tensor
     centre: Tensor
@@ -81,6 +81,24 @@ def place_patches(uniforms: Tensor, min_scale: float, max_scale: float) -> Patch
     return Patches(scale, centre)
 
 
+def place_pixel_patches(uniforms: Tensor, min_scale: float, max_scale: float, size: int, resolution: int) -> Patches:
+    """Patches of size x size pixels whose pixel centres are those of images of `resolution` pixels.
+
+    A patch takes every n-th pixel of size rows and columns, and so has scale n size / resolution; n is drawn from the
+    whole numbers that give scales in [min_scale, max_scale], else it is the largest one below them (at least 1), and
+    the first pixel uniformly. Patches of photographs are then the photographs' own pixels, with nothing lost to
+    interpolation. Every n-th pixel from the first on stands for an area that may reach n / 2 pixels over the image's
+    edge. uniforms: (B, 3) in [0, 1).
+    """
+    finest = resolution / size
+    low, high = math.ceil(min_scale * finest - 1e-6), max(1, math.floor(max_scale * finest + 1e-6))
+    low = min(max(1, low), high)
+    step = low + torch.floor(uniforms[:, 0] * (high - low + 1))
+    first = torch.floor(uniforms[:, 1:] * (resolution - (size - 1) * step)[:, None])
+    scale = step * size / resolution
+    return Patches(scale, ((2 * first + 1 - step[:, None]) / resolution - 1) + scale[:, None])
+
+
 def subdivide_patches(patches: Patches, size: int, factor: int, corner: Tensor) -> Patches:
     """Where crops of size x size pixels lie that are cut out of patches of (factor size) x (factor size) pixels.
 
@@ -106,13 +124,14 @@ def pixel_grid(batch: int, height: int, width: int, device: torch.device | str =
     return grid[None].expand(batch, -1, -1, -1)
 
 
-def crop_images(images: Tensor, patches: Patches, size: int) -> Tensor:
+def crop_images(images: Tensor, patches: Patches, size: int, interpolation: str = "bilinear") -> Tensor:
     """The patches of real images: (B, C, H, W) -> (B, C, size, size).
 
-    Bilinear; the outermost half pixel repeats the edge.
+    interpolation: "bilinear", which GRAF uses and which blurs between pixels, or "bicubic", which keeps most of what
+    a ray there would see; on pixel centres both give the pixels. The outermost half pixel repeats the edge.
     """
     grid = patch_grid(patches, size).to(images.dtype)
-    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return functional.grid_sample(images, grid, mode=interpolation, padding_mode="border", align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Patches
-from graf.runtime.amp import float32_region
+from graf.runtime.amp import at_least_float32, float32_region
 
 PATCH_SIZES = (16, 32, 64, 128, 256)
 
@@ -124,8 +124,7 @@ class PatchDiscriminator(nn.Module):
             if self.maps is not None:
                 maps = self.maps(described)[:, :, None, None].expand(-1, -1, *patches.shape[2:])
                 patches = torch.cat([patches, maps.to(patches.dtype)], dim=1)
-        features = self.trunk(patches)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = at_least_float32(self.trunk(patches))
         with float32_region(patches.device.type):
             embedding = self.condition(described)
             logits = self.decision(features)[:, 0] + (embedding * features).sum(-1) / math.sqrt(features.shape[1])

@@ -7,6 +7,7 @@ To add a field, write a file beside this one with a subclass of :class:`Radiance
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ class RadianceField(nn.Module, ABC):
 
         z: (B, dim_z); class_idx: (B,) int64. Gradients to z, and to weights used here, flow through the result.
         """
+
+    def point_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that :meth:`forward` uses itself, not through the codes: all, unless a field knows better."""
+        return self.parameters()
 
     @abstractmethod
     def forward(

@@ -50,6 +50,11 @@ class Generator(nn.Module):
             self.register_buffer("background", colour)
 
     @property
+    def background_colour(self) -> Tensor:
+        """The background (3,), inside of [-1, 1]; its gradient is that before clipping, so that it can return."""
+        return self.background + (self.background.clamp(-1, 1) - self.background).detach()
+
+    @property
     def dim_z(self) -> int:
         """Length of the latent code."""
         return self.field.dim_z
@@ -93,10 +98,10 @@ class Generator(nn.Module):
                 return found
 
             drawn = noise.of_rays(start, stop, sampling)
-            return render_rays(field, rays.slice(start, stop), sampling, drawn, self.background).tensors()
+            return render_rays(field, rays.slice(start, stop), sampling, drawn, self.background_colour).tensors()
 
         num_chunks = -(-rays.per_image // step)
-        parameters = [*self.field.parameters(), self.background]
+        parameters = [*self.field.point_parameters(), self.background]
         runner = self.make_runner(num_chunks)
         return Render(*evaluate_chunks(render_chunk, num_chunks, codes.tensors(), parameters, self.strategy, runner))
 

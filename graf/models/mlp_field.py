@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.base.tensors import SHARED, TensorBatch
+from graf.models.density import DensityLaw
+from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import RadianceField
-from graf.runtime.amp import float32_region
+from graf.runtime.amp import at_least_float32, float32_region
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,6 @@ class MLPShape:
     multires, multires_views: octaves of the positional encoding of points and directions, whose first angular
     frequency is base_frequency; use_viewdirs: whether colour may depend on the direction. dim_shape, dim_appearance:
     latent codes; num_classes, dim_class: the class embedding.
-    density: "relu" (GRAF) or "softplus"; softplus gives `density_scale` softplus(raw + density_bias + prior (radius -
-    |p|)), which starts as a soft ball of `prior_radius` when `sphere_prior` is positive.
-    bounding_radius: no density outside this distance from the origin (None: everywhere).
     """
 
     depth: int
@@ -48,12 +47,7 @@ class MLPShape:
     dim_appearance: int
     num_classes: int
     dim_class: int
-    density: str
-    density_scale: float
-    density_bias: float
-    sphere_prior: float
-    prior_radius: float
-    bounding_radius: float | None
+    density: DensityLaw
 
     @property
     def skip(self) -> int | None:
@@ -61,46 +55,10 @@ class MLPShape:
         return self.depth // 2 + 1 if self.depth >= 4 else None
 
 
-def positional_encoding(x: Tensor, octaves: int, base_frequency: float) -> Tensor:
-    """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency (NeRF, eq. 4).
-
-    (..., D) -> (..., D (1 + 2 octaves)).
-    Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only
-    every fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an
-    octave. Whole periods are taken off before the product with w is rounded (the period in two parts, as Cody & Waite
-    do), so the error stays below 1e-5 in each of 10 octaves.
-    """
-    period = 2 * math.pi / base_frequency
-    mantissa, exponent = math.frexp(period)
-    coarse = math.ldexp(round(256 * mantissa) / 256, exponent)  # 8 bits: exact when multiplied by up to 2^16 periods
-    with float32_region(x.device.type):
-        x = _at_least_float32(x)
-        parts = [x]
-        for octave in range(octaves):
-            if octave % 5 == 0:
-                scaled = 2**octave * x
-                periods = torch.round(scaled / period)
-                angle = base_frequency * (scaled - periods * coarse - periods * (period - coarse))
-                sin, cos = torch.sin(angle), torch.cos(angle)
-            else:
-                sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
-            parts += [sin, cos]
-        return torch.cat(parts, dim=-1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
     """W x + share, in the dtype of W x; `share` (B, 1, out) comes from the same layer's other columns."""
     product = functional.linear(x, weight)
     return product.add_(share.to(product.dtype))  # in place: a sum of its own would be one more activation
-
-
-def encoding_size(octaves: int) -> int:
-    """Channels of :func:`positional_encoding` of a 3-vector."""
-    return 3 * (1 + 2 * octaves)
 
 
 @dataclass(frozen=True)
@@ -189,7 +147,7 @@ class MLPField(RadianceField):
             encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
             per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
         colour = torch.relu_(colour.add_(per_ray[:, :, None].to(colour.dtype)))
-        return torch.tanh(_at_least_float32(self.rgb(colour))), density
+        return torch.tanh(at_least_float32(self.rgb(colour))), density
 
     def density(self, points: Tensor, codes: MLPCodes) -> Tensor:
         """The density (B, N, S) of points (B, N, S, 3), without computing colours."""
@@ -209,23 +167,10 @@ class MLPField(RadianceField):
                 del again
             else:
                 hidden = torch.relu_(layer(hidden))
-        raw = _at_least_float32(self.raw_density(hidden)).view(batch, num_rays, num_samples)
-        return hidden, self._activate_density(raw, points, noise)
+        raw = at_least_float32(self.raw_density(hidden)).view(batch, num_rays, num_samples)
+        return hidden, self.shape.density(raw, points, noise)
 
     @property
     def _skip_layer(self) -> nn.Linear:
         assert self.shape.skip is not None
         return cast(nn.Linear, self.trunk[self.shape.skip - 1])
-
-    def _activate_density(self, raw: Tensor, points: Tensor, noise: Tensor | None) -> Tensor:
-        shape = self.shape
-        if noise is not None:
-            raw = raw + noise
-        distance = points.norm(dim=-1)
-        raw = raw + shape.density_bias
-        if shape.sphere_prior:
-            raw = raw + shape.sphere_prior * (shape.prior_radius - distance)
-        density = torch.relu(raw) if shape.density == "relu" else functional.softplus(raw)
-        if shape.bounding_radius is not None:
-            density = density * (distance <= shape.bounding_radius)
-        return shape.density_scale * density

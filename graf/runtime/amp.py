@@ -155,6 +155,11 @@ def float32_region(device_type: str) -> AbstractContextManager[Any]:
     return torch.amp.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 where it has that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     """The autocast state of this moment on a device type, as a factory of contexts that enter it again later."""
     if not _has_autocast(device_type):  # torch refuses to say

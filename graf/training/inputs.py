@@ -118,6 +118,9 @@ class StepSettings:
 class InputSampler:
     """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random.
 
+    place: patches from uniform random numbers (B, 3) and the smallest and largest scale; match_views: generated patches
+    take views and places of the photographs' patches, so that D compares like with like.
+
     mix_latents: which view latents the label angles (B,) stand for, None without super-resolution; agreement_degrees:
     between a view and the neighbour it has to agree with, None where that is not asked.
     """
@@ -130,25 +133,34 @@ class InputSampler:
     hflip: bool
     share_fakes: bool
     device: torch.device
+    place: Callable[[Tensor, float, float], Patches] = place_patches
+    match_views: bool = False
     mix_latents: Callable[[Tensor], LatentMixture] | None = None
     agreement_degrees: float | None = None
 
     def draw(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings) -> StepInputs:
         """The inputs of a step on photographs (B, 3, H, W) with labels (B, 3), on the device."""
-        fakes_g = self.draw_fakes(draws, "g", settings)
-        fakes_d = None if self.share_fakes else self.draw_fakes(draws, "d", settings)
         reals = self.draw_reals(draws, labels, settings)
+        matched = reals if self.match_views else None
+        fakes_g = self.draw_fakes(draws, "g", settings, matched)
+        fakes_d = None if self.share_fakes else self.draw_fakes(draws, "d", settings, matched)
         inputs = move_in_one_copy(StepInputs(reals, fakes_g, fakes_d), self.device)
         return replace(inputs, reals=self.add_photographs(inputs.reals, images))
 
-    def draw_fakes(self, draws: Draws, purpose: str, settings: StepSettings) -> FakeInputs:
-        """Inputs of generated patches, on the CPU; `purpose` tells the D step's from the G step's."""
+    def draw_fakes(
+        self, draws: Draws, purpose: str, settings: StepSettings, matched: RealInputs | None = None
+    ) -> FakeInputs:
+        """Inputs of generated patches, on the CPU; `purpose` tells the D step's from the G step's.
+
+        matched: photographs whose views and places the patches take.
+        """
         numbers = _draw_numbers(draws, purpose)
-        views = self.pose_sampler.pick(numbers["view"])
+        views = self.pose_sampler.pick(numbers["view"]) if matched is None else matched.views
+        patches = self._place(numbers, settings) if matched is None else matched.patches
         return FakeInputs(
             z=draw_latents(draws, f"{purpose}/z", self.dim_z, self.uniform_z),
             views=views,
-            patches=place_patches(numbers["patch"], settings.min_scale, settings.max_scale),
+            patches=patches,
             noise=RayNoiseKeys(
                 jitter=draws.keys(f"{purpose}/jitter") if self.jitter else None,
                 importance_jitter=draws.keys(f"{purpose}/importance") if self.jitter and self.importance else None,
@@ -167,7 +179,7 @@ class InputSampler:
         return RealInputs(
             images=torch.empty(len(labels), 0),
             views=views,
-            patches=place_patches(numbers["patch"], settings.min_scale, settings.max_scale),
+            patches=self._place(numbers, settings),
             augment=numbers["augment_d"],
             mix=numbers["mix"][:, 0],
             mirrored=numbers["mirror"][:, 0] < 0.5 if self.hflip else None,
@@ -180,6 +192,9 @@ class InputSampler:
         if reals.mirrored is not None:
             images = torch.where(reals.mirrored[:, None, None, None], images.flip(3), images)
         return replace(reals, images=images)
+
+    def _place(self, numbers: dict[str, Tensor], settings: StepSettings) -> Patches:
+        return self.place(numbers["patch"], settings.min_scale, settings.max_scale)
 
     def _prepare_super_resolution(
         self, numbers: dict[str, Tensor], views: Views, settings: StepSettings, with_neighbours: bool

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Patches, RayCaster, crop_images, subdivide_patches
 from graf.geometry.views import Views
 from graf.geometry.volume_rendering import Render
@@ -27,6 +28,11 @@ from graf.training.inputs import FakeInputs, RealInputs, SuperResolutionInputs, 
 from graf.training.perceptual import PerceptualDistance
 
 Statistics = dict[str, Tensor]
+
+
+def decayed_weight(iteration: int, initial: float, minimum: float, decay: float) -> float:
+    """max(minimum, initial exp(-decay iteration))."""
+    return max(minimum, initial * math.exp(-decay * iteration))
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class SuperResolutionLossSettings:
 
     def consistency_weight(self, iteration: int) -> float:
         """The weight of the consistency term at an iteration."""
-        return max(self.alpha_min, self.alpha_init * math.exp(-self.alpha_decay * iteration))
+        return decayed_weight(iteration, self.alpha_init, self.alpha_min, self.alpha_decay)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ class LossSettings:
     """Which losses are taken and what they weigh.
 
     reg_type: "none" | "real" (R1) | "wgangp", weight reg_param, taken every reg_every steps with so many times the
-    weight; class_loss: weight of the label classification; num_views: its azimuth bins; super_resolution: None without.
+    weight; class_loss: weight of the label classification; num_views: its azimuth bins. The photometric term, where
+    generated patches show what photographs show, weighs max(photometric_min, photometric exp(-photometric_decay it));
+    opacity: weight of the mean opacity of generated patches. super_resolution: None without.
     """
 
     gan_type: str
@@ -72,11 +80,19 @@ class LossSettings:
     class_loss: float
     num_views: int
     augmentation: Augmentation
+    photometric: float = 0.0
+    photometric_min: float = 0.0
+    photometric_decay: float = 0.0
+    opacity: float = 0.0
     super_resolution: SuperResolutionLossSettings | None = None
+
+    def photometric_weight(self, iteration: int) -> float:
+        """The weight of the photometric term at an iteration."""
+        return decayed_weight(iteration, self.photometric, self.photometric_min, self.photometric_decay)
 
 
 @dataclass(frozen=True)
-class LabelledPatches:
+class LabelledPatches(TensorBatch):
     """Patches (B, 3, K, K), what they are said to show, and the random numbers of their augmentation."""
 
     images: Tensor
@@ -86,7 +102,10 @@ class LabelledPatches:
 
 @dataclass(frozen=True)
 class GANObjective:
-    """The losses of networks under settings; `ccsr` is None without super-resolution."""
+    """The losses of networks under settings; `ccsr` is None without super-resolution.
+
+    interpolation: how patches of photographs are read between pixels, as in crop_images.
+    """
 
     generator: Generator
     discriminator: PatchDiscriminator
@@ -96,6 +115,7 @@ class GANObjective:
     patch_size: int
     precision: Precision
     class_criterion: losses.MCE_Loss
+    interpolation: str = "bilinear"
     perceptual: PerceptualDistance | None = None
 
     def penalty_is_due(self, iteration: int) -> bool:
@@ -140,12 +160,10 @@ class GANObjective:
 
     def cut_reals(self, reals: RealInputs) -> list[LabelledPatches]:
         """Patches of photographs at the generator's resolution and, with super-resolution, high-resolution crops."""
-        images = reals.images if self.ccsr is None else self.ccsr.down(reals.images)
-        patches = crop_images(images, reals.patches, self.patch_size)
-        found = [LabelledPatches(patches, reals.condition, reals.augment)]
+        found = [LabelledPatches(self._cut_at_render_size(reals), reals.condition, reals.augment)]
         if reals.super_resolution is not None:
             _, places = self._place_crops(reals.patches, reals.super_resolution)
-            crops = crop_images(reals.images, places, self.patch_size)
+            crops = crop_images(reals.images, places, self.patch_size, self.interpolation)
             found.append(LabelledPatches(crops, describe_patches(reals.views, places), reals.augment))
         return found
 
@@ -165,16 +183,16 @@ class GANObjective:
         """D's loss on real and generated patches, with super-resolution at both resolutions; views: of the reals."""
         statistics: Statistics = {}
         for suffix, real, fake in zip(("", "_sr"), reals, fakes, strict=False):
-            with self.precision.autocast():  # one context for both: weights are cast once
-                real_logits, label_logits = self._discriminate(real)
-                fake_logits, _ = self._discriminate(fake)
+            # one pass over both: layers of a few small patches cost more to call than to compute
+            logits, label_logits = self._discriminate(LabelledPatches.cat([real, fake]))
+            real_logits, fake_logits = logits.chunk(2)
             real_loss = losses.discriminator_real_loss(self.settings.gan_type, real_logits)
             fake_loss = losses.discriminator_fake_loss(self.settings.gan_type, fake_logits)
             _add(statistics, "loss_d", (real_loss.sum() + fake_loss.sum()) / batch_size)
             statistics[f"d_real{suffix}"] = torch.sigmoid(real_logits.detach()).sum() / batch_size
             statistics[f"d_fake{suffix}"] = torch.sigmoid(fake_logits.detach()).sum() / batch_size
             if label_logits is not None:
-                _add(statistics, "loss_d_class", self._class_loss(label_logits, views).sum() / batch_size)
+                _add(statistics, "loss_d_class", self._class_loss(label_logits[: len(views)], views).sum() / batch_size)
         loss = statistics["loss_d"]
         if "loss_d_class" in statistics:
             loss = loss + self.settings.class_loss * statistics["loss_d_class"]
@@ -189,9 +207,19 @@ class GANObjective:
         """
         penalty = self._penalise(reals[0], mix, render.detach(), scaler)
         for real in reals[1:]:
-            penalty = penalty + self._penalise(real, mix, render.detach(), scaler)
+            penalty = penalty + self._share_of_crops * self._penalise(real, mix, render.detach(), scaler)
         statistics = {"penalty": penalty.sum() / batch_size}
         return self.settings.reg_param * self.settings.reg_every * statistics["penalty"], statistics
+
+    @property
+    def _share_of_crops(self) -> float:
+        """The penalty's weight on super-resolved crops beside that on patches.
+
+        The penalty meets crops in every lcm(every, reg_every)-th step and D's loss on them is taken in every
+        `every`-th: lcm / every times the weight is due, of which reg_every times are taken already.
+        """
+        settings = self.settings.super_resolution
+        return 1.0 if settings is None else 1 / math.gcd(settings.every, self.settings.reg_every)
 
     def _discriminate(self, patches: LabelledPatches) -> tuple[Tensor, Tensor | None]:
         with self.precision.autocast():
@@ -214,17 +242,33 @@ class GANObjective:
 
     # ------------------------------------------------------------------------------------------------ generator
 
-    def generator_loss(self, fakes: FakeInputs, render: Tensor, batch_size: int) -> tuple[Tensor, Statistics]:
-        """G's loss; D must be frozen. With supervision, also the distance of a finer render to super-resolution."""
-        logits, label_logits = self._discriminate(LabelledPatches(render, fakes.condition, fakes.augment_g))
+    def generator_loss(
+        self, fakes: FakeInputs, render: Render, reals: RealInputs, batch_size: int, iteration: int
+    ) -> tuple[Tensor, Statistics]:
+        """G's loss; D must be frozen.
+
+        With a photometric term also the mean squared distance of generated patches to `reals`, which show the same
+        objects from the same views at the same places; with an opacity term their mean opacity, which is 1 in a solid
+        object whatever its density, so that fog of the background's colour gives way and the object stays; with
+        supervision the distance of a finer render to super-resolution.
+        """
+        logits, label_logits = self._discriminate(LabelledPatches(render.rgb, fakes.condition, fakes.augment_g))
         statistics = {"loss_g": losses.generator_loss(self.settings.gan_type, logits).sum() / batch_size}
         loss = statistics["loss_g"]
         if label_logits is not None:
             statistics["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
             loss = loss + self.settings.class_loss * statistics["loss_g_class"]
+        photometric = self.settings.photometric_weight(iteration)
+        if photometric:
+            distance = (render.rgb - self._cut_at_render_size(reals)).square().mean((1, 2, 3))
+            statistics["loss_g_photometric"] = distance.sum() / batch_size
+            loss = loss + photometric * statistics["loss_g_photometric"]
+        if self.settings.opacity:
+            statistics["loss_g_opacity"] = render.opacity.mean((1, 2, 3)).sum() / batch_size
+            loss = loss + self.settings.opacity * statistics["loss_g_opacity"]
         settings = self.settings.super_resolution
         if settings is not None and settings.supervise_generator and fakes.super_resolution is not None:
-            distance = self._supervise(fakes, fakes.super_resolution, render.detach())
+            distance = self._supervise(fakes, fakes.super_resolution, render.rgb.detach())
             statistics["loss_g_supervision"] = distance.sum() / batch_size
             loss = loss + settings.supervise_generator * statistics["loss_g_supervision"]
         return loss, statistics
@@ -278,7 +322,8 @@ class GANObjective:
         """Mean |SR(down(x)) - x| per patch x of photographs at high resolution: what GAN training alone leaves open."""
         assert self.ccsr is not None
         assert reals.super_resolution is not None
-        truth = crop_images(reals.images, reals.patches, self.ccsr.scale * self.patch_size)
+        size = self.ccsr.scale * self.patch_size
+        truth = crop_images(reals.images, reals.patches, size, self.interpolation)
         image, _ = self.super_resolve(self.ccsr.down(truth), reals.super_resolution.latents, reals.patches)
         return (image - truth).abs().mean((1, 2, 3))
 
@@ -307,6 +352,11 @@ class GANObjective:
         return SurfaceView.from_render(render, views.poses, patches, self.caster, both)
 
     # ------------------------------------------------------------------------------------------------ shared parts
+
+    def _cut_at_render_size(self, reals: RealInputs) -> Tensor:
+        """Patches (B, 3, K, K) of photographs at the resolution of renders."""
+        images = reals.images if self.ccsr is None else self.ccsr.down(reals.images)
+        return crop_images(images, reals.patches, self.patch_size, self.interpolation)
 
     def _place_crops(self, patches: Patches, inputs: SuperResolutionInputs) -> tuple[Tensor, Patches]:
         """First pixels (B, 2) of crops of D's size in patches of s times that size, and where those crops lie."""

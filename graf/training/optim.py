@@ -9,14 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graf.runtime.logs import info_once
+
 
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """RMSprop as GRAF uses it (alpha .99, eps 1e-8) or Adam."""
+    """RMSprop as GRAF uses it (alpha .99, eps 1e-8) or Adam, fused into one pass where this torch and device can."""
+    parameters = list(parameters)
     if name == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-8)
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8)
+    try:
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8, fused=True)
+    except RuntimeError as error:
+        info_once(f"Adam runs unfused: {error}")
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class Player:
             group["lr"] = self.lr_at(iteration)
             if "betas" in group:
                 group["betas"] = self.betas
+            if group.get("fused") and not self.optimizer.defaults["fused"]:  # saved where Adam could be fused
+                group["fused"] = False
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:

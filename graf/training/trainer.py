@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graf.base.tensors import TensorBatch
 from graf.config import Config
-from graf.geometry.rays import RayCaster, annealed_min_scale
+from graf.geometry.rays import Patches, RayCaster, annealed_min_scale, place_patches, place_pixel_patches
 from graf.geometry.views import PoseSampler
 from graf.geometry.volume_rendering import Render
 from graf.models.ccsr import CCSR
@@ -27,6 +27,7 @@ from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
 from graf.runtime.amp import Precision, scale_of
 from graf.runtime.checkpoint import Stateful
+from graf.runtime.logs import info_once
 from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.memory_settings import MemorySettings
@@ -83,6 +84,8 @@ ADVICE = (
 SR_ADVICE = (
     "lower ccsr.features, ccsr.blocks or ray_sampler.N_samples (rays per patch); `--plan` shows what needs how much"
 )
+#: iterations between steps whose memory is measured, besides the first one of each kind; measuring costs a third of one
+WATCH_EVERY = 500
 #: called after every step with the trainer and the latest statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Statistics], None]
 
@@ -117,10 +120,11 @@ class Trainer:
             discriminator=discriminator,
             ccsr=ccsr,
             caster=caster,
-            settings=_read_loss_settings(config),
+            settings=_read_loss_settings(config, poses_known=pose_sampler.ranges is None),
             patch_size=config.ray_sampler.patch_size,
             precision=precision,
             class_criterion=MCE_Loss(discriminator.shape.label_groups),
+            interpolation=config.ray_sampler.interpolation,
             perceptual=load_perceptual_distance(device) if ccsr is not None and config.ccsr.perceptual else None,
         )
         self.inputs = InputSampler(
@@ -132,12 +136,14 @@ class Trainer:
             hflip=config.discriminator.hflip,
             share_fakes=training.share_fakes,
             device=device,
+            place=_choose_placement(config),
+            match_views=training.match_views,
             mix_latents=None if ccsr is None else ccsr.latents.mix,
             agreement_degrees=self.objective.agreement_degrees,
         )
         self.use(memory)
         self.profiler = MemoryProfiler(device)
-        self._was_watched = False
+        self._watched: set[tuple[bool, bool]] = set()
         self.progress = Progress()
         self.stop_reason: str | None = None
 
@@ -200,10 +206,12 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor) -> Statistics:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
-        if self._was_watched and self.progress.iteration % self.config.training.print_every:
+        iteration = self.progress.iteration
+        parts = self.objective.penalty_is_due(iteration), self.objective.super_resolution_is_due(iteration)
+        if parts in self._watched and iteration % WATCH_EVERY:
             return self._step(images, labels)
-        self._was_watched = True
-        with self.profiler.watch(*self.owners):  # one step for every line of the log
+        self._watched.add(parts)
+        with self.profiler.watch(*self.owners):
             return self._step(images, labels)
 
     def _step(self, images: Tensor, labels: Tensor) -> Statistics:
@@ -299,11 +307,11 @@ class Trainer:
         neighbours: list[Render] = []
         with _frozen(self.discriminator):
             for rows in parts:
-                fakes = inputs.fakes_g[rows]
+                fakes, reals = inputs.fakes_g[rows], inputs.reals[rows]
                 # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
                 reuse = shared.render if len(parts) == 1 else None
                 render = objective.render_patches(fakes) if reuse is None else reuse
-                loss, more = objective.generator_loss(fakes, render.rgb, batch_size)
+                loss, more = objective.generator_loss(fakes, render, reals, batch_size, self.progress.iteration)
                 self.g.backward(loss)
                 renders.append(render.detach())
                 del loss, render, reuse
@@ -340,7 +348,10 @@ class Trainer:
         if nerf.decrease_noise:
             noise *= max(0.0, 1 - iteration / nerf.noise_iterations)
         min_scale = annealed_min_scale(iteration, rays.min_scale, rays.max_scale, rays.scale_anneal)
-        return StepSettings(min_scale, rays.max_scale, noise, self.objective.super_resolution_is_due(iteration))
+        max_scale, super_resolve = rays.max_scale, self.objective.super_resolution_is_due(iteration)
+        if super_resolve and rays.snap:  # whole images have this density of pixels, on which it will be asked to work
+            min_scale = max_scale = rays.patch_size / self.config.data.imsize
+        return StepSettings(min_scale, max_scale, noise, super_resolve)
 
     def scalars_of(self, statistics: Statistics) -> dict[str, float]:
         """A step's statistics as floats, with the values of the schedules; reads the device once."""
@@ -367,10 +378,19 @@ class Trainer:
         return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, training.betas)
 
 
-def _read_loss_settings(config: Config) -> LossSettings:
+def _choose_placement(config: Config) -> Callable[[Tensor, float, float], Patches]:
+    rays = config.ray_sampler
+    if not rays.snap:
+        return place_patches
+    return partial(place_pixel_patches, size=rays.patch_size, resolution=config.data.imsize)
+
+
+def _read_loss_settings(config: Config, poses_known: bool) -> LossSettings:
     ccsr, training = config.ccsr, config.training
     names = [item.name for item in fields(SuperResolutionLossSettings)]
     super_resolution = SuperResolutionLossSettings(**{name: getattr(ccsr, name) for name in names})
+    if training.photometric and not poses_known:
+        info_once(f"training.photometric={training.photometric:g} is not used: the photographs' poses are unknown")
     return LossSettings(
         gan_type=training.gan_type,
         reg_type=training.reg_type,
@@ -378,6 +398,10 @@ def _read_loss_settings(config: Config) -> LossSettings:
         reg_every=training.reg_every,
         class_loss=config.discriminator.class_loss,
         num_views=config.data.num_views,
+        photometric=training.photometric if poses_known else 0.0,
+        photometric_min=training.photometric_min if poses_known else 0.0,
+        photometric_decay=training.photometric_decay,
+        opacity=training.opacity,
         augmentation=Augmentation(**config.discriminator.augment.model_dump()),
         super_resolution=super_resolution if ccsr.enabled else None,
     )

@@ -39,7 +39,7 @@ def test_report_counts_and_names_problems(photographs, capsys):
         "(elevation 24 degrees): 8 photographs",
         "315-359: 1",
         "20x16 (8)",
-        "held out: 2 of 8 angles",
+        "held out: 2 of 8 angles, 1 for test, 1 for validation",
         "problem: 1 unreadable photographs: cup__7.png",
     ):
         assert part in report

@@ -81,36 +81,38 @@ def test_images_span_minus_one_to_one(tmp_path, value, expected):
 
 
 @pytest.mark.parametrize("kind", ["turntable", "transforms"])
-def test_train_and_heldout_split_the_set(turntable, kind, tmp_path):
+def test_train_validation_and_test_split_the_set(turntable, kind, tmp_path):
     if kind == "transforms":
         turntable = write_transforms(tmp_path / "nerf", 24)
-    everything, train, heldout = (
+    everything, train, validation, test = (
         open_dataset(settings(turntable, type=kind, heldout_every=4, subset=subset))
-        for subset in ("all", "train", "heldout")
+        for subset in ("all", "train", "validation", "test")
     )
-    assert sorted(train.paths + heldout.paths) == sorted(everything.paths)
-    assert not set(train.paths) & set(heldout.paths)
-    assert len(heldout) == 6
+    assert sorted(train.paths + validation.paths + test.paths) == sorted(everything.paths)  # each in one of them
+    assert len(validation) == len(test) == 3
 
 
-def test_heldout_angles_are_every_kth_distinct_angle_from_the_first(turntable):
+def test_heldout_angles_are_every_kth_distinct_angle_for_test_and_validation_in_turn(turntable):
     write_photo(turntable / "obj5__0.jpg")  # a second photograph of an angle counts once
-    heldout = open_dataset(settings(turntable, heldout_every=5, subset="heldout"))
-    assert heldout.labels[:, 2].unique().tolist() == [0, 150, 300]
-    assert len(heldout) == 7
+    test, validation = (
+        open_dataset(settings(turntable, heldout_every=5, subset=subset)) for subset in ("test", "validation")
+    )
+    assert test.labels[:, 2].unique().tolist() == [0, 300]
+    assert validation.labels[:, 2].unique().tolist() == [150]
+    assert (len(test), len(validation)) == (5, 2)
 
 
 def test_an_unreadable_photograph_does_not_move_the_split(turntable):
-    before = open_dataset(settings(turntable, heldout_every=5, subset="heldout")).labels[:, 2].unique()
+    before = open_dataset(settings(turntable, heldout_every=5, subset="test")).labels[:, 2].unique()
     for name in ("obj5__30.png", "obj14__30.png"):
         (turntable / name).write_text("broken")
-    after = open_dataset(settings(turntable, heldout_every=5, subset="heldout")).labels[:, 2].unique()
+    after = open_dataset(settings(turntable, heldout_every=5, subset="test")).labels[:, 2].unique()
     assert torch.equal(before, after)
 
 
 def test_heldout_without_a_split_is_an_error(turntable):
     with pytest.raises(DataError, match="heldout_every=0 holds nothing out"):
-        open_dataset(settings(turntable, subset="heldout"))
+        open_dataset(settings(turntable, subset="test"))
 
 
 def test_labels_csv_wins_over_file_names(turntable):
@@ -349,7 +351,7 @@ def test_names_that_do_not_match_are_an_error_that_shows_pattern_and_names(tmp_p
     ("changes", "message"),
     [
         ({"type": "turntabel"}, "did you mean turntable"),
-        ({"subset": "test"}, "data.subset='test': expected one of train, heldout, all"),
+        ({"subset": "heldout"}, "data.subset='heldout': expected one of train, validation, test, all"),
         ({"v_list": (1.2,)}, r"data.v_list=\[1.2\]"),
         ({"heldout_every": 1}, "data.heldout_every=1"),
         ({"imsize": 0}, "data.imsize=0"),
@@ -377,9 +379,9 @@ def test_settings_from_the_config_ignore_other_keys():
         "classes": None,
         "synthetic": {"count": 40, "seed": 1, "instances": 2},
     }
-    found = DataSettings.from_mapping(mapping, "heldout")
+    found = DataSettings.from_mapping(mapping, "test")
     assert found.v_list == (0.2, 0.3)
-    assert found.subset == "heldout"
+    assert found.subset == "test"
     assert (found.synthetic_count, found.synthetic_seed, found.synthetic_instances) == (40, 1, 2)
 
 
@@ -424,7 +426,7 @@ def test_derived_heights_are_even_bins_that_the_split_does_not_move(tmp_path):
     dataset = open_dataset(transforms(folder))
     assert np.diff(dataset.v_list) == pytest.approx(np.full(7, 0.35 / 8))
     assert set(dataset.labels[:, 1].tolist()) == set(range(8))
-    for subset in ("train", "heldout"):
+    for subset in ("train", "test"):
         assert open_dataset(transforms(folder, heldout_every=3, subset=subset)).v_list == dataset.v_list
 
 
@@ -496,8 +498,8 @@ def test_class_folders_are_classes(tmp_path):
 def test_plain_folder_is_one_class_with_every_kth_image_held_out(tmp_path):
     for number in range(12):
         write_photo(tmp_path / f"{number}.png", number)
-    heldout = open_dataset(settings(tmp_path, type="image_folder", heldout_every=5, subset="heldout"))
-    assert grey_values(heldout) == [0, 5, 10]
+    heldout = open_dataset(settings(tmp_path, type="image_folder", heldout_every=5, subset="test"))
+    assert grey_values(heldout) == [0, 10]
     assert heldout.class_names == [tmp_path.name]
 
 
@@ -511,9 +513,9 @@ def test_coil100_is_three_objects_at_72_angles():
     expected = torch.cartesian_prod(torch.arange(3), torch.tensor([0]), torch.arange(0, 360, 5))
     assert torch.equal(dataset.labels, expected)
     assert not dataset.report.lines()
-    heldout = open_dataset(settings(folder, v_list=(0.31,), heldout_every=6, subset="heldout"))
-    assert heldout.labels[:, 2].unique().tolist() == list(range(0, 360, 30))
-    assert len(heldout) == 36
+    heldout = open_dataset(settings(folder, v_list=(0.31,), heldout_every=6, subset="test"))
+    assert heldout.labels[:, 2].unique().tolist() == list(range(0, 360, 60))
+    assert len(heldout) == 18
 
 
 def test_lego128_has_true_poses_above_the_ground():

@@ -248,7 +248,16 @@ def test_a_score_that_is_not_finite_never_wins_and_always_loses() -> None:
 
 
 def test_an_unknown_metric_is_named() -> None:
-    with pytest.raises(FidelityError, match="save_best=psnr"):
+    with pytest.raises(FidelityError, match="save_best=lpips: expected one of fid, kid, psnr"):
+        is_better(make_scores(), None, "lpips")
+
+
+def test_the_higher_psnr_on_the_validation_split_is_better() -> None:
+    best, worse = make_scores(psnr_validation=30.0), make_scores(psnr_validation=29.0, fid=0.0)
+    assert is_better(best, None, "psnr")
+    assert is_better(best, worse.as_dict(), "psnr")
+    assert not is_better(worse, best.as_dict(), "psnr")
+    with pytest.raises(FidelityError, match="a score row without psnr"):
         is_better(make_scores(), None, "psnr")
 
 

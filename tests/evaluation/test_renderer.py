@@ -18,6 +18,7 @@ from graf.geometry.rays import RayCaster
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import RaySampling
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, ViewLatents
+from graf.models.density import DensityLaw
 from graf.models.generator import Generator
 from graf.models.mlp_field import MLPField, MLPShape
 from graf.runtime.amp import Precision
@@ -33,8 +34,7 @@ def renderer() -> Renderer:
     torch.manual_seed(5)
     shape = MLPShape(
         depth=2, width=16, multires=3, multires_views=1, base_frequency=math.pi, use_viewdirs=True, dim_shape=3,
-        dim_appearance=2, num_classes=3, dim_class=32, density="relu", density_scale=20, density_bias=0,
-        sphere_prior=0, prior_radius=0.6, bounding_radius=None,
+        dim_appearance=2, num_classes=3, dim_class=32, density=DensityLaw("relu", 20, 0, 0, 0.6, None),
     )  # fmt: skip
     caster = RayCaster(Intrinsics.from_fov(SIZE, 30.0), 2.5, 4.5, 1.0)
     generator, precision = Generator(MLPField(shape), RaySampling(6)), Precision("cpu", None)

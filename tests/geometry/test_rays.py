@@ -17,6 +17,7 @@ from graf.geometry.rays import (
     patch_grid,
     pixel_grid,
     place_patches,
+    place_pixel_patches,
     subdivide_patches,
 )
 
@@ -55,6 +56,49 @@ def test_a_patch_at_a_whole_pixel_offset_is_exactly_a_crop(width, size):
     cropped = crop_images(images, patches, size)
     for i, (x, y) in enumerate(offsets.tolist()):
         assert torch.equal(cropped[i], images[i, :, y : y + size, x : x + size])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("width", "size"), [(64, 16), (48, 16), (32, 32)])
+def test_patches_on_pixels_are_the_photographs_own_pixels(width, size, interpolation):
+    images = torch.rand(200, 3, width, width)
+    patches = place_pixel_patches(torch.rand(200, 3), 0.0, 1.0, size, width)
+    cropped = crop_images(images, patches, size, interpolation)
+    found = set()
+    for image, crop, scale, centre in zip(images, cropped, patches.scale, patches.centre, strict=True):
+        step = round(float(scale) * width / size)
+        x, y = (round(float((c - scale + 1) * width - 1 + step) / 2) for c in centre)
+        assert 0 <= min(x, y) <= max(x, y) + (size - 1) * step <= width - 1
+        assert_close(crop, image[:, y::step, x::step][:, :size, :size], atol=2e-5, rtol=0)
+        found.add((step, x))
+    steps = range(1, width // size + 1)
+    wanted = {(step, x) for step in steps for x in range(width - (size - 1) * step)}
+    assert {step for step, _ in found} == set(steps)
+    assert found <= wanted
+    assert len(found) > 0.4 * len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.25, 0.25, {0.25}), (0.3, 0.9, {0.5, 0.75}), (0.9, 0.95, {0.75}), (0.1, 0.2, {0.25})],
+)
+def test_patches_on_pixels_take_the_scales_that_pixels_have(low, high, expected):
+    assert set(place_pixel_patches(torch.rand(50, 3), low, high, 16, 64).scale.tolist()) == expected
+
+
+def test_bicubic_patches_keep_the_edges_that_bilinear_ones_blur():
+    """Against the truth: the same scene, averaged over pixels that lie a fraction of a pixel away."""
+    torch.manual_seed(0)
+    fine = (torch.nn.functional.interpolate(torch.rand(8, 1, 20, 20), size=320, mode="bilinear") > 0.5).float()
+    photographs = functional.avg_pool2d(fine, 5)
+    truth = functional.avg_pool2d(fine[:, :, 82:242, 82:242], 5)  # 16.4 pixels from the edge
+    patch = Patches(torch.full((8,), 0.5), torch.full((8, 2), (2 * 16.4 + 32) / 64 - 1))
+    energies = {}
+    for mode in ("bilinear", "bicubic"):
+        crop = crop_images(photographs, patch, 32, mode)
+        energies[mode] = float(crop.diff(dim=3).square().sum() / truth.diff(dim=3).square().sum())
+    assert energies["bilinear"] < 0.75
+    assert 0.85 < energies["bicubic"] < 1.1
 
 
 @pytest.mark.parametrize("factor", [2, 3])

@@ -15,14 +15,19 @@ from graf.geometry.volume_rendering import (
     render_rays,
     stratified_distances,
 )
+from graf.models.density import DensityLaw
 from graf.models.generator import Generator
 from graf.models.mlp_field import MLPField, MLPShape
+from graf.models.triplane_field import TriplaneField, TriplaneShape
 from graf.runtime.memory_settings import MemorySettings
 
 SHAPE = MLPShape(
     depth=4, width=16, multires=3, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=5,
-    dim_appearance=3, num_classes=2, dim_class=4, density="softplus", density_scale=1.0, density_bias=0.0,
-    sphere_prior=0.0, prior_radius=0.6, bounding_radius=None,
+    dim_appearance=3, num_classes=2, dim_class=4, density=DensityLaw("softplus", 1.0, 0.0, 0.0, 0.6, None),
+)  # fmt: skip
+PLANES = TriplaneShape(
+    plane_resolution=8, plane_channels=4, decoder_width=8, colour_components=2, extent=0.9, multires_views=2,
+    base_frequency=math.pi, use_viewdirs=True, dim_shape=5, dim_appearance=3, num_classes=2, density=SHAPE.density,
 )  # fmt: skip
 SAMPLING = RaySampling(6, 3)
 CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)
@@ -68,8 +73,11 @@ def test_a_chunk_counts_rays_over_all_images_of_the_batch():
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
 @pytest.mark.parametrize("importance", [0, 4])
-def test_recomputed_chunks_give_the_dense_gradients(strategy, importance):
-    generator = Generator(MLPField(SHAPE), RaySampling(6, importance), learn_background=True, chunk=6).double()
+@pytest.mark.parametrize(
+    "make_field", [lambda: MLPField(SHAPE), lambda: TriplaneField(PLANES)], ids=["mlp", "triplane"]
+)
+def test_recomputed_chunks_give_the_dense_gradients(strategy, importance, make_field):
+    generator = Generator(make_field(), RaySampling(6, importance), learn_background=True, chunk=6).double()
     z, class_idx, rays, noise = draw_inputs(batch=2)
     noise = RayNoise(
         torch.rand(2, rays.per_image, 6, dtype=torch.float64),
@@ -100,6 +108,15 @@ def test_recomputation_repeats_the_autocast_of_the_forward_pass(strategy):
     # bfloat16 sums differ with the order of addition; float32 instead of it would differ by percents
     for mine, dense in zip(gradients[strategy], gradients["dense"], strict=True):
         assert_close(mine, dense, atol=2e-2 * float(dense.abs().max()) + 1e-6, rtol=0)
+
+
+def test_a_learned_background_stays_a_colour_and_can_return():
+    generator = Generator(MLPField(SHAPE), SAMPLING, "white", learn_background=True)
+    with torch.no_grad():
+        generator.background.copy_(torch.tensor([1.5, -3.0, 0.25]))
+    colour = generator.background_colour
+    assert_close(colour, torch.tensor([1.0, -1.0, 0.25]))
+    assert torch.equal(torch.autograd.grad(colour.sum(), generator.background)[0], torch.ones(3))
 
 
 def test_images_of_a_batch_do_not_touch_each_other():

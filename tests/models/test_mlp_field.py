@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from graf.models.mlp_field import MLPField, MLPShape, encoding_size, positional_encoding
+from graf.models.density import DensityLaw
+from graf.models.encoding import encoding_size, positional_encoding
+from graf.models.mlp_field import MLPField, MLPShape
 
 #: GRAF's sizes (Schwarz et al. 2020), with the density of its code
 PUBLISHED = MLPShape(
     depth=8, width=256, multires=10, multires_views=4, base_frequency=math.pi, use_viewdirs=True, dim_shape=128,
-    dim_appearance=128, num_classes=1, dim_class=32, density="relu", density_scale=1, density_bias=0, sphere_prior=0,
-    prior_radius=0.6, bounding_radius=None,
+    dim_appearance=128, num_classes=1, dim_class=32, density=DensityLaw("relu", 1, 0, 0, 0.6, None),
 )  # fmt: skip
 SMALL = replace(
     PUBLISHED,
@@ -25,6 +26,7 @@ SMALL = replace(
     num_classes=3,
     dim_class=6,
 )
+SOFT = DensityLaw("softplus", 1, 0, 0, 0.6, None)
 
 
 def encode_plainly(x: Tensor, octaves: int, base_frequency: float = math.pi) -> Tensor:
@@ -145,7 +147,7 @@ def test_split_layers_start_within_the_bounds_of_their_whole_layer():
 
 
 def test_the_class_changes_density_and_colour():
-    field = MLPField(replace(SMALL, density="softplus"))
+    field = MLPField(replace(SMALL, density=SOFT))
     points, directions, z, _ = draw_inputs(SMALL, torch.float32, batch=1)
     outputs = [field(points, directions, field.prepare(z, torch.tensor([idx]))) for idx in (0, 1, 0)]
     for part in (0, 1):
@@ -242,8 +244,7 @@ def test_the_gradient_of_the_encoding_passes_gradcheck():
 
 def raw_of(field: MLPField, *inputs) -> Tensor:
     """The raw density, read off softplus without bias or prior."""
-    plain = replace(field.shape, density="softplus", density_scale=1.0, density_bias=0.0, sphere_prior=0.0)
-    shape, field.shape = field.shape, replace(plain, bounding_radius=None)
+    shape, field.shape = field.shape, replace(field.shape, density=SOFT)
     _, density = field(*inputs)
     field.shape = shape
     return torch.log(torch.expm1(density))
@@ -251,7 +252,7 @@ def raw_of(field: MLPField, *inputs) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["relu", "softplus"])
 def test_noise_bias_prior_and_scale_act_on_the_raw_density_as_documented(kind):
-    shape = replace(SMALL, density=kind, density_scale=10.0, density_bias=-0.2, sphere_prior=6.0, prior_radius=0.7)
+    shape = replace(SMALL, density=DensityLaw(kind, 10.0, -0.2, 6.0, 0.7, None))
     field = MLPField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     codes = field.prepare(z, class_idx)
@@ -264,7 +265,7 @@ def test_noise_bias_prior_and_scale_act_on_the_raw_density_as_documented(kind):
 
 
 def test_the_sphere_prior_starts_as_a_ball():
-    shape = replace(SMALL, density="softplus", density_scale=10.0, density_bias=-2.0, sphere_prior=30.0)
+    shape = replace(SMALL, density=DensityLaw("softplus", 10.0, -2.0, 30.0, 0.6, None))
     field = MLPField(shape)
     directions = functional.normalize(torch.randn(1, 1, 3), dim=-1)
     points = directions[:, :, None] * torch.tensor([0.1, 0.3, 0.9, 1.2])[None, None, :, None]
@@ -274,7 +275,7 @@ def test_the_sphere_prior_starts_as_a_ball():
 
 
 def test_nothing_exists_outside_the_bounding_radius():
-    field = MLPField(replace(SMALL, density="softplus", bounding_radius=0.8))
+    field = MLPField(replace(SMALL, density=replace(SOFT, bounding_radius=0.8)))
     points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
     density = field(points, directions, field.prepare(z, class_idx))[1]
     inside = points.norm(dim=-1) <= 0.8
@@ -284,7 +285,7 @@ def test_nothing_exists_outside_the_bounding_radius():
 
 
 def test_the_gradient_at_the_origin_is_finite():
-    field = MLPField(replace(SMALL, density="softplus", sphere_prior=6.0))
+    field = MLPField(replace(SMALL, density=replace(SOFT, sphere_prior=6.0)))
     points = torch.zeros(1, 1, 1, 3, requires_grad=True)
     _, density = field(points, torch.tensor([[[0.0, 0, 1]]]), field.prepare(torch.randn(1, 9), torch.tensor([0])))
     density.sum().backward()
@@ -294,9 +295,7 @@ def test_the_gradient_at_the_origin_is_finite():
 @pytest.mark.parametrize("kind", ["relu", "softplus"])
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_density_alone_is_that_beside_the_colours_and_calls_no_colour_layer(depth, kind):
-    shape = replace(
-        SMALL, depth=depth, density=kind, density_scale=5.0, density_bias=0.3, sphere_prior=2.0, bounding_radius=0.9
-    )
+    shape = replace(SMALL, depth=depth, density=DensityLaw(kind, 5.0, 0.3, 2.0, 0.6, 0.9))
     field = MLPField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     called: list[str] = []

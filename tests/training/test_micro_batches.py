@@ -34,6 +34,13 @@ EVERYTHING = (
 )
 
 
+#: another field, and generated patches that show what the photographs show
+TRIPLANE = (
+    *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.plane_channels=4", "nerf.decoder_width=8"),
+    *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
+)
+
+
 @pytest.fixture(scope="module")
 def photographs(smoke_config):
     """Photographs at the resolution of super-resolution."""
@@ -91,7 +98,9 @@ def gradients_of_a_step(
 
 @pytest.mark.parametrize("sharing", ["training.share_fakes=false", "training.share_fakes=true"])
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
-def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, sharing, strategy):
+@pytest.mark.parametrize("field", [(), TRIPLANE], ids=["mlp", "triplane"])
+def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, field, sharing, strategy):
+    make_trainer = partial(make_trainer, *field)
     whole = gradients_of_a_step(make_trainer(sharing, "training.chunk=4096"), batch, monkeypatch)
     assert {name.split(".")[0] for name in whole} == {"discriminator", "generator", "ccsr"}
     for size in (1, 2, 3):

@@ -3,6 +3,7 @@
 CCSR's is tested in test_super_resolution.py, the formulas of the terms in test_trainer.py.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -63,13 +64,50 @@ def test_the_losses_of_the_discriminator_are_its_weighted_statistics(case, itera
 @pytest.mark.parametrize("iteration", [0, 600])
 def test_the_loss_of_the_generator_is_its_weighted_statistics(case, iteration):
     make_trainer, batch = case
-    trainer = make_trainer()
-    fakes = draw(trainer, batch, iteration).fakes_g
-    loss, terms = trainer.objective.generator_loss(fakes, trainer.objective.render_patches(fakes).rgb, 3)
-    weights = {"loss_g": 1.0, "loss_g_class": 2.5} | ({} if trainer.ccsr is None else {"loss_g_supervision": 0.4})
+    trainer = make_trainer("training.opacity=0.3")
+    inputs, objective = draw(trainer, batch, iteration), trainer.objective
+    render = objective.render_patches(inputs.fakes_g)
+    loss, terms = objective.generator_loss(inputs.fakes_g, render, inputs.reals, 3, iteration)
+    assert_close(terms["loss_g_opacity"], render.opacity.mean())
+    weights = {"loss_g": 1.0, "loss_g_class": 2.5, "loss_g_opacity": 0.3}
+    weights |= {} if trainer.ccsr is None else {"loss_g_supervision": 0.4}
     assert terms.keys() == weights.keys()
     assert all(value > 1e-4 for value in terms.values())
     assert_close(loss, sum(weight * terms[name] for name, weight in weights.items()))
+
+
+@pytest.mark.parametrize("iteration", [0, 600])
+def test_the_photometric_term_compares_renders_with_photographs_of_their_views(case, iteration):
+    make_trainer, batch = case
+    keys = ("training.photometric=20", "training.photometric_min=3", "training.photometric_decay=0.01")
+    trainer = make_trainer("training.match_views=true", *keys, "ray_sampler.snap=true")
+    inputs, objective = draw(trainer, batch, iteration), trainer.objective
+    render = objective.render_patches(inputs.fakes_g)
+    loss, terms = objective.generator_loss(inputs.fakes_g, render, inputs.reals, 3, iteration)
+    photographs = batch[0] if trainer.ccsr is None else torch.nn.functional.avg_pool2d(batch[0], trainer.ccsr.scale)
+    assert torch.equal(inputs.fakes_g.views.poses, inputs.reals.views.poses)
+    size, width, squares = 16, photographs.shape[-1], []
+    for row, photograph in enumerate(photographs):
+        patch = inputs.reals.patches[row : row + 1]
+        step = round(float(patch.scale) * width / size)
+        x, y = (round(float((c - patch.scale + 1) * width - 1 + step) / 2) for c in patch.centre[0])
+        seen = photograph[:, y : y + step * size : step, x : x + step * size : step]
+        squares.append((render.rgb[row] - seen).square().mean())
+    assert_close(terms["loss_g_photometric"], torch.stack(squares).mean(), atol=1e-6, rtol=1e-5)
+    weight = max(3.0, 20 * math.exp(-0.01 * iteration))
+    others = terms["loss_g"] + 2.5 * terms["loss_g_class"]
+    others = others + 0.4 * terms.get("loss_g_supervision", torch.zeros(()))
+    assert_close(loss, others + weight * terms["loss_g_photometric"])
+
+
+@pytest.mark.parametrize(("every", "reg_every"), [(2, 8), (1, 8), (3, 2), (4, 6)])
+def test_a_lazy_penalty_on_crops_weighs_as_much_as_one_in_every_step_that_has_crops(make_trainer, every, reg_every):
+    keys = [f"ccsr.every={every}", f"training.reg_every={reg_every}", "data.imsize=16", "ccsr.enabled=true"]
+    objective = make_trainer(*SUPER_RESOLUTION[:4], *keys).objective
+    period = range(24)
+    with_crops = sum(objective.super_resolution_is_due(step) for step in period)
+    met = sum(objective.super_resolution_is_due(step) and objective.penalty_is_due(step) for step in period)
+    assert met * reg_every * objective._share_of_crops == pytest.approx(with_crops)
 
 
 def test_terms_of_parts_add_up_to_those_of_the_batch(case):
@@ -82,7 +120,7 @@ def test_terms_of_parts_add_up_to_those_of_the_batch(case):
         render = objective.render_patches(fakes)
         _, found = objective.discriminator_loss(reals, objective.cut_fakes(fakes, render.rgb), part.reals.views, 3)
         found |= objective.penalty_loss(reals, part.reals.mix, render.rgb, 3, OFF)[1]
-        found |= objective.generator_loss(fakes, render.rgb, 3)[1]
+        found |= objective.generator_loss(fakes, render, part.reals, 3, 0)[1]
         if trainer.ccsr is not None:
             neighbours = objective.render_neighbours(fakes)
             found |= objective.super_resolution_loss(fakes, render, neighbours, part.reals, 3, 0)[1]
@@ -99,11 +137,11 @@ def test_where_nothing_is_asked_of_super_resolution_no_player_has_its_terms(case
     make_trainer, batch = case
     trainer = make_trainer("ccsr.start_iteration=5")
     inputs, objective = draw(trainer, batch, 0), trainer.objective
-    render = objective.render_patches(inputs.fakes_g).rgb
-    reals, fakes = objective.cut_reals(inputs.reals), objective.cut_fakes(inputs.fakes_g, render)
+    render = objective.render_patches(inputs.fakes_g)
+    reals, fakes = objective.cut_reals(inputs.reals), objective.cut_fakes(inputs.fakes_g, render.rgb)
     assert len(reals) == len(fakes) == 1
     _, of_d = objective.discriminator_loss(reals, fakes, inputs.reals.views, 3)
-    _, of_g = objective.generator_loss(inputs.fakes_g, render, 3)
+    _, of_g = objective.generator_loss(inputs.fakes_g, render, inputs.reals, 3, 0)
     assert set(of_d) == {"loss_d", "d_real", "d_fake", "loss_d_class"}
     assert set(of_g) == {"loss_g", "loss_g_class"}
     assert objective.render_neighbours(inputs.fakes_g) is None

@@ -141,7 +141,10 @@ def test_the_average_follows_the_generator_once_a_step(make_trainer, batches):
 
 
 class Watch:
-    """Records what the networks of a trainer are shown: calls of D as (patches, condition), of G as its arguments."""
+    """Records what the networks of a trainer are shown in a step: D (patches, condition), of G its arguments.
+
+    D's own pass, the first one, is over real and generated patches at once: two entries.
+    """
 
     def __init__(self, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.d_calls: list[tuple[torch.Tensor, PatchCondition]] = []
@@ -149,7 +152,9 @@ class Watch:
         d_forward, g_forward = trainer.discriminator.forward, trainer.generator.forward
 
         def watch_d(patches, condition):
-            self.d_calls.append((patches.detach().clone(), condition))
+            half = len(patches) // 2
+            for rows in (slice(half), slice(half, None)) if not self.d_calls else (slice(None),):
+                self.d_calls.append((patches[rows].detach().clone(), condition[rows]))
             return d_forward(patches, condition)
 
         def watch_g(*arguments, **options):
