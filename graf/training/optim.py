@@ -19,9 +19,10 @@ def build_optimizer(
     parameters = list(parameters)
     if name == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=lr, alpha=0.99, eps=1e-8)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     try:
-        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8, fused=True)
-    except RuntimeError as error:
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8, fused=fused)
+    except RuntimeError as error:  # torch before 2.4 on a CPU
         info_once(f"Adam runs unfused: {error}")
         return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8)
 

@@ -248,11 +248,16 @@ def test_the_steps_of_g_and_d_leave_ccsr_alone(make_trainer, batches, photograph
 # ---------------------------------------------------------------- supervision of the generator
 
 
-def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_resolved_one(make_trainer):
+def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_resolved_one(
+    make_trainer, batches, photographs
+):
     trainer = make_trainer("ccsr.supervise_generator=1", "nerf.density_bias=2")
     assert trainer.ccsr is not None
     fakes = fakes_of(trainer)
-    low = render(trainer, fakes).rgb
+    ((images, labels),) = batches(1, size=3, data=photographs)
+    reals = reals_of(trainer, images, labels)
+    rendered = render(trainer, fakes)
+    low = rendered.rgb
     with torch.no_grad():
         fine = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
     corner = torch.floor(fakes.super_resolution.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
@@ -261,7 +266,7 @@ def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_reso
     grids = torch.stack([grid[i, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
     rays = trainer.objective.caster.cast(fakes.views.poses, grids)
     finer = trainer.generator(fakes.z, fakes.views.class_idx, rays, fakes.noise).as_images().rgb
-    found = trainer.objective.generator_loss(fakes, low, 3)[1]["loss_g_supervision"]
+    found = trainer.objective.generator_loss(fakes, rendered, reals, 3, 0)[1]["loss_g_supervision"]
     assert_close(found, (finer - crops).square().mean(), rtol=1e-4, atol=1e-7)
     assert found > 1e-3
     of_g = torch.autograd.grad(found, list(trainer.generator.parameters()), retain_graph=True)
@@ -435,7 +440,8 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
         )
         cut = trainer.objective.cut_reals(reals)
         loss, terms = trainer.objective.discriminator_loss(cut, trainer.objective.cut_fakes(fakes, low), reals.views, 3)
-    assert [tuple(patches.shape) for patches, _ in calls] == [(3, 3, SIDE, SIDE)] * 4
+    assert [tuple(patches.shape) for patches, _ in calls] == [(6, 3, SIDE, SIDE)] * 2  # real and fake at once
+    calls = [(patches[rows], said[rows]) for patches, said in calls for rows in (slice(3), slice(3, 6))]
     _, (fake, said_low), (_, said_real), (fine_fake, said_fine) = calls
     with torch.no_grad():
         image = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
