@@ -162,7 +162,7 @@ def test_the_scores_are_exactly_the_trainings_own(look, monkeypatch, smoke_run, 
     # The training ran with one thread and this process may have more: sums of another order differ in the tenth digit.
     (found,) = read_scores(smoke_run.folder / "eval" / "scores.jsonl")
     of_training = {key: expected.pop(key) for key in ("psnr_validation", "ssim_validation")}
-    assert 0 < of_training["ssim_validation"] < 1
+    assert -1 <= of_training["ssim_validation"] <= 1
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
