@@ -227,33 +227,26 @@ def _fill(kind: type[Settings], section: Section, **others: Any) -> Settings:
 
 
 def _build_mlp(config: Config, num_classes: int) -> RadianceField:
-    nerf, z_dist = config.nerf, config.z_dist
-    shape = _fill(
-        MLPShape,
-        nerf,
-        depth=nerf.netdepth,
-        width=nerf.netwidth,
-        dim_shape=z_dist.dim - z_dist.dim_appearance,
-        dim_appearance=z_dist.dim_appearance,
-        num_classes=num_classes,
-        density=_build_density_law(config),
-    )
-    return MLPField(shape)
+    nerf = config.nerf
+    return MLPField(_fill_shape(MLPShape, config, num_classes, depth=nerf.netdepth, width=nerf.netwidth))
 
 
 def _build_triplane(config: Config, num_classes: int) -> RadianceField:
-    nerf, z_dist = config.nerf, config.z_dist
-    assert nerf.bounding_radius is not None  # the configuration has been checked
-    shape = _fill(
-        TriplaneShape,
-        nerf,
-        extent=nerf.bounding_radius,
-        dim_shape=z_dist.dim - z_dist.dim_appearance,
-        dim_appearance=z_dist.dim_appearance,
+    return TriplaneField(_fill_shape(TriplaneShape, config, num_classes, extent=config.nerf.bounding_radius))
+
+
+def _fill_shape(kind: type[Settings], config: Config, num_classes: int, **others: Any) -> Settings:
+    """The sizes of a field: what all fields have, keys of `nerf` of the same names, and others."""
+    dim_appearance = config.z_dist.dim_appearance
+    return _fill(
+        kind,
+        config.nerf,
+        dim_shape=config.z_dist.dim - dim_appearance,
+        dim_appearance=dim_appearance,
         num_classes=num_classes,
         density=_build_density_law(config),
+        **others,
     )
-    return TriplaneField(shape)
 
 
 def _build_density_law(config: Config) -> DensityLaw:

@@ -107,7 +107,7 @@ class HeldoutReport:
         """(name, value, threshold, passed) of each gate; a value that is NaN does not pass."""
         average = self.average()
         kid, kid_mean = self.renders.values[self.kid_name], self.mean_images.values[self.kid_name]
-        noise = self.renders.values[f"{self.kid_name.replace('kid', 'kid_std', 1)}"]
+        noise = self.renders.values[self.kid_name.replace("kid", "kid_std", 1)]
         mirrored, plus90 = average.mirrored + MARGIN_DB, average.plus90 + MARGIN_DB
         return [
             (f"{self.kid_name} below mean images by its deviation", kid, kid_mean - noise, kid < kid_mean - noise),

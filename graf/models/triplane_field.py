@@ -27,7 +27,7 @@ from graf.models.field import RadianceField
 from graf.runtime.amp import at_least_float32, float32_region
 
 #: Planes are stored at this share of their value: a step of Adam, which is as long as the learning rate, then moves
-#: features ten times as far as the decoder's weights, which was best of 3, 5 and 10 times on toys and photographs.
+#: features ten times as far as the decoder's weights, which was better than three times on toys and photographs.
 STORED_SHARE = 0.1
 #: standard deviation of the features of a new field
 INITIAL_STD = 0.1

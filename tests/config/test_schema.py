@@ -200,6 +200,9 @@ def test_a_refused_value_comes_with_what_is_allowed_and_what_the_key_means():
             "training.batch_size=11: the data set has 10 images",
             "try training.batch_size=10",
         ),
+        ({"training": {"photometric": 5}}, "training.photometric=5", "training.match_views=true"),
+        ({"nerf": {"field": "triplane"}}, "nerf.field=triplane", "nerf.bounding_radius"),
+        ({"training": {"save_best": "psnr"}}, "training.save_best=psnr", "data.heldout_every=6"),
     ],
 )
 def test_a_contradiction_names_both_sides(values, start, advice):

@@ -1,6 +1,7 @@
 """Scoring a generator: images by number, whatever the batch, and the numbers of score_images itself."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch.utils.data import TensorDataset
 from graf.evaluation import scoring
 from graf.evaluation.extractor import OfflineFeatures, choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, RenderedImages, score_images
+from graf.evaluation.metrics import ssim
 from graf.evaluation.renderer import Renders
-from graf.evaluation.scoring import ScoringTask
-from graf.geometry.views import Cameras, PoseSampler
+from graf.evaluation.scoring import ScoringTask, ValidationTask
+from graf.geometry.views import Cameras, PoseSampler, Views
 from graf.runtime.memory import OutOfMemory
 from graf.runtime.randomness import Draws
 
@@ -38,6 +40,29 @@ class NoiseRenderer:
         rgb = Draws(seed, 0, indices).uniform("noise", 3, 16, 16) * 2 - 1
         sr = Draws(seed, 0, indices).uniform("sharp", 3, 32, 32) * 2 - 1 if super_resolve else None
         return Renders(rgb, rgb[:, :1], rgb[:, :1], sr)
+
+
+class ExactRenderer:
+    """Stands in for Renderer: shows photographs, whatever the view, and asks for z = 0."""
+
+    generator = SimpleNamespace(dim_z=5)
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def render_views(self, z: torch.Tensor, views: Views) -> Renders:
+        assert torch.equal(z, torch.zeros(3, 5))
+        assert len(views) == 3
+        return Renders(self.images, self.images[:, :1], self.images[:, :1])
+
+
+def test_the_validation_split_is_measured_by_the_mean_psnr_and_ssim_of_its_photographs() -> None:
+    images = torch.rand(3, 3, 16, 16) - 0.5
+    errors = torch.tensor([0.1, 0.02, 0.3])[:, None, None, None]
+    found = ValidationTask(ExactRenderer(images + errors), images, POOL.views).measure()
+    assert found.keys() == {"psnr_validation", "ssim_validation"}
+    assert found["psnr_validation"] == pytest.approx(float((10 * torch.log10(4 / errors.square())).mean()), rel=1e-4)
+    assert found["ssim_validation"] == pytest.approx(float(ssim(images + errors, images).mean()))
 
 
 @pytest.fixture

@@ -69,6 +69,23 @@ def test_adam_takes_the_betas():
     assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)
 
 
+def test_adam_is_fused_where_torch_can_and_else_says_so_once(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    parameters = parameters_with_gradients([1.0])
+    assert build_optimizer("adam", parameters, 1e-3, (0.0, 0.99)).defaults["fused"]
+    adam = torch.optim.Adam
+
+    def refuse(*arguments, fused=False, **options):
+        if fused:
+            raise RuntimeError("`fused=True` requires CUDA")
+        return adam(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", refuse)
+    for _ in range(2):
+        assert not build_optimizer("adam", parameters, 1e-3, (0.0, 0.99)).defaults["fused"]
+    assert [record.message for record in caplog.records] == ["Adam runs unfused: `fused=True` requires CUDA"]
+
+
 def test_the_gradient_norm_is_that_of_all_gradients_together_and_skips_missing_ones():
     parameters = [*parameters_with_gradients([3.0, 0.0], [-4.0], [12.0]), nn.Parameter(torch.ones(5))]
     assert gradient_norm(parameters).item() == 13
