@@ -194,7 +194,7 @@ def _render_truth(
 def build_validation(config: Config, renderer: Renderer, split: str = "validation") -> ValidationTask | None:
     """What a run is measured on while it trains: photographs of a split of known views; None where there are none.
 
-    At most NUM_VALIDATION of them, evenly chosen.
+    At most NUM_VALIDATION of them, evenly chosen among those whose object the generator knows.
     """
     if not config.data.heldout_every or config.data.type == "image_folder":
         return None
@@ -204,9 +204,21 @@ def build_validation(config: Config, renderer: Renderer, split: str = "validatio
         info_once(f"nothing is measured on the {split} split: {error}")
         return None
     real = real_images(photographs, renderer.ccsr)["render"]
-    chosen = range(0, len(photographs), -(-len(photographs) // NUM_VALIDATION))
+    known = torch.nonzero(shows_known_object(renderer.generator, photographs.labels))[:, 0].tolist()
+    chosen = known[:: -(-len(known) // NUM_VALIDATION)] if known else []
+    if not chosen:
+        info_once(f"nothing is measured on the {split} split: it shows no known instance")
+        return None
     images = torch.stack([real[index][0] for index in chosen])
     return ValidationTask(renderer, images, build_pose_sampler(config, photographs, renderer.cameras).select(chosen))
+
+
+def shows_known_object(generator: Generator, labels: Tensor) -> Tensor:
+    """Which of the photographs with labels (N, 4) show an object that the generator can be asked for: bool (N,).
+
+    All where it has no codes of instances, and so one object for each class.
+    """
+    return labels[:, 3] >= 0 if generator.instances is not None else torch.ones(len(labels), dtype=torch.bool)
 
 
 def build_protocol(config: Config) -> FidelityProtocol:
@@ -265,8 +277,13 @@ def _build_density_law(config: Config) -> DensityLaw:
 FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp, "triplane": _build_triplane}
 
 
-def build_generator(config: Config, num_classes: int) -> Generator:
-    """The generator of a configuration, with weights that depend on config.seed alone."""
+def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
+    """The generator of a configuration, with weights that depend on config.seed alone.
+
+    Instances get codes where the photometric term teaches them.
+    """
+    num_classes = len(dataset_info.class_names)
+    num_instances = len(dataset_info.instance_names) if config.training.photometric else 0
     nerf = config.nerf
     if nerf.field not in FIELDS:
         raise ConfigError(f"nerf.field={nerf.field!r}: expected one of {', '.join(FIELDS)}")
@@ -277,7 +294,7 @@ def build_generator(config: Config, num_classes: int) -> Generator:
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
         field = FIELDS[nerf.field](config, num_classes)
-        generator = Generator(field, sampling, background, learn_background)
+        generator = Generator(field, sampling, background, learn_background, num_instances)
     generator.use(build_memory_settings(config))
     return generator
 
@@ -350,7 +367,7 @@ def build_trainer(
     pretrained: as in :func:`build_ccsr`.
     """
     ccsr = build_ccsr(config, pretrained)
-    generator = build_generator(config, len(dataset_info.class_names))
+    generator = build_generator(config, dataset_info)
     discriminator = build_discriminator(config, dataset_info)
     for network in (generator, discriminator, ccsr):
         if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved

@@ -247,18 +247,28 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
     if not config.data.heldout_every:
         raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
     training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "test"))
-    means, (images, _) = (
+    means, (images, labels) = (
         _stack(builders.real_images(photographs, renderer.ccsr)["render"]) for photographs in (training, heldout)
     )
     views = builders.build_pose_sampler(config, heldout, renderer.cameras).views
-    photographs = HeldoutPhotographs(images, views, mean_images_by_class(*means), renderer.classes)
+
+    class_means = mean_images_by_class(*means)
+    is_known = builders.shows_known_object(renderer.generator, labels)
+    if not is_known.any():
+        raise ConfigError("--heldout: no photograph of the test split shows a known instance; set data.heldout_every")
+
+    def choose(rows: Tensor) -> HeldoutPhotographs:
+        return HeldoutPhotographs(images[rows], views[rows.nonzero()[:, 0]], class_means, renderer.classes)
+
+    photographs, unseen = choose(is_known), None if is_known.all() else choose(~is_known)
     codes = renderer.codes(evaluation.seed, range(NUM_HELDOUT_CODES))
-    with progress_bar(desc="held-out views", unit="image", total=(3 + len(codes)) * len(images)) as bar:
+    total = len(codes) * len(images) + 3 * int(is_known.sum())
+    with progress_bar(desc="held-out views", unit="image", total=total) as bar:
 
         def render(views: Views, code: int | None) -> Tensor:
             bar.update(len(views))
-            z = torch.zeros_like(codes[0]) if code is None else codes[code]
-            return renderer.render_views(z.expand(len(views), -1), views).rgb
+            z = renderer.instance_codes(views.labels[:, 3]) if code is None else codes[code].expand(len(views), -1)
+            return renderer.render_views(z, views).rgb
 
         report = measure_heldout(
             photographs,
@@ -266,6 +276,7 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             choose_extractor("offline"),
             builders.build_protocol(config),
             renderer.device,
+            unseen=unseen,
             num_z=len(codes),
             provenance={"iteration": evaluation.iteration},
         )

@@ -126,6 +126,10 @@ class NerfConfig(Section):
     field: str = Field(
         "mlp", description="what represents the objects: mlp, GRAF's network, or triplane, features on three planes"
     )
+    planes: Literal["table", "synthesis"] = Field(
+        "table", description="triplane: stored for each class, or made of the shape code by a convolutional network"
+    )
+    synthesis_width: int = Field(32, ge=4, description="channels of that network at its finest side, twice below it")
     plane_resolution: int = Field(64, ge=4, le=1024, description="triplane: features on each side of a plane")
     plane_channels: int = Field(16, ge=1, description="triplane: numbers of a feature")
     decoder_width: int = Field(64, ge=4, description="triplane: hidden units of its decoder")
@@ -293,6 +297,9 @@ class TrainingConfig(Section):
     photometric_min: float = Field(0.0, ge=0, description="its floor")
     photometric_decay: float = Field(
         0.0, ge=0, description="its decay per iteration: max(photometric_min, photometric exp(-decay it))"
+    )
+    instance_prior: float = Field(
+        0.1, ge=0, description="weight of the squared numbers of known instances' codes, which z is drawn like"
     )
     opacity: float = Field(0.0, ge=0, description="weight of the renders' mean opacity, which clears fog; 0: none")
     optimizer: Literal["rmsprop", "adam"] = Field("rmsprop", description="RMSprop (alpha .99) or Adam (betas)")

@@ -1,13 +1,14 @@
 """The held-out measurement: renders of a labelled view against photographs of it that training never saw.
 
-For each photograph one render is made with the code z = 0 and one with each of `num_z` drawn codes from the
-photograph's own view, and with z = 0 one from the mirrored azimuth (-angle) and one from +90 degrees. A generator that
-ignores the azimuth, or turns the wrong way, scores as well at the wrong azimuths as at the right one; the gates ask for
+For each photograph one render is made with the code of its instance, where that is known, else z = 0, and one with
+each of `num_z` drawn codes from the photograph's own view, and with the former one from the mirrored azimuth (-angle)
+and one from +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores as well at the wrong azimuths as at the right one; the gates ask for
 a margin above what two runs with other seeds differ by. Blur wins PSNR, so KID must also be lower than that of the
-blurriest sensible answer, the mean of the object's training photographs.
+blurriest sensible answer, the mean of the object's training photographs. Where photographs of objects are held out
+that training never saw in any view, KID is about these: do drawn codes look like objects of their class?
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +66,9 @@ class HeldoutPhotographs:
 
 @dataclass(frozen=True)
 class ObjectRow:
-    """One object's mean PSNR in dB, over its photographs; SSIM of z = 0.
+    """One class's mean PSNR in dB, over its photographs, and its SSIM.
 
-    labelled: with z = 0 at the photograph's own azimuth; mean_z: the same with drawn codes, and their mean;
+    labelled: with the instance's code or z = 0 at the photograph's own azimuth; mean_z: the same with drawn codes, and their mean;
     labelled_unmirrored: labelled without the angles 0 and 180, which mirror onto themselves; mirrored: at -angle,
     likewise without them (NaN where nothing is left); plus90: at angle + 90.
     """
@@ -91,6 +92,7 @@ class HeldoutReport:
     mean_images: Scores
     kid_name: str
     num_z: int
+    code: str = "z = 0"
 
     def average(self) -> ObjectRow:
         """Mean over the objects, each counted once however many photographs it has."""
@@ -128,9 +130,10 @@ class HeldoutReport:
     def text(self) -> str:
         """The report as a table for people."""
         lines = [
-            f"PSNR in dB on the test split, z = 0, and the mean over {self.num_z} z ([..]: without 0 and 180 degrees)",
-            f"{'object':<16}{'photos':>8}{'z = 0':>10}{'SSIM':>8}{'mean z':>8}"
-            f"{'[z = 0]':>12}{'[mirrored]':>12}{'+90':>8}",
+            f"PSNR in dB on the test split, {self.code}, and the mean over {self.num_z} z "
+            "([..]: without 0 and 180 degrees)",
+            f"{'object':<16}{'photos':>8}{self.code:>10}{'SSIM':>8}{'mean z':>8}"
+            f"{'[' + self.code + ']':>12}{'[mirrored]':>12}{'+90':>8}",
         ]
         for row in (*self.objects, self.average()):
             lines.append(
@@ -192,6 +195,7 @@ def measure_heldout(
     protocol: FidelityProtocol,
     device: torch.device,
     *,
+    unseen: HeldoutPhotographs | None = None,
     num_z: int = 4,
     batch_size: int = 16,
     provenance: dict[str, Plain] | None = None,
@@ -199,16 +203,17 @@ def measure_heldout(
     """Render the held-out views and compare with the photographs.
 
     `render(views, z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in every
-    call, None z = 0. (3 + num_z) N images are rendered, `batch_size` at a time; the num_z N of drawn codes are kept, as
-    uint8.
+    call, None the code of the views' instances, or 0. (3 + num_z) N images are rendered, `batch_size` at a time; the
+    num_z N of drawn codes are kept, as uint8.
 
+    unseen: photographs of objects that training never saw, on which KID is measured instead; (num_z N') more renders.
     KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
     The mean images are treated alike: the mean of the object's training photographs once per photograph and latent, so
     that both sides have the same counts, the same objects in the same numbers, and the same subset draws.
     """
     if num_z < 1 or batch_size < 1:
         raise HeldoutError(f"num_z={num_z}, batch_size={batch_size}: expected at least 1 of each")
-    images, labelled = photographs.images.cpu(), photographs.views
+    labelled = photographs.views
     labels = labelled.labels.cpu()
 
     seen = {
@@ -220,21 +225,31 @@ def measure_heldout(
     wanted += [("mean_z", labelled, z_index) for z_index in range(num_z)]
     scores: dict[str, list[Tensor]] = {}
     renders = []
+
+    def render_all(
+        photographs: HeldoutPhotographs, views: Views, z_index: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, part in zip(photographs.images.split(batch_size), _split(views, batch_size), strict=True):
+            rendered = render(part, z_index).cpu()
+            if rendered.shape != images.shape:
+                raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images.shape)}")
+            yield rendered, images.cpu()
+
     for name, views, z_index in wanted:
-        for start in range(0, len(labels), batch_size):
-            rows = slice(start, min(start + batch_size, len(labels)))
-            rendered = render(views[rows], z_index).cpu()
-            if rendered.shape != images[rows].shape:
-                raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images[rows].shape)}")
-            scores.setdefault(name, []).append(psnr(rendered, images[rows]))
+        for rendered, truth in render_all(photographs, views, z_index):
+            scores.setdefault(name, []).append(psnr(rendered, truth))
             if name == "labelled":
-                scores.setdefault("ssim", []).append(ssim(rendered, images[rows]))
-            if name == "mean_z":
+                scores.setdefault("ssim", []).append(ssim(rendered, truth))
+            if name == "mean_z" and unseen is None:
                 renders.append(to_uint8(rendered))
     measured = {name: torch.cat(parts).view(-1, len(labels)) for name, parts in scores.items()}
+    if unseen is not None:
+        for z_index in range(num_z):
+            renders += [to_uint8(rendered) for rendered, _ in render_all(unseen, unseen.views, z_index)]
 
-    means = torch.stack([photographs.training_means[int(c)].cpu() for c in labels[:, 0]]).repeat(num_z, 1, 1, 1)
-    real = _Images(to_uint8(images))
+    judged = photographs if unseen is None else unseen
+    means = torch.stack([judged.training_means[int(c)].cpu() for c in judged.views.class_idx]).repeat(num_z, 1, 1, 1)
+    real = _Images(to_uint8(judged.images.cpu()))
     extra = {**(provenance or {}), "num_z": num_z}
     scored = {
         name: score_images(real, _Images(fake), extractor, protocol, device, provenance={**extra, "scored": name})
@@ -249,7 +264,12 @@ def measure_heldout(
         mean_images=scored["heldout mean images"],
         kid_name="kid" + extractor.suffix,
         num_z=num_z,
+        code="instance" if bool((labels[:, 3] >= 0).any()) else "z = 0",
     )
+
+
+def _split(views: Views, size: int) -> list[Views]:
+    return [views[start : start + size] for start in range(0, len(views), size)]
 
 
 def _measure_object(name: str, labels: Tensor, chosen: Tensor, measured: dict[str, Tensor]) -> ObjectRow:

@@ -237,6 +237,16 @@ class Renderer:
             ]
         return densities[0] if points.dim() == 2 else torch.stack(densities)
 
+    def instance_codes(self, instances: Tensor | Sequence[int]) -> Tensor:
+        """Codes z (B, dim_z) of known instances, by number (B,), as learned; z = 0 for -1, an instance that is unknown.
+
+        >>> renderer.instance_codes([-1, -1]).shape
+        torch.Size([2, 8])
+        """
+        numbers = torch.as_tensor(instances, device=self.device)
+        zero = torch.zeros(len(numbers), self.generator.dim_z, device=self.device)
+        return self.generator.codes(zero, numbers).detach().cpu()
+
     def codes(self, seed: int, indices: range) -> Tensor:
         """Codes z (len(indices), dim_z): row i depends on (seed, indices[i]) alone; index 0 is what a seed names.
 

@@ -25,7 +25,7 @@ RENDER_BATCH = 8
 
 @dataclass(frozen=True)
 class ValidationTask:
-    """PSNR and SSIM of renders with the code z = 0 against photographs of the validation split.
+    """PSNR and SSIM of renders with the instance's code, or else z = 0, against photographs of the validation split.
 
     images: (N, 3, H, W) in [-1, 1] at the render's resolution; views: the N that they were taken from.
     """
@@ -36,7 +36,7 @@ class ValidationTask:
 
     def measure(self) -> dict[str, float]:
         """The means over the photographs, by name."""
-        z = torch.zeros(len(self.views), self.renderer.generator.dim_z)
+        z = self.renderer.instance_codes(self.views.labels[:, 3])
         rgb = self.renderer.render_views(z, self.views).rgb
         scores = {"psnr": psnr(rgb, self.images), "ssim": ssim(rgb, self.images)}
         return {f"{name}_validation": float(values.mean()) for name, values in scores.items()}

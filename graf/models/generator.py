@@ -22,6 +22,8 @@ class Generator(nn.Module):
     """A radiance field seen through a volume renderer.
 
     background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
+    num_instances: objects that are known by number, each with a code of its own that is learned (generative latent
+    optimisation, Bojanowski et al., ICML 2018).
     chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept
     for the backward pass (graf.runtime.activation_checkpointing). :meth:`use` changes both at any time.
     make_runner: called with the number of chunks of each rendering; what it returns executes them.
@@ -33,6 +35,7 @@ class Generator(nn.Module):
         sampling: RaySampling,
         background: str = "white",
         learn_background: bool = False,
+        num_instances: int = 0,
         chunk: int = 4096,
     ) -> None:
         super().__init__()
@@ -48,6 +51,13 @@ class Generator(nn.Module):
             self.background = nn.Parameter(colour)
         else:
             self.register_buffer("background", colour)
+        self.instances = nn.Embedding(num_instances, field.dim_z) if num_instances else None
+
+    def codes(self, z: Tensor, instance: Tensor) -> Tensor:
+        """The codes (B, dim_z) of known instances (B,), and z (B, dim_z) where instance is -1, of an unknown one."""
+        if self.instances is None:
+            return z
+        return torch.where(instance[:, None] < 0, z, self.instances(instance.clamp(min=0)))
 
     @property
     def background_colour(self) -> Tensor:

@@ -4,16 +4,17 @@ Chan et al., "Efficient geometry-aware 3D generative adversarial networks" (CVPR
 feature vectors instead of running a deep network, so that a render costs a fraction of the MLP field's, and detail is
 stored where it is instead of being composed out of waves: the first sharp pictures come after minutes.
 
-The planes are a table with one set for each class. The decoder has one hidden layer, whose input the shape code scales
-and shifts (FiLM, Perez et al. 2018). A colour is a mixture of components, c(p, d) = tanh(sum_k m_k(d) c_k(p)): the
-components depend on the point, the mixture on the ray's direction and the appearance code (FastNeRF, Garbin et al.
-2021, eq. 3). Only that little product is computed for each pair of both; whatever depends on the code alone is folded
-into the decoder's weights once per image.
+The planes come from a table with one set for each class, or from a network that makes them of the shape code
+(plane_sources.py). The decoder has one hidden layer, whose input the shape code scales and shifts (FiLM, Perez et al.
+2018). A colour is a mixture of components, c(p, d) = tanh(sum_k m_k(d) c_k(p)): the components depend on the point, the
+mixture on the ray's direction and the appearance code (FastNeRF, Garbin et al. 2021, eq. 3). Only that little product
+is computed for each pair of both; whatever depends on the code alone is folded into the decoder's weights once per
+image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,28 +25,29 @@ from graf.base.tensors import TensorBatch
 from graf.models.density import DensityLaw
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import RadianceField
+from graf.models.plane_sources import PlaneShape, PlaneSynthesis, PlaneTable
 from graf.runtime.amp import at_least_float32, float32_region
 
-#: Planes are stored at this share of their value: a step of Adam, which is as long as the learning rate, then moves
-#: features ten times as far as the decoder's weights, which was better than three times on toys and photographs.
-STORED_SHARE = 0.1
-#: standard deviation of the features of a new field
-INITIAL_STD = 0.1
 #: the coordinates that the three planes are spanned by: (x, y), (x, z), (y, z)
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
+#: the values of nerf.planes
+PLANE_SOURCES: dict[str, Callable[[PlaneShape], nn.Module]] = {"table": PlaneTable, "synthesis": PlaneSynthesis}
 
 
 @dataclass(frozen=True)
 class TriplaneShape:
     """Sizes and output laws of :class:`TriplaneField`; defaults stand in the configuration (`nerf`, `z_dist`).
 
-    plane_resolution^2 features of plane_channels numbers on each plane, which cover [-extent, extent] on both axes;
-    decoder_width: its hidden units; colour_components: those that directions and appearance mix, besides one that is
-    always there. The rest is as in MLPShape.
+    planes: "table" or "synthesis", the latter with layers of synthesis_width; plane_resolution^2 features of
+    plane_channels numbers on each plane, which cover [-extent, extent] on both axes; decoder_width: its hidden units;
+    colour_components: those that directions and appearance mix, besides one that is always there. The rest is as in
+    MLPShape.
     """
 
+    planes: str
     plane_resolution: int
     plane_channels: int
+    synthesis_width: int
     decoder_width: int
     colour_components: int
     extent: float
@@ -83,9 +85,10 @@ class TriplaneField(RadianceField):
         super().__init__()
         self.shape = shape
         self.dim_shape, self.dim_appearance = shape.dim_shape, shape.dim_appearance
-        size, channels, width = shape.plane_resolution, shape.plane_channels, shape.decoder_width
-        std = INITIAL_STD * STORED_SHARE
-        self.planes = nn.Parameter(std * torch.randn(shape.num_classes, 3, channels, size, size))
+        channels, width = shape.plane_channels, shape.decoder_width
+        self.planes = PLANE_SOURCES[shape.planes](
+            PlaneShape(shape.plane_resolution, channels, shape.synthesis_width, shape.dim_shape, shape.num_classes)
+        )
         self.modulation = nn.Linear(shape.dim_shape, 2 * channels, bias=False)
         self.hidden = nn.Linear(channels, width)
         self.raw_density = nn.Linear(width, 1)
@@ -97,7 +100,7 @@ class TriplaneField(RadianceField):
         nn.init.zeros_(self.appearance.weight)
 
     def prepare(self, z: Tensor, class_idx: Tensor) -> TriplaneCodes:
-        """The planes of the classes class_idx (B,), and the decoder that z (B, dim_shape + dim_appearance) asks for."""
+        """The planes of z (B, dim_shape + dim_appearance) and the classes class_idx (B,), and the decoder of z."""
         batch, width = len(z), self.shape.decoder_width
         with float32_region(z.device.type):
             shape_code, appearance_code = z.split([self.dim_shape, self.dim_appearance], dim=1)
@@ -108,7 +111,7 @@ class TriplaneField(RadianceField):
                 colours = (mixture[..., None] * colours).sum(2, keepdim=True)
                 colour_bias = (mixture * colour_bias).sum(2, keepdim=True)
             return TriplaneCodes(
-                planes=self.planes[class_idx] / STORED_SHARE,
+                planes=self.planes(shape_code, class_idx),
                 weight=self.hidden.weight * (1 + scale),
                 bias=functional.linear(shift, self.hidden.weight, self.hidden.bias),
                 head=_stack_head(self.raw_density.weight, colours, batch),

@@ -43,13 +43,14 @@ class SuperResolutionInputs(TensorBatch):
 
 @dataclass(frozen=True)
 class FakeInputs(TensorBatch):
-    """What a batch of generated patches is made from: z (B, dim_z), views, places and ray noise.
+    """What a batch of generated patches is made from: codes, views, places and ray noise.
 
-    augment_d, augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step
+    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; augment_d, augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step
     that does not train it.
     """
 
     z: Tensor
+    instance: Tensor
     views: Views
     patches: Patches
     noise: RayNoiseKeys
@@ -119,7 +120,8 @@ class InputSampler:
     """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random.
 
     place: patches from uniform random numbers (B, 3) and the smallest and largest scale; match_views: generated patches
-    take views and places of the photographs' patches, so that D compares like with like.
+    take views and places of the photographs' patches, so that D compares like with like, and half of those of known
+    instances the instance's code.
 
     mix_latents: which view latents the label angles (B,) stand for, None without super-resolution; agreement_degrees:
     between a view and the neighbour it has to agree with, None where that is not asked.
@@ -156,9 +158,11 @@ class InputSampler:
         """
         numbers = _draw_numbers(draws, purpose)
         views = self.pose_sampler.pick(numbers["view"]) if matched is None else matched.views
+        is_drawn = numbers["instance"][:, 0] < (0.5 if self.match_views else 1.0)
         patches = self._place(numbers, settings) if matched is None else matched.patches
         return FakeInputs(
             z=draw_latents(draws, f"{purpose}/z", self.dim_z, self.uniform_z),
+            instance=torch.where(is_drawn, -1, views.labels[:, 3]),
             views=views,
             patches=patches,
             noise=RayNoiseKeys(
@@ -226,6 +230,7 @@ USES = {
     "side": 1,
     "mix": 1,
     "mirror": 1,
+    "instance": 1,
 }
 
 

@@ -70,7 +70,7 @@ class LossSettings:
     reg_type: "none" | "real" (R1) | "wgangp", weight reg_param, taken every reg_every steps with so many times the
     weight; class_loss: weight of the label classification; num_views: its azimuth bins. The photometric term, where
     generated patches show what photographs show, weighs max(photometric_min, photometric exp(-photometric_decay it));
-    opacity: weight of the mean opacity of generated patches. super_resolution: None without.
+    instance_prior: weight of the squared length of instances' codes, per number; opacity: weight of the mean opacity of generated patches. super_resolution: None without.
     """
 
     gan_type: str
@@ -83,6 +83,7 @@ class LossSettings:
     photometric: float = 0.0
     photometric_min: float = 0.0
     photometric_decay: float = 0.0
+    instance_prior: float = 0.0
     opacity: float = 0.0
     super_resolution: SuperResolutionLossSettings | None = None
 
@@ -140,7 +141,8 @@ class GANObjective:
         views = fakes.views if views is None else views
         rays = self.caster.cast_patches(views.poses, fakes.patches, self.patch_size)
         with self.precision.autocast():
-            return self.generator(fakes.z, views.class_idx, rays, fakes.noise).as_images()
+            z = self.generator.codes(fakes.z, fakes.instance)
+            return self.generator(z, views.class_idx, rays, fakes.noise).as_images()
 
     def render_neighbours(self, fakes: FakeInputs) -> Render | None:
         """The same objects and patches from the views that they have to agree with, without a graph; None without."""
@@ -248,7 +250,8 @@ class GANObjective:
         """G's loss; D must be frozen.
 
         With a photometric term also the mean squared distance of generated patches to `reals`, which show the same
-        objects from the same views at the same places; with an opacity term their mean opacity, which is 1 in a solid
+        views at the same places, as far as they show the same objects: where instances are known, those that have their
+        codes, else all; those codes keep near the distribution of the drawn ones, N(0, 1). With an opacity term their mean opacity, which is 1 in a solid
         object whatever its density, so that fog of the background's colour gives way and the object stays; with
         supervision the distance of a finer render to super-resolution.
         """
@@ -261,6 +264,12 @@ class GANObjective:
         photometric = self.settings.photometric_weight(iteration)
         if photometric:
             distance = (render.rgb - self._cut_at_render_size(reals)).square().mean((1, 2, 3))
+            if self.generator.instances is not None:
+                is_same = fakes.instance >= 0
+                distance = distance * is_same
+                codes = self.generator.codes(torch.zeros_like(fakes.z), fakes.instance)
+                statistics["loss_g_prior"] = codes.square().mean(1).sum() / batch_size
+                loss = loss + self.settings.instance_prior * statistics["loss_g_prior"]
             statistics["loss_g_photometric"] = distance.sum() / batch_size
             loss = loss + photometric * statistics["loss_g_photometric"]
         if self.settings.opacity:

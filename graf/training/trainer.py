@@ -401,6 +401,7 @@ def _read_loss_settings(config: Config, poses_known: bool) -> LossSettings:
         photometric=training.photometric if poses_known else 0.0,
         photometric_min=training.photometric_min if poses_known else 0.0,
         photometric_decay=training.photometric_decay,
+        instance_prior=training.instance_prior,
         opacity=training.opacity,
         augmentation=Augmentation(**config.discriminator.augment.model_dump()),
         super_resolution=super_resolution if ccsr.enabled else None,

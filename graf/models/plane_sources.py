@@ -1,0 +1,116 @@
+"""Where the features of a tri-plane field's planes come from: a table of them, or a network that makes them of a code.
+
+Both map shape codes (B, dim_shape) and class indices (B,) to planes (B, 3, channels, resolution, resolution).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+#: Planes are stored at this share of their value: a step of Adam, which is as long as the learning rate, then moves
+#: features ten times as far as the decoder's weights, which was better than three times on toys and photographs.
+STORED_SHARE = 0.1
+#: standard deviation of the features of a new field
+INITIAL_STD = 0.1
+#: side of the constant that the synthesis starts from
+SMALLEST_SIDE = 8
+
+
+@dataclass(frozen=True)
+class PlaneShape:
+    """resolution^2 features of `channels` numbers on each of three planes, for codes and classes of these sizes.
+
+    width: channels of the synthesis at its finest resolution, and units of its mapping network.
+    """
+
+    resolution: int
+    channels: int
+    width: int
+    dim_shape: int
+    num_classes: int
+
+
+class PlaneTable(nn.Module):
+    """One set of planes for each class, whatever the code."""
+
+    def __init__(self, shape: PlaneShape) -> None:
+        super().__init__()
+        size = shape.resolution
+        std = INITIAL_STD * STORED_SHARE
+        self.stored = nn.Parameter(std * torch.randn(shape.num_classes, 3, shape.channels, size, size))
+
+    def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
+        return self.stored[class_idx] / STORED_SHARE
+
+
+class PlaneSynthesis(nn.Module):
+    """A class's table of planes plus what a small convolutional network makes of the code (EG3D, EpiGRAF).
+
+    The network is StyleGAN2's in small (Karras et al., CVPR 2020, section 2): a mapping network turns code and class
+    into a style; from a constant, layers of convolutions that the style modulates double the side up to the planes'.
+    The table holds what the objects of a class share, so that the network, which begins with nothing, has to make
+    their differences only.
+    """
+
+    def __init__(self, shape: PlaneShape) -> None:
+        super().__init__()
+        self.shape, width = shape, shape.width
+        self.table = PlaneTable(shape)
+        self.class_embedding = nn.Embedding(shape.num_classes, width)
+        self.mapping = nn.Sequential(
+            nn.Linear(shape.dim_shape + width, 2 * width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(2 * width, 2 * width),
+            nn.LeakyReLU(0.2),
+        )
+        sides = [shape.resolution]
+        while sides[0] > SMALLEST_SIDE:
+            sides.insert(0, -(-sides[0] // 2))
+        self.sides = sides
+        channels = [2 * width if side < shape.resolution else width for side in sides]
+        self.constant = nn.Parameter(torch.randn(1, channels[0], sides[0], sides[0]))
+        inputs = [channels[0], *channels[:-1]]
+        self.layers = nn.ModuleList(
+            ModulatedConvolution(inside, outside, 3, 2 * width)
+            for inside, outside in zip(inputs, channels, strict=True)
+        )
+        self.output = nn.Conv2d(width, 3 * shape.channels, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
+        style = self.mapping(torch.cat([shape_code, self.class_embedding(class_idx)], dim=1))
+        hidden = self.constant.expand(len(style), -1, -1, -1)
+        for side, layer in zip(self.sides, self.layers, strict=True):
+            if hidden.shape[-1] != side:
+                hidden = functional.interpolate(hidden, size=(side, side), mode="bilinear")
+            hidden = functional.leaky_relu(layer(hidden, style), 0.2)
+        shared = self.table(shape_code, class_idx)
+        return shared + self.output(hidden).view(shared.shape) / STORED_SHARE
+
+
+class ModulatedConvolution(nn.Module):
+    """A convolution whose input channels a style scales, and whose output has unit variance again (StyleGAN2, eq. 1, 3).
+
+    Scaling the activations instead of the weights gives the same and lets a batch share one convolution.
+    """
+
+    def __init__(self, inside: int, outside: int, size: int, dim_style: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outside, inside, size, size) / math.sqrt(inside * size * size))
+        self.bias = nn.Parameter(torch.zeros(outside))
+        self.style = nn.Linear(dim_style, inside)
+        nn.init.ones_(self.style.bias)
+
+    def forward(self, images: Tensor, style: Tensor) -> Tensor:
+        scale = self.style(style)
+        variance = scale.square() @ self.weight.square().sum((2, 3)).T
+        normal = torch.rsqrt(variance + 1e-8)[:, :, None, None]
+        padding = self.weight.shape[-1] // 2
+        output = functional.conv2d(images * scale[:, :, None, None], self.weight, padding=padding)
+        return output * normal + self.bias[:, None, None]
