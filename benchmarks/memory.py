@@ -194,7 +194,7 @@ def make_optimizer_states(trainer: Trainer) -> None:
 def build_trainer(config: Config, settings: MemorySettings, device: torch.device) -> Trainer:
     """A trainer with these settings and no photographs."""
     dataset_info = imagine_dataset(config)
-    labels = torch.tensor([(number, 0, 0) for number in range(len(dataset_info.class_names))])
+    labels = torch.tensor([(number, 0, 0, -1) for number in range(len(dataset_info.class_names))])
     precision = Precision(device.type, torch.bfloat16 if config.training.use_amp else None)
     pose_sampler = PoseSampler(labels, builders.build_cameras(config, dataset_info))
     trainer = builders.build_trainer(config, dataset_info, pose_sampler, precision, device)

@@ -53,13 +53,14 @@ NUM_VALIDATION = 48
 class DatasetInfo:
     """What the photographs say about the world; a checkpoint carries it, so that renders need no photographs.
 
-    fov in degrees; poses_known: whether every photograph has a known camera.
+    fov in degrees; poses_known: whether every photograph has a known camera; instance_names: those that labels number.
     """
 
     class_names: tuple[str, ...]
     v_list: tuple[float, ...]
     fov: float
     poses_known: bool
+    instance_names: tuple[str, ...] = ()
 
 
 def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
@@ -103,7 +104,8 @@ def describe_dataset(config: Config, dataset: PhotoDataset) -> DatasetInfo:
     v_list = tuple(dataset.v_list)
     if not dataset.poses_known and config.data.v_list is None:  # nothing names a height: show the middle of the range
         v_list = ((config.data.vmin + config.data.vmax) / 2,)
-    return DatasetInfo(tuple(dataset.class_names), v_list, fov, dataset.poses_known)
+    names, instance_names = tuple(dataset.class_names), tuple(dataset.instance_names)
+    return DatasetInfo(names, v_list, fov, dataset.poses_known, instance_names)
 
 
 def build_cameras(config: Config, dataset_info: DatasetInfo) -> Cameras:

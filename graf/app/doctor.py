@@ -95,6 +95,9 @@ def describe(inspection: Inspection) -> list[str]:
         line = f"  class {class_idx} {name}: {len(chosen)} photographs"
         if dataset.poses_known:
             line += f", {len(chosen[:, 2].unique())} angles"
+        if dataset.instance_names:
+            known = chosen[chosen[:, 3] >= 0, 3]
+            line += f", known instances: {len(known.unique())} (in {len(known)} photographs)"
         lines.append(line)
     if dataset.poses_known:
         lines += _describe_views(dataset)
@@ -103,10 +106,12 @@ def describe(inspection: Inspection) -> list[str]:
     lines.append("sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.report.sizes.most_common(8)))
     lines.append(f"read as {dataset.imsize}x{dataset.imsize}")
     if data.heldout_every and dataset.poses is None and dataset.poses_known:
-        angles = labels[:, 2].unique()
+        angles = labels[[not split for split in dataset.index.splits], 2].unique()
         heldout = len(angles[:: data.heldout_every])
         halves = f"{heldout - heldout // 2} for test, {heldout // 2} for validation"
         lines.append(f"held out: {heldout} of {len(angles)} angles, {halves}")
+    if given := Counter(split for split in dataset.index.splits if split):
+        lines.append("split by labels.csv: " + ", ".join(f"{count} for {split}" for split, count in given.items()))
     radii = inspection.poses[:, :3, 3].norm(dim=1)
     lines.append(f"cameras: radius {radii.min():.2f}..{radii.max():.2f}, field of view {inspection.fov:.1f} degrees")
     problems = list(dataset.report.lines())
@@ -233,7 +238,7 @@ def _paste_photograph(
     image, label = dataset[index]
     pixels = to_uint8(image).permute(1, 2, 0).numpy()
     sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC), corner)
-    class_idx, height_idx, angle = label.tolist()
+    class_idx, height_idx, angle, _ = label.tolist()
     text = dataset.class_names[class_idx] + (f" h{height_idx} {angle}" if dataset.poses_known else "")
     ImageDraw.Draw(sheet).text((corner[0] + 2, corner[1] + size + 1), text, fill="black")
 

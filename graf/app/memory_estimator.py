@@ -303,7 +303,7 @@ class StepPlanner:
         is_half = config.training.use_amp if precision is None else precision.dtype is not None
         # float16 needs as many bytes as bfloat16, and a CPU's autocast knows only the latter
         self.precision = Precision("cpu", torch.bfloat16 if is_half else None)
-        labels = torch.tensor([(number, 0, 0) for number in range(len(self.dataset_info.class_names))])
+        labels = torch.tensor([(number, 0, 0, -1) for number in range(len(self.dataset_info.class_names))])
         cameras, data = builders.build_cameras(self.config, self.dataset_info), config.data
         ranges = PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
         self.pose_sampler = PoseSampler(labels, cameras, ranges=None if self.dataset_info.poses_known else ranges)

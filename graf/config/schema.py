@@ -82,7 +82,7 @@ class DataConfig(Section):
         "ccw", description="sense in which label angles grow, seen from above"
     )
     file_pattern: str | None = Field(
-        None, description="regular expression with groups class, angle and optionally height"
+        None, description="regular expression with groups class, angle and optionally height, instance"
     )
     classes: tuple[str, ...] | None = Field(None, description="names of the classes to keep; null keeps all")
     heldout_every: int = Field(

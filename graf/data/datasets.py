@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from graf.data.errors import DataError
 from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, square_side
 from graf.data.index import PhotoIndex, index_image_folder, index_transforms, index_turntable
+from graf.data.labels import LABELS_FILE
 from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
 from graf.runtime.logs import logger, progress_bar, warn_once
 
@@ -36,7 +37,8 @@ class DataSettings:
     synthetic.py's heights for the synthetic set. `classes` keeps these classes only. `heldout_every` k > 0 holds out
     every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
     photograph (transforms, image_folder); of these the first, third, ... are the test split, by which a run is
-    reported, the others the validation split, by which choices are made. `strict` turns skipped photographs into a
+    reported, the others the validation split, by which choices are made. Photographs to which labels.csv gives a split
+    belong there instead. `strict` turns skipped photographs into a
     DataError. `crop` is the side of the central square that is used, in pixels, where it is not the largest one. Sets
     that fit `cache_mib` MiB as uint8 are decoded when they are opened; larger ones when an image is asked for.
     `radius`, `fov` (degrees) and the synthetic_* fields act on the synthetic set only.
@@ -96,11 +98,11 @@ class DataSettings:
 
 
 class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Square photographs float32 (3, imsize, imsize) in [-1, 1] with labels int64 (3,).
+    """Square photographs float32 (3, imsize, imsize) in [-1, 1] with labels int64 (4,).
 
-    Attributes: `labels` (N, 3); `poses` (N, 4, 4) camera-to-world or None, where they follow from the labels
-    (`poses_known`) or are unknown; `class_names`; `v_list`; `paths`; `imsize`; `fov` in degrees across the square
-    image, or None where the set does not tell; `report`.
+    Attributes: `labels` (N, 4); `poses` (N, 4, 4) camera-to-world or None, where they follow from the labels
+    (`poses_known`) or are unknown; `class_names`; `instance_names`; `v_list`; `paths`; `imsize`; `fov` in degrees
+    across the square image, or None where the set does not tell; `report`.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         self.poses = index.poses
         self.poses_known = index.poses_known
         self.class_names = index.class_names
+        self.instance_names = index.instance_names
         self.v_list = index.v_list
         self.paths = index.paths
         self.report = index.report
@@ -209,24 +212,22 @@ def _synthetic_settings(settings: DataSettings) -> SyntheticSettings:
 
 
 def _choose_subset(index: PhotoIndex, settings: DataSettings) -> list[int]:
-    every = settings.heldout_every
-    if settings.subset == "all" or (settings.subset == "train" and every == 0):
-        return list(range(len(index.paths)))
-    if every == 0:
-        raise DataError(
-            f"data.heldout_every=0 holds nothing out, but the {settings.subset} split was asked for; set it to 6, for "
-            "example"
-        )
-    by_angle = settings.type in ("turntable", "synthetic")
-    places = index.labels[:, 2] if by_angle else torch.arange(len(index.paths))
-    heldout = places.unique()[::every]  # unique() sorts
-    subsets = {"test": heldout[::2], "validation": heldout[1::2]}
-    is_chosen = torch.isin(places, subsets.get(settings.subset, heldout))
-    chosen = torch.nonzero(~is_chosen if settings.subset == "train" else is_chosen)[:, 0].tolist()
+    every, subset = settings.heldout_every, settings.subset
+    splits = list(index.splits)
+    if every:
+        by_angle = settings.type in ("turntable", "synthetic")
+        places = index.labels[:, 2] if by_angle else torch.arange(len(index.paths))
+        undecided = [number for number, split in enumerate(splits) if not split]
+        heldout = places[undecided].unique()[::every].tolist()  # unique() sorts
+        split_at = {place: ("test", "validation")[number % 2] for number, place in enumerate(heldout)}
+        for number in undecided:
+            splits[number] = split_at.get(int(places[number]), "")
+    chosen = [number for number, split in enumerate(splits) if subset in ("all", split or "train")]
     if not chosen:
         raise DataError(
-            f"{index.root}: data.heldout_every={every} leaves no photograph of {len(index.paths)} in the subset "
-            f"{settings.subset!r}; choose a smaller value, or 0"
+            f"{index.root}: data.heldout_every={every} {'leaves' if every else 'holds nothing out, which leaves'} no "
+            f"photograph of {len(splits)} in the subset {subset!r}, nor does a column split of {LABELS_FILE} put one "
+            f"there; set data.heldout_every to another value, for example 6"
         )
     return chosen
 

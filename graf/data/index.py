@@ -61,12 +61,18 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class PhotoIndex:
-    """Photographs by path with labels int64 (N, 3) and, where they are known apart from labels, poses (N, 4, 4)."""
+    """Photographs by path with labels int64 (N, 4) and, where they are known apart from labels, poses (N, 4, 4).
+
+    `instance_names` are those that labels number, class/name; `splits` has train, validation, test or "" for each
+    photograph, "" where data.heldout_every decides.
+    """
 
     root: Path
     paths: list[Path]
     labels: Tensor
     class_names: list[str]
+    instance_names: list[str]
+    splits: list[str]
     v_list: tuple[float, ...]
     report: LoadReport
     poses: Tensor | None = None
@@ -80,11 +86,12 @@ class PhotoIndex:
             self,
             paths=[self.paths[index] for index in chosen.tolist()],
             labels=self.labels[chosen],
+            splits=[self.splits[index] for index in chosen.tolist()],
             poses=None if self.poses is None else self.poses[chosen],
         )
 
     def keep_classes(self, classes: Sequence[str]) -> "PhotoIndex":
-        """The index of these classes alone, renumbered in natural order; raises DataError for an unknown class."""
+        """The index of these classes and their instances, numbered anew; raises DataError for an unknown class."""
         for name in classes:
             if name not in self.class_names:
                 nearest = difflib.get_close_matches(name, self.class_names, n=1)
@@ -95,8 +102,14 @@ class PhotoIndex:
         kept = [name for name in self.class_names if name in classes]
         renumber = torch.tensor([kept.index(name) if name in kept else -1 for name in self.class_names])
         new_classes = renumber[self.labels[:, 0]]
-        labels = torch.cat((new_classes[:, None], self.labels[:, 1:]), dim=1)
-        return replace(self, labels=labels, class_names=kept).select(torch.nonzero(new_classes >= 0)[:, 0].tolist())
+        index = self.select(torch.nonzero(new_classes >= 0)[:, 0].tolist())
+        instances = index.labels[:, 3].contiguous()
+        kept_instances = instances[instances >= 0].unique()  # sorted
+        labels = index.labels.clone()
+        labels[:, 0] = new_classes[new_classes >= 0]
+        labels[:, 3] = torch.where(instances >= 0, torch.searchsorted(kept_instances, instances), -1)
+        names = [self.instance_names[number] for number in kept_instances.tolist()]
+        return replace(index, labels=labels, class_names=kept, instance_names=names)
 
     def names(self) -> list[str]:
         """Paths relative to the data folder, with "/"."""
@@ -145,7 +158,7 @@ def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
     `path` is a folder with transforms_train.json (or transforms.json), or one such file. Poses are taken as they
     stand (OpenGL camera-to-world, world z-up, object at the origin; their radius may vary). Labels: class 0, the
     nearest entry of `v_list` (where it is not given: the centres of at most 8 equal bins over the poses' v), the
-    pose's label angle.
+    pose's label angle, instance -1.
     """
     transforms_path = _find_transforms(path)
     root = transforms_path.parent
@@ -170,14 +183,17 @@ def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
     u, v = angles_from_pose(poses)
     heights = tuple(v_list or derive_heights(v))
     height_idx = (v[:, None] - torch.tensor(heights, dtype=v.dtype)).abs().argmin(dim=1)
-    labels = torch.stack((torch.zeros_like(height_idx), height_idx, angle_label(u)), dim=1)
+    zeros = torch.zeros_like(height_idx)
+    labels = torch.stack((zeros, height_idx, angle_label(u), zeros - 1), dim=1)
     return PhotoIndex(
         root,
         paths,
         labels,
-        [root.resolve().name],
-        heights,
-        report,
+        class_names=[root.resolve().name],
+        instance_names=[],
+        splits=[""] * len(paths),
+        v_list=heights,
+        report=report,
         poses=poses.float(),
         camera_angle_x=camera_angle_x,
     )
@@ -194,7 +210,7 @@ def derive_heights(v: Tensor, count: int = MAX_DERIVED_HEIGHTS) -> list[float]:
 def index_image_folder(root: Path, v_list: Sequence[float] | None) -> PhotoIndex:
     """Photographs without poses: class folders where sub-folders hold images (as in torchvision), else one class.
 
-    Heights and angles are unknown and stored as 0.
+    Heights and angles are unknown and stored as 0, instances as -1.
     """
     _check_folder(root, "photographs, or one sub-folder of photographs for each class")
     report = LoadReport()
@@ -215,8 +231,9 @@ def index_image_folder(root: Path, v_list: Sequence[float] | None) -> PhotoIndex
 
 def _index_rows(root: Path, rows: Sequence[LabelRow], v_list: Sequence[float], report: LoadReport) -> PhotoIndex:
     class_names = sorted({row.class_name for row in rows}, key=natural_key)
-    paths = [root / row.file for row in rows]
-    return PhotoIndex(root, paths, number_labels(rows, class_names), class_names, tuple(v_list), report)
+    labels, instance_names = number_labels(rows, class_names)
+    paths, splits = [root / row.file for row in rows], [row.split for row in rows]
+    return PhotoIndex(root, paths, labels, class_names, instance_names, splits, tuple(v_list), report)
 
 
 def _check_folder(root: Path, expected: str) -> None:

@@ -1,7 +1,8 @@
-"""Label conventions: how (class, height, angle) is read from a file name or from labels.csv, and numbered.
+"""Label conventions: how (class, height, angle, instance) is read from a file name or from labels.csv, and numbered.
 
-A label is int64 (class_idx, height_idx, angle_idx). Classes are numbered in natural order of their names (obj5 before
-obj14), heights index `v_list`, angles are whole degrees 0..359.
+A label is int64 (class_idx, height_idx, angle_idx, instance_idx). Classes are numbered in natural order of their names
+(obj5 before obj14), heights index `v_list`, angles are whole degrees 0..359. Instances, the individual objects of a
+class, are numbered over the whole set in natural order of (class, instance name); -1 is an unknown one.
 """
 
 import csv
@@ -18,17 +19,24 @@ from graf.data.errors import DataError
 
 LABELS_FILE = "labels.csv"
 LABELS_HEADER = ("file", "class", "height", "angle")
+OPTIONAL_COLUMNS = ("instance", "split")
+SPLITS = ("train", "validation", "test")
 DEFAULT_FILE_PATTERN = r"(?P<class>.+?)(?:_h(?P<height>\d+))?__(?P<angle>-?\d+(?:\.\d+)?)\.\w+"
 
 
 @dataclass(frozen=True)
 class LabelRow:
-    """One photograph's label before classes are numbered; `file` is relative to the data folder."""
+    """One photograph's label before names are numbered; `file` is relative to the data folder.
+
+    `instance` is "" where it is not known, `split` is "" where data.heldout_every decides.
+    """
 
     file: str
     class_name: str
     height: int
     angle: int
+    instance: str = ""
+    split: str = ""
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -47,8 +55,9 @@ def wrap_angle(degrees: float) -> int:
 def compile_file_pattern(pattern: str | None) -> re.Pattern[str]:
     """The regular expression that reads labels from file names; None is the default: obj14__235.png, cup_h2__235.png.
 
-    Named groups `class` and `angle` are required, `height` is optional and counts as 0 where it does not match. A
-    pattern with a "/" has to match the whole path relative to the data folder, any other the whole file name.
+    Named groups `class` and `angle` are required; `height` is optional and counts as 0 where it does not match, and so
+    is `instance`, which is unknown there. A pattern with a "/" has to match the whole path relative to the data folder,
+    any other the whole file name.
     """
     text = pattern or DEFAULT_FILE_PATTERN
     try:
@@ -59,7 +68,7 @@ def compile_file_pattern(pattern: str | None) -> re.Pattern[str]:
     if missing:
         raise DataError(
             f"data.file_pattern={text!r}: named group(s) {', '.join(missing)} missing; "
-            f"expected (?P<class>...) and (?P<angle>...), optionally (?P<height>...)"
+            f"expected (?P<class>...) and (?P<angle>...), optionally (?P<height>...) and (?P<instance>...)"
         )
     return compiled
 
@@ -73,19 +82,22 @@ def parse_file_name(file: str, pattern: re.Pattern[str]) -> LabelRow | None:
     if not groups["class"] or not groups["angle"]:  # optional in this pattern, and absent in this name
         return None
     try:
-        return LabelRow(file, groups["class"], int(groups.get("height") or 0), wrap_angle(float(groups["angle"])))
+        height, angle = int(groups.get("height") or 0), wrap_angle(float(groups["angle"]))
     except ValueError as error:
         raise DataError(
             f"{file}: data.file_pattern found height {groups.get('height')!r} and angle {groups['angle']!r}; "
             f"expected a whole number and degrees; correct data.file_pattern={pattern.pattern!r}"
         ) from error
+    return LabelRow(file, groups["class"], height, angle, groups.get("instance") or "")
 
 
 def read_labels_csv(path: Path) -> list[LabelRow]:
     """Rows of a labels.csv with the columns file,class,height,angle (any order; further columns are allowed).
 
-    `file` is relative to the csv's folder, `height` an index into v_list, `angle` degrees. Raises DataError that names
-    the file, the line, what was found and what was expected.
+    `file` is relative to the csv's folder, `height` an index into v_list, `angle` degrees. Two columns are optional:
+    `instance` names the object, `split` (train, validation or test) says where its photograph belongs whatever
+    data.heldout_every is; both may be empty. Raises DataError that names the file, the line, what was found and what
+    was expected.
     """
     try:
         return _read_rows(path)
@@ -116,7 +128,7 @@ def _read_rows(path: Path) -> list[LabelRow]:
 
 
 def _read_row(entry: dict[str, str | None], where: str) -> LabelRow:
-    values = {column: (entry[column] or "").strip() for column in LABELS_HEADER}
+    values = {column: (entry.get(column) or "").strip() for column in LABELS_HEADER + OPTIONAL_COLUMNS}
     for column in ("file", "class"):
         if not values[column]:
             raise DataError(f"{where}: column {column!r} is empty; expected {'/'.join(LABELS_HEADER)} in every line")
@@ -130,7 +142,10 @@ def _read_row(entry: dict[str, str | None], where: str) -> LabelRow:
         angle = wrap_angle(float(values["angle"]))
     except ValueError as error:
         raise DataError(f"{where}: angle {values['angle']!r}; expected degrees") from error
-    return LabelRow(values["file"].replace("\\", "/"), values["class"], height, angle)
+    if values["split"] not in ("", *SPLITS):
+        raise DataError(f"{where}: split {values['split']!r}; expected {', '.join(SPLITS)} or nothing")
+    file = values["file"].replace("\\", "/")
+    return LabelRow(file, values["class"], height, angle, values["instance"], values["split"])
 
 
 def check_heights(rows: Iterable[LabelRow], v_list: Sequence[float], source: str) -> None:
@@ -143,8 +158,18 @@ def check_heights(rows: Iterable[LabelRow], v_list: Sequence[float], source: str
             )
 
 
-def number_labels(rows: Sequence[LabelRow], class_names: Sequence[str]) -> Tensor:
-    """Labels int64 (N, 3) of `rows`, with classes numbered by their place in `class_names`."""
-    number = {name: index for index, name in enumerate(class_names)}
-    labels = [(number[row.class_name], row.height, row.angle) for row in rows]
-    return torch.tensor(labels, dtype=torch.int64).reshape(-1, 3)
+def number_labels(rows: Sequence[LabelRow], class_names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Labels int64 (N, 4) of `rows`, with classes numbered by their place in `class_names`, and the instances' names.
+
+    An instance is called class/name, because instances of two classes may share a name.
+    """
+    classes = {name: index for index, name in enumerate(class_names)}
+    pairs = {(classes[row.class_name], row.instance) for row in rows if row.instance}
+    ordered = sorted(pairs, key=lambda pair: (pair[0], natural_key(pair[1])))
+    instances = {pair: number for number, pair in enumerate(ordered)}
+    labels = []
+    for row in rows:
+        class_idx = classes[row.class_name]
+        labels.append((class_idx, row.height, row.angle, instances.get((class_idx, row.instance), -1)))
+    names = [f"{class_names[class_idx]}/{name}" for class_idx, name in ordered]
+    return torch.tensor(labels, dtype=torch.int64).reshape(-1, 4), names

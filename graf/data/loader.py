@@ -78,7 +78,7 @@ def make_loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
 
-    Batches are (images float32 (B, 3, H, W), labels int64 (B, 3)). At most min(nworkers, 4, usable CPUs) workers; the
+    Batches are (images float32 (B, 3, H, W), labels int64 (B, 4)). At most min(nworkers, 4, usable CPUs) workers; the
     global random state is left as it is. Raises DataError for a data set smaller than a batch with `drop_last`.
     """
     order = BatchOrder(len(dataset), batch_size, drop_last, seed, start_iteration)  # type: ignore[arg-type]

@@ -183,7 +183,7 @@ class _Images(Dataset[Tensor]):
 
 
 def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
-    """Mean image (C, H, W) of each class in (N, C, H, W) images with (N, 3) labels."""
+    """Mean image (C, H, W) of each class in (N, C, H, W) images with (N, 4) labels."""
     return {int(c): images[labels[:, 0] == c].mean(dim=0) for c in labels[:, 0].unique()}
 
 

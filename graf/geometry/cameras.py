@@ -9,7 +9,8 @@ Conventions of the whole project:
 * v in [0, 1] is the height and encodes the elevation: asin(1 - 2 v) above the horizon, polar angle arccos(1 - 2 v). So
   v = 0 looks straight down, v = 0.5 from the side, and v uniform is uniform on the sphere (GRAF, Schwarz et al. 2020,
   section 3.1). People are shown the elevation in degrees.
-* A label is (class_idx, height_idx, angle_idx), angle_idx in whole degrees.
+* A label is (class_idx, height_idx, angle_idx, instance_idx), angle_idx in whole degrees, instance_idx -1 where it is
+  not known which of the class's objects it is.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def angle_label(u: Tensor) -> Tensor:
 
 
 def label_angles(labels: Tensor, v_list: Sequence[float], angle_direction: str = "ccw") -> tuple[Tensor, Tensor]:
-    """(u, v), each (B,), of labels (B, 3): u = angle/360 (turned the other way for "cw"), v = v_list[height_idx]."""
+    """(u, v), each (B,), of labels (B, 4): u = angle/360 (turned the other way for "cw"), v = v_list[height_idx]."""
     u = labels[..., 2].to(torch.float32) / 360
     if angle_direction == "cw":
         u = torch.remainder(-u, 1.0)

@@ -17,7 +17,7 @@ NUM_UNIFORMS = 4
 
 @dataclass(frozen=True)
 class Views(TensorBatch):
-    """class_idx (B,) int64, azimuth u and height v (B,), camera-to-world poses (B, 4, 4) and labels (B, 3) int64.
+    """class_idx (B,) int64, azimuth u and height v (B,), camera-to-world poses (B, 4, 4) and labels (B, 4) int64.
 
     Where data come with true poses, `poses` are these and render; u and v stay the labels' and condition D.
     """
@@ -66,16 +66,19 @@ class Cameras:
         return 1 if self.angle_direction == "ccw" else -1
 
     def views_of_labels(self, labels: Tensor) -> Views:
-        """The views that labels (B, 3) name."""
+        """The views that labels (B, 4) name."""
         u, v = label_angles(labels, self.v_list, self.angle_direction)
         return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels, self.angle_sign)
 
     def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
-        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)); labels take the nearest height."""
+        """Views of classes (B,) from azimuths u, heights v and distances (all (B,)).
+
+        Labels take the nearest height, and -1 for the instance.
+        """
         heights = torch.tensor(self.v_list, device=v.device)
         height_idx = (v[:, None] - heights).abs().argmin(1)
         angle = angle_label(u if self.angle_direction == "ccw" else torch.remainder(-u, 1.0))
-        labels = torch.stack([class_idx, height_idx, angle], dim=1)
+        labels = torch.stack([class_idx, height_idx, angle, torch.full_like(angle, -1)], dim=1)
         poses = pose_from_angles(u, v, self.radius if radius is None else radius)
         return Views(class_idx, u, v, poses, labels, self.angle_sign)
 
@@ -122,7 +125,7 @@ class PoseSampler:
         return self._place(self.select((uniforms[:, 0] * len(self)).long().clamp(max=len(self) - 1)), uniforms)
 
     def views_of_labels(self, labels: Tensor, uniforms: Tensor) -> Views:
-        """The views of photographs with labels (B, 3): where poses are unknown, drawn ones."""
+        """The views of photographs with labels (B, 4): where poses are unknown, drawn ones."""
         return self._place(self.cameras.views_of_labels(labels), uniforms)
 
     def _place(self, views: Views, uniforms: Tensor) -> Views:

@@ -141,7 +141,7 @@ class InputSampler:
     agreement_degrees: float | None = None
 
     def draw(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings) -> StepInputs:
-        """The inputs of a step on photographs (B, 3, H, W) with labels (B, 3), on the device."""
+        """The inputs of a step on photographs (B, 3, H, W) with labels (B, 4), on the device."""
         reals = self.draw_reals(draws, labels, settings)
         matched = reals if self.match_views else None
         fakes_g = self.draw_fakes(draws, "g", settings, matched)
@@ -177,7 +177,7 @@ class InputSampler:
         )
 
     def draw_reals(self, draws: Draws, labels: Tensor, settings: StepSettings) -> RealInputs:
-        """Inputs of real patches of photographs with labels (B, 3), still without the photographs, on the CPU."""
+        """Inputs of real patches of photographs with labels (B, 4), still without the photographs, on the CPU."""
         numbers = _draw_numbers(draws, "real")
         views = self.pose_sampler.views_of_labels(labels, numbers["view"])
         return RealInputs(

@@ -205,7 +205,7 @@ class Trainer:
                 hook(self, latest)
 
     def step(self, images: Tensor, labels: Tensor) -> Statistics:
-        """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 3)."""
+        """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 4)."""
         iteration = self.progress.iteration
         parts = self.objective.penalty_is_due(iteration), self.objective.super_resolution_is_due(iteration)
         if parts in self._watched and iteration % WATCH_EVERY:

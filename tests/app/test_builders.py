@@ -65,7 +65,7 @@ def test_the_label_head_covers_what_is_known(poses_known, class_loss, groups):
 def test_what_a_ray_that_meets_nothing_sees(background, white, expected):
     config = configure(nerf={"background": background, "bounding_radius": 0.1}, data={"white_bkgd": white})
     generator = builders.build_generator(config, 2)
-    views = builders.build_cameras(config, SCENE).views_of_labels(torch.tensor([[1, 0, 30]]))
+    views = builders.build_cameras(config, SCENE).views_of_labels(torch.tensor([[1, 0, 30, -1]]))
     rays = builders.build_caster(config, SCENE).cast_images(views.poses, 16)
     with torch.no_grad():
         colours = generator(torch.zeros(1, 8), views.class_idx, rays)
@@ -87,11 +87,11 @@ def test_a_scene_survives_the_checkpoint():
 
 def test_the_data_sets_own_field_of_view_wins(caplog):
     class Photographs:
-        fov, class_names, v_list, poses_known = 41.5, ["a"], (0.3,), True
+        fov, class_names, instance_names, v_list, poses_known = 41.5, ["a"], ["a/1", "a/2"], (0.3,), True
 
     with caplog.at_level("INFO", "graf"):
         dataset_info = builders.describe_dataset(configure(), Photographs())  # type: ignore[arg-type]
-    assert dataset_info == DatasetInfo(("a",), (0.3,), 41.5, True)
+    assert dataset_info == DatasetInfo(("a",), (0.3,), 41.5, True, ("a/1", "a/2"))
     assert (
         builders.build_caster(configure(), dataset_info).intrinsics.focal
         != builders.build_caster(configure(), SCENE).intrinsics.focal
@@ -99,7 +99,7 @@ def test_the_data_sets_own_field_of_view_wins(caplog):
 
 
 def test_without_poses_or_named_heights_grids_stand_in_the_middle_of_the_range():
-    photographs = SimpleNamespace(class_names=["face"], v_list=(0.5,), fov=None, poses_known=False)
+    photographs = SimpleNamespace(class_names=["face"], instance_names=[], v_list=(0.5,), fov=None, poses_known=False)
     config = Config.model_validate({"data": {"type": "image_folder", "vmin": 0.1, "vmax": 0.3}})
     assert builders.describe_dataset(config, photographs).v_list == pytest.approx((0.2,))
     named = Config.model_validate({"data": {"type": "image_folder", "v_list": [0.4]}})

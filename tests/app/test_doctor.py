@@ -46,6 +46,19 @@ def test_report_counts_and_names_problems(photographs, capsys):
     assert {path.name for path in (photographs / "out").iterdir()} == PICTURES
 
 
+def test_report_counts_instances_and_given_splits(photographs, capsys):
+    rows = [f"cup__{angle}.png,cup,0,{angle},{angle % 2 or ''},{'test' * (angle < 90)}" for angle in range(0, 360, 45)]
+    (photographs / "photos" / "labels.csv").write_text("\n".join(["file,class,height,angle,instance,split", *rows]))
+    assert run(photographs) == 0
+    report = capsys.readouterr().out
+    for part in (
+        "class 0 cup: 8 photographs, 8 angles, known instances: 1 (in 4 photographs)",
+        "held out: 2 of 6 angles, 1 for test, 1 for validation",
+        "split by labels.csv: 2 for test",
+    ):
+        assert part in report
+
+
 def test_photographs_without_poses_show_the_sampled_ranges(photographs, capsys):
     assert run(photographs, "data.type=image_folder", "data.vmin=0.2", "data.heldout_every=0") == 0
     assert "poses unknown: sampled with u in 0.0..1.0, v in 0.2" in capsys.readouterr().out

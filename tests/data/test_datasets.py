@@ -119,7 +119,7 @@ def test_labels_csv_wins_over_file_names(turntable):
     (turntable / "labels.csv").write_text("file,class,height,angle\nobj14__0.png,cup,1,90\nobj5__0.png,pot,0,361\n")
     dataset = open_dataset(settings(turntable, v_list=(0.3, 0.4)))
     assert dataset.class_names == ["cup", "pot"]
-    assert dataset.labels.tolist() == [[0, 1, 90], [1, 0, 1]]
+    assert dataset.labels.tolist() == [[0, 1, 90, -1], [1, 0, 1, -1]]
     assert grey_values(dataset) == [100, 0]
     assert len(dataset.report.unlabelled) == 22
 
@@ -129,6 +129,66 @@ def test_classes_keeps_and_renumbers(turntable):
     assert dataset.class_names == ["obj14"]
     assert dataset.labels[:, 0].unique().tolist() == [0]
     assert min(grey_values(dataset)) == 100
+
+
+@pytest.fixture
+def collection(turntable):
+    """The turntable with labels.csv: grey value v belongs to instance i{v % 3}, of which i0 is not known.
+
+    obj5's last two photographs are validation, obj14's first two are test.
+    """
+    rows = []
+    for number, name in enumerate(("obj5", "obj14")):
+        for step in range(12):
+            split = "validation" if name == "obj5" and step >= 10 else "test" if name == "obj14" and step < 2 else ""
+            instance = f"i{(100 * number + step) % 3}" if (100 * number + step) % 3 else ""
+            rows.append(f"{name}__{30 * step}.png,{name},0,{30 * step},{instance},{split}")
+    (turntable / "labels.csv").write_text("\n".join(["file,class,height,angle,instance,split", *rows]))
+    return turntable
+
+
+@pytest.mark.parametrize("subset", ["train", "validation", "test", "all"])
+def test_instances_have_the_same_numbers_in_every_split(collection, subset):
+    dataset = open_dataset(settings(collection, heldout_every=5, subset=subset))
+    assert dataset.instance_names == ["obj5/i1", "obj5/i2", "obj14/i1", "obj14/i2"]
+    for grey, label in zip(grey_values(dataset), dataset.labels.tolist(), strict=True):
+        name = f"{dataset.class_names[label[0]]}/i{grey % 3}" if grey % 3 else None
+        assert (dataset.instance_names[label[3]] if label[3] >= 0 else None) == name
+
+
+def test_classes_keeps_their_instances_and_renumbers_them(collection):
+    dataset = open_dataset(settings(collection, classes=("obj14",)))
+    assert dataset.instance_names == ["obj14/i1", "obj14/i2"]
+    known = [(100 + step) % 3 - 1 for step in range(2, 12)]
+    assert dataset.labels[:, 3].tolist() == known
+
+
+def test_a_split_in_labels_csv_wins_and_the_others_are_split_by_their_own_angles(collection):
+    opened = {
+        subset: open_dataset(settings(collection, heldout_every=5, subset=subset))
+        for subset in ("train", "validation", "test")
+    }
+    # without a split: obj5 at 0..270 and obj14 at 60..330 degrees, so that 0 and 300 are test, 150 validation
+    assert grey_values(opened["test"]) == [0, 100, 101, 110]
+    assert grey_values(opened["validation"]) == [5, 10, 11, 105]
+    assert len(opened["train"]) == 24 - 8
+    paths = [path for dataset in opened.values() for path in dataset.paths]
+    assert sorted(paths) == sorted(open_dataset(settings(collection, subset="all")).paths)
+
+
+def test_splits_of_labels_csv_need_no_heldout_angles(collection):
+    assert grey_values(open_dataset(settings(collection, subset="test"))) == [100, 101]
+    assert grey_values(open_dataset(settings(collection, subset="validation"))) == [10, 11]
+    assert len(open_dataset(settings(collection))) == 20
+    with pytest.raises(DataError, match="no photograph of 12 in the subset 'test'"):
+        open_dataset(settings(collection, subset="test", classes=("obj5",)))
+
+
+def test_the_fingerprint_depends_on_instances(collection):
+    before = open_dataset(settings(collection)).fingerprint()
+    labels = collection / "labels.csv"
+    labels.write_text(labels.read_text().replace("i2", ""))
+    assert open_dataset(settings(collection)).fingerprint() != before
 
 
 def test_unknown_class_is_an_error_that_names_the_nearest(turntable):
@@ -416,7 +476,8 @@ def test_transforms_give_true_poses_and_binned_labels(tmp_path):
     torch.testing.assert_close(u, torch.arange(20) / 20, atol=1e-6, rtol=0)
     assert dataset.labels[:, 2].tolist() == [18 * index for index in range(20)]
     assert dataset.labels[:, 1].tolist() == [int(height > 0.25) for height in v]
-    assert dataset.labels[:, 0].unique().tolist() == [0]
+    assert dataset.labels[:, [0, 3]].unique(dim=0).tolist() == [[0, -1]]
+    assert dataset.instance_names == []
     assert grey_values(dataset) == list(range(20))
     assert dataset.fov == pytest.approx(math.degrees(0.6))
 
@@ -491,6 +552,7 @@ def test_class_folders_are_classes(tmp_path):
     assert dataset.class_names == ["a", "b2", "b10"]
     assert grey_values(dataset) == [2, 2, 0, 0, 1, 1]  # in the order of the files
     assert dataset.labels[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.labels[:, 3].unique().tolist() == [-1]
     assert not dataset.poses_known
     assert dataset.report.unlabelled == ["stray.png"]
 
@@ -510,7 +572,7 @@ def test_coil100_is_three_objects_at_72_angles():
     folder = real_folder("coil100")
     dataset = open_dataset(settings(folder, imsize=64, white_bkgd=False, v_list=(0.31,)))
     assert dataset.class_names == ["obj5", "obj14", "obj33"]
-    expected = torch.cartesian_prod(torch.arange(3), torch.tensor([0]), torch.arange(0, 360, 5))
+    expected = torch.cartesian_prod(*map(torch.tensor, (range(3), [0], range(0, 360, 5), [-1])))
     assert torch.equal(dataset.labels, expected)
     assert not dataset.report.lines()
     heldout = open_dataset(settings(folder, v_list=(0.31,), heldout_every=6, subset="test"))

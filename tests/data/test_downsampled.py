@@ -13,7 +13,10 @@ class Photographs(Dataset):
     """Three random images with their labels."""
 
     def __init__(self):
-        self.images, self.labels = torch.rand(3, 3, 16, 16) * 2 - 1, torch.tensor([[0, 1, 20], [1, 0, 350], [0, 0, 0]])
+        self.images, self.labels = (
+            torch.rand(3, 3, 16, 16) * 2 - 1,
+            torch.tensor([[0, 1, 20, -1], [1, 0, 350, 2], [0, 0, 0, 1]]),
+        )
 
     def __len__(self):
         return len(self.images)

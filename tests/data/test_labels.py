@@ -41,6 +41,12 @@ def test_pattern_with_a_slash_reads_the_folder_name():
     assert parse_file_name("deg45.png", pattern) is None
 
 
+def test_pattern_may_name_the_instance():
+    pattern = compile_file_pattern(r"(?P<class>[a-z]+)(?P<instance>\d+)?__(?P<angle>\d+)\.png")
+    assert parse_file_name("cup7__5.png", pattern) == LabelRow("cup7__5.png", "cup", 0, 5, "7")
+    assert parse_file_name("cup__5.png", pattern) == LabelRow("cup__5.png", "cup", 0, 5)
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [(r"(?P<class>.+)", "angle"), (r"(?P<angle>\d+)", "class"), ("(", "not a regular expression")],
@@ -58,7 +64,17 @@ def test_pattern_that_finds_no_number_for_the_angle_is_an_error_that_names_the_f
 def test_classes_are_numbered_in_natural_order():
     assert sorted(["obj33", "obj14", "obj5", "cup"], key=natural_key) == ["cup", "obj5", "obj14", "obj33"]
     rows = [LabelRow("a", "obj14", 1, 7), LabelRow("b", "obj5", 0, 359)]
-    assert number_labels(rows, ["obj5", "obj14"]).tolist() == [[1, 1, 7], [0, 0, 359]]
+    labels, instance_names = number_labels(rows, ["obj5", "obj14"])
+    assert labels.tolist() == [[1, 1, 7, -1], [0, 0, 359, -1]]
+    assert instance_names == []
+
+
+def test_instances_are_numbered_over_all_classes_in_natural_order_of_class_and_name():
+    pairs = [("obj14", "2"), ("obj5", "i10"), ("obj5", "i9"), ("obj14", ""), ("obj5", "2"), ("obj5", "i10")]
+    rows = [LabelRow(str(number), *pair[:1], 0, number, pair[1]) for number, pair in enumerate(pairs)]
+    labels, instance_names = number_labels(rows, ["obj5", "obj14"])
+    assert instance_names == ["obj5/2", "obj5/i9", "obj5/i10", "obj14/2"]
+    assert labels[:, 3].tolist() == [3, 2, 1, -1, 0, 2]
 
 
 @pytest.mark.parametrize(("degrees", "label"), [(359.6, 0), (-0.4, 0), (-1, 359), (725, 5), (12.3, 12)])
@@ -77,6 +93,17 @@ def test_csv_columns_may_come_in_any_order_with_a_byte_order_mark(tmp_path):
     assert read_labels_csv(path) == [LabelRow("a/b.png", "cup", 1, 350)]
 
 
+def test_csv_may_tell_instance_and_split(tmp_path):
+    path = write_csv(
+        tmp_path, "file,class,height,angle,split,instance\na,cup,0,1,test,old\nb,cup,0,2,,new\nc,cup,0,3\n"
+    )
+    assert read_labels_csv(path) == [
+        LabelRow("a", "cup", 0, 1, "old", "test"),
+        LabelRow("b", "cup", 0, 2, "new"),
+        LabelRow("c", "cup", 0, 3),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -87,6 +114,10 @@ def test_csv_columns_may_come_in_any_order_with_a_byte_order_mark(tmp_path):
         ("file,class,height,angle\na.png,cup,0,nan\n", "line 2: angle 'nan'"),
         ("file,class,height,angle\na.png,,0,0\n", "line 2: column 'class' is empty"),
         ("file,class,height,angle\na.png,cup\n", "line 2: height ''"),
+        (
+            "file,class,height,angle,split\na.png,cup,0,0,\nb.png,cup,0,0,val\n",
+            "line 3: split 'val'; expected train, validation, test or nothing",
+        ),
         ("file,class,height,angle\na.png,cup,0,0\na.png,cup,0,5\n", "line 3: 'a.png' is already in line 2"),
     ],
 )

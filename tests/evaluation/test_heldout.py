@@ -34,7 +34,7 @@ PROTOCOL = FidelityProtocol(seed=0, batch_size=64, kid_subsets=100, kid_subset_s
 
 def draw_view(label: Tensor, size: int = 16) -> Tensor:
     """A closed-form turntable: a bright bar of the class's colour whose place turns with the azimuth."""
-    class_idx, _, angle = label.tolist()
+    class_idx, _, angle, _ = label.tolist()
     x = (torch.arange(size) + 0.5) / size * 2 - 1
     y = x.view(-1, 1)
     phase = math.radians(angle)
@@ -49,7 +49,7 @@ def draw_views(labels: Tensor) -> Tensor:
 
 
 def make_labels(angles: range) -> Tensor:
-    return torch.tensor([(c, 0, angle) for c in range(3) for angle in angles])
+    return torch.tensor([(c, 0, angle, -1) for c in range(3) for angle in angles])
 
 
 def make_photographs() -> HeldoutPhotographs:
@@ -87,9 +87,9 @@ def measure(degrees_off: int = 0, sense: int = 1, num_z: int = 2) -> HeldoutRepo
 
 @pytest.mark.parametrize("direction", ["ccw", "cw"])
 def test_wrong_views_are_those_of_the_mirrored_and_the_turned_labels(direction: str) -> None:
-    labels = torch.tensor([[1, 2, 0], [0, 1, 30], [2, 0, 180], [1, 1, 300]])
-    mirrored = torch.tensor([[1, 2, 0], [0, 1, 330], [2, 0, 180], [1, 1, 60]])
-    turned = torch.tensor([[1, 2, 90], [0, 1, 120], [2, 0, 270], [1, 1, 30]])
+    labels = torch.tensor([[1, 2, 0, 4], [0, 1, 30, -1], [2, 0, 180, 7], [1, 1, 300, 5]])
+    mirrored = torch.tensor([[1, 2, 0, 4], [0, 1, 330, -1], [2, 0, 180, 7], [1, 1, 60, 5]])
+    turned = torch.tensor([[1, 2, 90, 4], [0, 1, 120, -1], [2, 0, 270, 7], [1, 1, 30, 5]])
     cameras = Cameras(3.5, (0.3, 0.4, 0.5), direction)
     photographs = HeldoutPhotographs(
         draw_views(labels), cameras.views_of_labels(labels), {c: torch.zeros(3, 16, 16) for c in range(3)}, NAMES
@@ -110,7 +110,7 @@ def test_wrong_views_are_those_of_the_mirrored_and_the_turned_labels(direction: 
 
 
 def test_photographs_with_true_poses_are_rendered_from_these() -> None:
-    labels = torch.tensor([[0, 0, 10], [0, 1, 200]])
+    labels = torch.tensor([[0, 0, 10, -1], [0, 1, 200, -1]])
     rolled = torch.linalg.qr(torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)))[0]
     rolled *= torch.linalg.det(rolled)[:, None, None]  # rotations: the roll too must come through
     poses = torch.eye(4).repeat(2, 1, 1)
@@ -139,7 +139,7 @@ def test_the_report_equals_a_brute_force_measurement() -> None:
             seen = (("labelled", angle), ("mirrored", -angle), ("plus90", angle + 90))
             wanted = [(*view, None) for view in seen] + [("mean_z", angle, z) for z in range(2)]
             for view, turned, z in wanted:
-                picture = draw_view(torch.tensor([class_idx, 0, turned % 360])) + noise_for(z)
+                picture = draw_view(torch.tensor([class_idx, 0, turned % 360, -1])) + noise_for(z)
                 value = 10 * math.log10(4 / float(((picture - photo) ** 2).mean()))
                 if view != "mirrored" or angle not in (0, 180):
                     sums[view].append(value)
@@ -196,7 +196,7 @@ def test_both_sides_of_the_kid_comparison_are_counted_alike_and_recorded() -> No
 
 
 def test_a_report_without_two_sided_angles_is_plain_json_and_fails_the_mirror_gate() -> None:
-    labels = torch.tensor([[0, 0, 0], [0, 0, 180]])
+    labels = torch.tensor([[0, 0, 0, -1], [0, 0, 180, -1]])
     views = CAMERAS.views_of_labels(labels)
     photographs = HeldoutPhotographs(draw_views(labels), views, {0: draw_view(labels[0])}, ["only"])
     report = measure_heldout(
@@ -220,7 +220,7 @@ def test_the_table_names_every_object_and_gate() -> None:
 
 
 def test_a_heldout_set_that_cannot_be_measured_says_why() -> None:
-    image, views = torch.zeros(1, 3, 16, 16), CAMERAS.views_of_labels(torch.zeros(2, 3, dtype=torch.int64))
+    image, views = torch.zeros(1, 3, 16, 16), CAMERAS.views_of_labels(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(HeldoutError, match=r"data\.heldout_every"):
         HeldoutPhotographs(image, views[:1], {0: image[0]}, ["one"])
     with pytest.raises(HeldoutError, match="object one has held-out photographs but no training ones"):
@@ -249,11 +249,11 @@ def test_real_photographs_of_the_next_angle_pass_and_of_the_mirrored_angle_fail(
         with Image.open(path) as opened:
             pixels = np.array(opened.convert("RGB").resize((64, 64), Image.Resampling.BOX))
         views[names.index(name), int(angle)] = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1.0
-    heldout = torch.tensor([(c, 0, angle) for c, angle in sorted(views) if angle % 30 == 0])
-    training = torch.tensor([(c, 0, angle) for c, angle in sorted(views) if angle % 30 != 0])
+    heldout = torch.tensor([(c, 0, angle, -1) for c, angle in sorted(views) if angle % 30 == 0])
+    training = torch.tensor([(c, 0, angle, -1) for c, angle in sorted(views) if angle % 30 != 0])
 
     def look_up(labels: Tensor) -> Tensor:
-        return torch.stack([views[c, angle] for c, _, angle in labels.tolist()])
+        return torch.stack([views[c, angle] for c, _, angle, _ in labels.tolist()])
 
     means = mean_images_by_class(look_up(training), training)
     photographs = HeldoutPhotographs(look_up(heldout), CAMERAS.views_of_labels(heldout), means, names)

@@ -43,7 +43,7 @@ def renderer() -> Renderer:
 
 def some_views(count: int):
     number = torch.arange(count)
-    return CAMERAS.views_of_labels(torch.stack([number % 3, number % 2, 40 * number], 1))
+    return CAMERAS.views_of_labels(torch.stack([number % 3, number % 2, 40 * number, number - 1], 1))
 
 
 def test_an_image_does_not_depend_on_the_images_beside_it(renderer):
@@ -101,7 +101,7 @@ def test_codes_are_stable_row_by_row_and_differ_between_rows_and_seeds(renderer)
 
 @pytest.mark.parametrize("ranges", [None, PoseRanges(0, 1, 0.1, 0.4, 3.5, 3.5)])
 def test_random_renders_are_stable_image_by_image(renderer, ranges):
-    pose_sampler = PoseSampler(torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 200]]), CAMERAS, ranges=ranges)
+    pose_sampler = PoseSampler(torch.tensor([[0, 0, 0, 0], [1, 1, 90, -1], [2, 0, 200, 1]]), CAMERAS, ranges=ranges)
     together = renderer.render_random(pose_sampler, 4, range(6)).rgb
     assert torch.equal(together[4:], renderer.render_random(pose_sampler, 4, range(4, 6)).rgb)
     assert not torch.equal(together, renderer.render_random(pose_sampler, 5, range(6)).rgb)

@@ -17,7 +17,7 @@ from graf.geometry.views import Cameras, PoseSampler, Views
 from graf.runtime.memory import OutOfMemory
 from graf.runtime.randomness import Draws
 
-LABELS = torch.tensor([[0, 0, 0], [1, 0, 90], [0, 0, 180]])
+LABELS = torch.tensor([[0, 0, 0, 0], [1, 0, 90, -1], [0, 0, 180, 1]])
 POOL = PoseSampler(LABELS, Cameras(3.5, (0.3,)))
 PROTOCOL = FidelityProtocol(seed=3, batch_size=4, kid_subsets=3, kid_subset_size=8)
 

@@ -132,7 +132,7 @@ def test_angle_label_inverts_every_whole_degree_in_float32():
 
 
 def test_label_angles_read_height_and_turn_both_ways():
-    labels = torch.tensor([[3, 1, 0], [0, 0, 90], [1, 1, 359]])
+    labels = torch.tensor([[3, 1, 0, 2], [0, 0, 90, -1], [1, 1, 359, 0]])
     u, v = label_angles(labels, [0.2, 0.4], "ccw")
     assert_close(u, torch.tensor([0.0, 0.25, 359 / 360]))
     assert_close(v, torch.tensor([0.4, 0.2, 0.4]))
@@ -142,14 +142,14 @@ def test_label_angles_read_height_and_turn_both_ways():
 
 
 def test_label_angles_of_both_senses_are_mirrored_in_the_xz_plane():
-    labels = torch.stack([torch.zeros(360), torch.zeros(360), torch.arange(360)], 1).long()
+    labels = torch.cartesian_prod(*map(torch.tensor, ([0], [0], range(360), [-1])))
     ccw, cw = (pose_from_angles(*label_angles(labels, [0.3], sense), RADIUS)[:, :3, 3] for sense in ("ccw", "cw"))
     assert_close(cw, ccw * torch.tensor([1.0, -1.0, 1.0]), atol=1e-5, rtol=0)
 
 
 def test_an_unknown_angle_direction_is_named():
     with pytest.raises(ValueError, match=r"angle_direction='left'.*'ccw' or 'cw'"):
-        label_angles(torch.zeros(1, 3, dtype=torch.int64), [0.3], "left")
+        label_angles(torch.zeros(1, 4, dtype=torch.int64), [0.3], "left")
 
 
 @pytest.mark.parametrize(("fov", "focal"), [(90.0, 32.0), (2 * math.degrees(math.atan(0.5)), 64.0)])

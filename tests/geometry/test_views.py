@@ -8,7 +8,7 @@ from graf.geometry.cameras import angles_from_pose, pose_from_angles
 from graf.geometry.views import NUM_UNIFORMS, Cameras, PoseRanges, PoseSampler, Views
 
 CAMERAS = Cameras(3.5, (0.2, 0.4), "ccw")
-LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180]])
+LABELS = torch.tensor([[0, 0, 0, 0], [1, 1, 90, 3], [2, 0, 359, -1], [1, 0, 180, 2]])
 
 
 @pytest.mark.parametrize(("direction", "u"), [("ccw", [0, 0.25, 359 / 360, 0.5]), ("cw", [0, 0.75, 1 / 360, 0.5])])
@@ -25,14 +25,14 @@ def test_a_label_means_its_camera(direction, u):
 def test_the_label_of_a_labels_camera_is_the_label(direction):
     cameras = Cameras(3.5, (0.2, 0.4), direction)
     angles = torch.arange(360)
-    labels = torch.stack([angles % 3, angles % 2, angles], 1)
+    labels = torch.stack([angles % 3, angles % 2, angles, torch.full_like(angles, -1)], 1)
     views = cameras.views_of_labels(labels)
     assert torch.equal(cameras.views_at(views.class_idx, views.u, views.v).labels, labels)
 
 
 def test_a_view_between_heights_is_labelled_with_the_nearest_and_rendered_where_it_is():
     views = CAMERAS.views_at(torch.tensor([2, 0]), torch.tensor([0.1, 0.9999]), torch.tensor([0.29, 0.9]))
-    assert views.labels.tolist() == [[2, 0, 36], [0, 1, 0]]
+    assert views.labels.tolist() == [[2, 0, 36, -1], [0, 1, 0, -1]]
     assert_close(angles_from_pose(views.poses)[1], torch.tensor([0.29, 0.9]))
 
 
@@ -48,7 +48,7 @@ def test_a_labelled_pool_gives_its_own_views_each_equally_often():
 
 
 def test_the_largest_uniform_still_picks_a_view():
-    assert PoseSampler(LABELS, CAMERAS).pick(torch.full((1, NUM_UNIFORMS), 1.0)).labels.tolist() == [[1, 0, 180]]
+    assert PoseSampler(LABELS, CAMERAS).pick(torch.full((1, NUM_UNIFORMS), 1.0)).labels.tolist() == [[1, 0, 180, 2]]
 
 
 def test_a_pool_with_true_poses_renders_at_them_and_keeps_the_labels():

@@ -13,7 +13,7 @@ from graf.runtime.randomness import Draws
 from graf.training.inputs import FakeInputs, InputSampler, StepSettings
 
 CAMERAS = Cameras(3.5, (0.2, 0.4))
-LABELS = torch.tensor([[0, 0, 0], [1, 1, 90], [2, 0, 359], [1, 0, 180], [0, 1, 7]])
+LABELS = torch.tensor([[0, 0, 0, 0], [1, 1, 90, 1], [2, 0, 359, -1], [1, 0, 180, 2], [0, 1, 7, -1]])
 SETTINGS = StepSettings(0.3, 0.8, 0.5, super_resolve=True)
 SAMPLING = RaySampling(5, 3)
 SAMPLER = InputSampler(

@@ -98,7 +98,7 @@ def test_a_step_with_published_settings_is_a_step_of_the_published_loop(name, tm
     trainer = builders.build_trainer(config, info, sampler, Precision("cpu", None), torch.device("cpu"))
     field, discriminator = copy.deepcopy(trainer.generator.field), copy.deepcopy(trainer.discriminator)
     images = torch.stack([photographs[index][0] for index in range(3)])
-    labels = torch.zeros(3, 3, dtype=torch.int64)
+    labels = torch.zeros(3, 4, dtype=torch.int64)
     inputs = trainer.inputs.draw(Draws(config.seed, 0, range(3)), images, labels, trainer.settings_at(0))
 
     # the discriminator, with R1 in every step; GRAF weighs it by rays, this project by images

@@ -67,7 +67,7 @@ def views_around(*angles: int) -> set[int]:
 
 def generate_from(trainer: Trainer, *angles: int) -> None:
     """Generated images take these label angles alone."""
-    labels = torch.tensor([[0, 0, angle] for angle in angles])
+    labels = torch.tensor([[0, 0, angle, -1] for angle in angles])
     trainer.inputs = replace(trainer.inputs, pose_sampler=PoseSampler(labels, trainer.inputs.pose_sampler.cameras))
 
 
@@ -393,7 +393,7 @@ def test_real_crops_show_the_photographs_where_they_say(make_trainer):
     rows = torch.arange(SCALE * SIDE) * 2.0 / (SCALE * SIDE) - 1 + 1 / (SCALE * SIDE)
     photograph = torch.stack([rows.expand(32, -1), rows[:, None].expand(-1, 32), torch.zeros(32, 32)])
     settings = StepSettings(0.4, 0.9, 0, super_resolve=True)
-    reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), torch.tensor([[0, 0, 10]] * 4), settings)
+    reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), torch.tensor([[0, 0, 10, -1]] * 4), settings)
     reals = trainer.inputs.add_photographs(reals, photograph.repeat(4, 1, 1, 1))
     reals = replace(reals, patches=Patches(reals.patches.scale, reals.patches.centre.clamp(-0.05, 0.05)))
     _, crops = trainer.objective.cut_reals(reals)

@@ -286,12 +286,12 @@ def test_the_class_targets_are_class_height_and_nearest_azimuth_bin(make_trainer
         lambda self, logits, wanted: (targets.append(wanted), forward(self, logits, wanted))[1],
     )
     angles = [0, 22, 23, 45, 67, 68, 180, 337, 338, 359]
-    labels = torch.tensor([[number % 4, number % 3, angle] for number, angle in enumerate(angles)])
+    labels = torch.tensor([[number % 4, number % 3, angle, -1] for number, angle in enumerate(angles)])
     trainer.step(torch.rand(10, 3, 32, 32), labels)
     assert targets[0][:, :2].tolist() == labels[:, :2].tolist()
     assert targets[0][:, 2].tolist() == [0, 0, 1, 1, 1, 2, 4, 7, 0, 0]
     own = {tuple(label) for label in trainer.inputs.pose_sampler.views.labels.tolist()}
-    bins = {(c, h, (angle * 8 + 180) // 360 % 8) for c, h, angle in own}
+    bins = {(c, h, (angle * 8 + 180) // 360 % 8) for c, h, angle, _ in own}
     assert {tuple(target) for target in targets[1].tolist()} <= bins
 
 
