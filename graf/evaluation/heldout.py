@@ -1,11 +1,12 @@
 """The held-out measurement: renders of a labelled view against photographs of it that training never saw.
 
-For each photograph one render is made with the code of its instance, where that is known, else z = 0, and one with
-each of `num_z` drawn codes from the photograph's own view, and with the former one from the mirrored azimuth (-angle)
-and one from +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores as well at the wrong azimuths as at the right one; the gates ask for
-a margin above what two runs with other seeds differ by. Blur wins PSNR, so KID must also be lower than that of the
-blurriest sensible answer, the mean of the object's training photographs. Where photographs of objects are held out
-that training never saw in any view, KID is about these: do drawn codes look like objects of their class?
+For each photograph one render is made with the code of its instance, where that is known, else z = 0, and one with each
+of `num_z` drawn codes from the photograph's own view, and with the former one from the mirrored azimuth (-angle) and
+one from +90 degrees. A generator that ignores the azimuth, or turns the wrong way, scores as well at the wrong azimuths
+as at the right one; the gates ask for a margin above what two runs with other seeds differ by. Blur wins PSNR, so KID
+must also be lower than that of the blurriest sensible answer, the mean of the object's training photographs. Where
+photographs of objects are held out that training never saw in any view, KID is about these: do drawn codes look like
+objects of their class?
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,9 +69,9 @@ class HeldoutPhotographs:
 class ObjectRow:
     """One class's mean PSNR in dB, over its photographs, and its SSIM.
 
-    labelled: with the instance's code or z = 0 at the photograph's own azimuth; mean_z: the same with drawn codes, and their mean;
-    labelled_unmirrored: labelled without the angles 0 and 180, which mirror onto themselves; mirrored: at -angle,
-    likewise without them (NaN where nothing is left); plus90: at angle + 90.
+    labelled: with the instance's code or z = 0 at the photograph's own azimuth; mean_z: the same with drawn codes, and
+    their mean; labelled_unmirrored: labelled without the angles 0 and 180, which mirror onto themselves; mirrored: at
+    -angle, likewise without them (NaN where nothing is left); plus90: at angle + 90.
     """
 
     name: str

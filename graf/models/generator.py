@@ -15,6 +15,9 @@ from graf.runtime.activation_checkpointing import ChunkRunner, call_chunk, evalu
 from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings, halve_chunk
 from graf.runtime.randomness import Draws
 
+#: Instances' codes are stored at this share of their value: each is met in one step of many, and Adam's steps are as
+#: long as the learning rate, which is made for weights.
+STORED_SHARE = 0.1
 BACKGROUNDS = {"white": 1.0, "black": -1.0}
 
 
@@ -51,13 +54,13 @@ class Generator(nn.Module):
             self.background = nn.Parameter(colour)
         else:
             self.register_buffer("background", colour)
-        self.instances = nn.Embedding(num_instances, field.dim_z) if num_instances else None
+        self.instances = nn.Parameter(torch.zeros(num_instances, field.dim_z)) if num_instances else None
 
     def codes(self, z: Tensor, instance: Tensor) -> Tensor:
         """The codes (B, dim_z) of known instances (B,), and z (B, dim_z) where instance is -1, of an unknown one."""
         if self.instances is None:
             return z
-        return torch.where(instance[:, None] < 0, z, self.instances(instance.clamp(min=0)))
+        return torch.where(instance[:, None] < 0, z, self.instances[instance.clamp(min=0)] / STORED_SHARE)
 
     @property
     def background_colour(self) -> Tensor:

@@ -63,9 +63,9 @@ class PlaneSynthesis(nn.Module):
         self.table = PlaneTable(shape)
         self.class_embedding = nn.Embedding(shape.num_classes, width)
         self.mapping = nn.Sequential(
-            nn.Linear(shape.dim_shape + width, 2 * width),
+            ScaledLinear(shape.dim_shape + width, 2 * width),
             nn.LeakyReLU(0.2),
-            nn.Linear(2 * width, 2 * width),
+            ScaledLinear(2 * width, 2 * width),
             nn.LeakyReLU(0.2),
         )
         sides = [shape.resolution]
@@ -79,9 +79,7 @@ class PlaneSynthesis(nn.Module):
             ModulatedConvolution(inside, outside, 3, 2 * width)
             for inside, outside in zip(inputs, channels, strict=True)
         )
-        self.output = nn.Conv2d(width, 3 * shape.channels, 1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.output = nn.Parameter(torch.zeros(3 * shape.channels, width, 1, 1))
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
         style = self.mapping(torch.cat([shape_code, self.class_embedding(class_idx)], dim=1))
@@ -91,21 +89,36 @@ class PlaneSynthesis(nn.Module):
                 hidden = functional.interpolate(hidden, size=(side, side), mode="bilinear")
             hidden = functional.leaky_relu(layer(hidden, style), 0.2)
         shared = self.table(shape_code, class_idx)
-        return shared + self.output(hidden).view(shared.shape) / STORED_SHARE
+        return shared + functional.conv2d(hidden, self.output / math.sqrt(self.shape.width)).view(shared.shape)
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer whose stored weights are standard normal, whatever its width (ProGAN, Karras et al., ICLR 2018).
+
+    Adam's steps are then small beside every weight; as they stand, weights of a wide layer would change by a tenth.
+    """
+
+    def __init__(self, inside: int, outside: int, bias: float = 0.0) -> None:
+        super().__init__(inside, outside)
+        nn.init.normal_(self.weight)
+        nn.init.constant_(self.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight / math.sqrt(self.in_features), self.bias)
 
 
 class ModulatedConvolution(nn.Module):
-    """A convolution whose input channels a style scales, and whose output has unit variance again (StyleGAN2, eq. 1, 3).
+    """A convolution whose input channels a style scales, with output of unit variance (StyleGAN2, eq. 1 and 3).
 
-    Scaling the activations instead of the weights gives the same and lets a batch share one convolution.
+    Scaling the activations instead of the weights gives the same and lets a batch share one convolution. Weights are
+    stored as in :class:`ScaledLinear`.
     """
 
     def __init__(self, inside: int, outside: int, size: int, dim_style: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outside, inside, size, size) / math.sqrt(inside * size * size))
+        self.weight = nn.Parameter(torch.randn(outside, inside, size, size))
         self.bias = nn.Parameter(torch.zeros(outside))
-        self.style = nn.Linear(dim_style, inside)
-        nn.init.ones_(self.style.bias)
+        self.style = ScaledLinear(dim_style, inside, bias=1.0)
 
     def forward(self, images: Tensor, style: Tensor) -> Tensor:
         scale = self.style(style)

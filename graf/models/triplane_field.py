@@ -93,11 +93,12 @@ class TriplaneField(RadianceField):
         self.hidden = nn.Linear(channels, width)
         self.raw_density = nn.Linear(width, 1)
         self.components = nn.Linear(width, 3 * (1 + shape.colour_components))
-        self.appearance = nn.Linear(shape.dim_appearance, shape.colour_components, bias=False)
+        mixture = nn.Linear(width, shape.colour_components, bias=False)
+        self.appearance = nn.Sequential(nn.Linear(shape.dim_appearance, width), nn.LeakyReLU(0.2), mixture)
         if shape.use_viewdirs:
             self.view_directions = nn.Linear(encoding_size(shape.multires_views), shape.colour_components)
-        nn.init.zeros_(self.modulation.weight)  # a new field shows every code the same object
-        nn.init.zeros_(self.appearance.weight)
+        for layer in (self.modulation, mixture):  # a new field shows every code the same object
+            nn.init.zeros_(layer.weight)
 
     def prepare(self, z: Tensor, class_idx: Tensor) -> TriplaneCodes:
         """The planes of z (B, dim_shape + dim_appearance) and the classes class_idx (B,), and the decoder of z."""

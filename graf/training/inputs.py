@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ class SuperResolutionInputs(TensorBatch):
 class FakeInputs(TensorBatch):
     """What a batch of generated patches is made from: codes, views, places and ray noise.
 
-    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; augment_d, augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step
-    that does not train it.
+    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; augment_d,
+    augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step that does not
+    train it.
     """
 
     z: Tensor
@@ -120,8 +122,8 @@ class InputSampler:
     """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random.
 
     place: patches from uniform random numbers (B, 3) and the smallest and largest scale; match_views: generated patches
-    take views and places of the photographs' patches, so that D compares like with like, and half of those of known
-    instances the instance's code.
+    take views and places of the photographs' patches, so that D compares like with like, and half of them, as far as
+    there are known instances, an instance's code.
 
     mix_latents: which view latents the label angles (B,) stand for, None without super-resolution; agreement_degrees:
     between a view and the neighbour it has to agree with, None where that is not asked.
@@ -158,7 +160,7 @@ class InputSampler:
         """
         numbers = _draw_numbers(draws, purpose)
         views = self.pose_sampler.pick(numbers["view"]) if matched is None else matched.views
-        is_drawn = numbers["instance"][:, 0] < (0.5 if self.match_views else 1.0)
+        is_drawn = numbers["instance"][:, 0] >= (self._instance_share if self.match_views else 0.0)
         patches = self._place(numbers, settings) if matched is None else matched.patches
         return FakeInputs(
             z=draw_latents(draws, f"{purpose}/z", self.dim_z, self.uniform_z),
@@ -196,6 +198,12 @@ class InputSampler:
         if reals.mirrored is not None:
             images = torch.where(reals.mirrored[:, None, None, None], images.flip(3), images)
         return replace(reals, images=images)
+
+    @cached_property
+    def _instance_share(self) -> float:
+        """The share of known instances that gives half of a batch instances' codes."""
+        known = float((self.pose_sampler.views.labels[:, 3] >= 0).float().mean())
+        return min(1.0, 0.5 / known) if known else 0.0
 
     def _place(self, numbers: dict[str, Tensor], settings: StepSettings) -> Patches:
         return self.place(numbers["patch"], settings.min_scale, settings.max_scale)

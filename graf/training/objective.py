@@ -70,7 +70,8 @@ class LossSettings:
     reg_type: "none" | "real" (R1) | "wgangp", weight reg_param, taken every reg_every steps with so many times the
     weight; class_loss: weight of the label classification; num_views: its azimuth bins. The photometric term, where
     generated patches show what photographs show, weighs max(photometric_min, photometric exp(-photometric_decay it));
-    instance_prior: weight of the squared length of instances' codes, per number; opacity: weight of the mean opacity of generated patches. super_resolution: None without.
+    instance_prior: weight of the squared length of instances' codes, per number; opacity: weight of the mean opacity of
+    generated patches. super_resolution: None without.
     """
 
     gan_type: str
@@ -251,9 +252,9 @@ class GANObjective:
 
         With a photometric term also the mean squared distance of generated patches to `reals`, which show the same
         views at the same places, as far as they show the same objects: where instances are known, those that have their
-        codes, else all; those codes keep near the distribution of the drawn ones, N(0, 1). With an opacity term their mean opacity, which is 1 in a solid
-        object whatever its density, so that fog of the background's colour gives way and the object stays; with
-        supervision the distance of a finer render to super-resolution.
+        codes, else all; those codes keep near the distribution of the drawn ones, N(0, 1). With an opacity term their
+        mean opacity, which is 1 in a solid object whatever its density, so that fog of the background's colour gives
+        way and the object stays; with supervision the distance of a finer render to super-resolution.
         """
         logits, label_logits = self._discriminate(LabelledPatches(render.rgb, fakes.condition, fakes.augment_g))
         statistics = {"loss_g": losses.generator_loss(self.settings.gan_type, logits).sum() / batch_size}

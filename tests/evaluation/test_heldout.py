@@ -85,6 +85,25 @@ def measure(degrees_off: int = 0, sense: int = 1, num_z: int = 2) -> HeldoutRepo
     )
 
 
+def test_fidelity_is_about_the_objects_that_training_never_saw() -> None:
+    known = make_photographs()
+    labels = make_labels(range(5, 360, 60))
+    unseen = replace(known, images=draw_views(labels), views=CAMERAS.views_of_labels(labels))
+    asked: list[tuple[list[int], int | None]] = []
+
+    def render(views: Views, z_index: int | None) -> Tensor:
+        asked.append((views.labels[:, 2].tolist(), z_index))
+        return draw_views(views.labels) + noise_for(z_index)
+
+    report = measure_heldout(
+        known, render, choose_extractor("offline"), PROTOCOL, torch.device("cpu"), unseen=unseen, num_z=2, batch_size=99
+    )
+    assert asked[-2:] == [(labels[:, 2].tolist(), 0), (labels[:, 2].tolist(), 1)]
+    assert report.objects == measure().objects
+    assert report.renders.provenance["n_real"] == len(labels)
+    assert report.renders.provenance["n_fake"] == report.mean_images.provenance["n_fake"] == 2 * len(labels)
+
+
 @pytest.mark.parametrize("direction", ["ccw", "cw"])
 def test_wrong_views_are_those_of_the_mirrored_and_the_turned_labels(direction: str) -> None:
     labels = torch.tensor([[1, 2, 0, 4], [0, 1, 30, -1], [2, 0, 180, 7], [1, 1, 300, 5]])

@@ -11,12 +11,13 @@ from torch.testing import assert_close
 
 from graf.models.density import DensityLaw
 from graf.models.encoding import positional_encoding
-from graf.models.triplane_field import PLANE_AXES, STORED_SHARE, TriplaneField, TriplaneShape, sample_planes
+from graf.models.plane_sources import STORED_SHARE
+from graf.models.triplane_field import PLANE_AXES, TriplaneField, TriplaneShape, sample_planes
 
 SHAPE = TriplaneShape(
-    plane_resolution=8, plane_channels=5, decoder_width=12, colour_components=3, extent=0.9, multires_views=2,
-    base_frequency=math.pi, use_viewdirs=True, dim_shape=4, dim_appearance=3, num_classes=3,
-    density=DensityLaw("softplus", 5.0, -0.5, 2.0, 0.6, 0.9),
+    planes="table", plane_resolution=8, plane_channels=5, synthesis_width=4, decoder_width=12, colour_components=3,
+    extent=0.9, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=4, dim_appearance=3,
+    num_classes=3, density=DensityLaw("softplus", 5.0, -0.5, 2.0, 0.6, 0.9),
 )  # fmt: skip
 
 
@@ -27,7 +28,8 @@ def make_field(**changes) -> TriplaneField:
     with torch.no_grad():
         for parameter in field.parameters():
             parameter.normal_(0, 0.4)
-        field.planes.mul_(STORED_SHARE)
+        stored = field.planes.stored if field.shape.planes == "table" else field.planes.table.stored
+        stored.mul_(STORED_SHARE)
     return field
 
 
@@ -53,7 +55,7 @@ def evaluate_plainly(field: TriplaneField, point: Tensor, direction: Tensor, z: 
     """Colour (3,) and density of one point, with every code applied at the point itself."""
     shape = field.shape
     place = (point / shape.extent).tolist()
-    planes = field.planes[class_idx] / STORED_SHARE
+    planes = field.planes(z[None, : shape.dim_shape], torch.tensor([class_idx]))[0]
     features = sum(read_plane(planes[i], place[a], place[b]) for i, (a, b) in enumerate(PLANE_AXES))
     scale, shift = field.modulation(z[: shape.dim_shape]).chunk(2)
     hidden = torch.relu(field.hidden(features * (1 + scale) + shift))
@@ -65,9 +67,10 @@ def evaluate_plainly(field: TriplaneField, point: Tensor, direction: Tensor, z: 
     return colour, shape.density(field.raw_density(hidden)[None, None], point[None, None, None])[0, 0, 0]
 
 
+@pytest.mark.parametrize("planes", ["table", "synthesis"])
 @pytest.mark.parametrize("use_viewdirs", [False, True])
-def test_the_folded_field_equals_the_plain_one_in_values_and_gradients(use_viewdirs):
-    field = make_field(use_viewdirs=use_viewdirs)
+def test_the_folded_field_equals_the_plain_one_in_values_and_gradients(use_viewdirs, planes):
+    field = make_field(use_viewdirs=use_viewdirs, planes=planes)
     points, directions, z, class_idx = draw_inputs()
     found = []
     for plainly in (False, True):
@@ -147,7 +150,7 @@ def test_planes_are_read_in_full_precision_under_autocast():
     exact = field(points, directions, field.prepare(z, class_idx))
     with torch.autocast("cpu", torch.bfloat16):
         rgb, density = field(points, directions, field.prepare(z, class_idx))
-        features = sample_planes(field.planes[:2], points[:, 0])
+        features = sample_planes(field.planes.stored[:2], points[:, 0])
     assert rgb.dtype == density.dtype == features.dtype == torch.float32
     assert_close(rgb, exact[0], atol=0.02, rtol=0)
     assert_close(density, exact[1], atol=0.05, rtol=0)

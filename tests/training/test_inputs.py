@@ -105,6 +105,23 @@ def test_fakes_take_their_views_from_the_pool_alone():
     assert inputs.condition.patches is inputs.patches
 
 
+@pytest.mark.parametrize(("unknown", "share"), [([], 0.5), ([1], 0.5), ([0, 1, 3], 0.4), ([0, 1, 2, 3, 4], 0)])
+def test_half_of_the_matched_fakes_take_codes_of_known_instances_where_there_are_so_many(unknown, share):
+    named = torch.cat([LABELS[:, :3], torch.arange(5)[:, None]], dim=1)
+    named[unknown, 3] = -1
+    labels = named[torch.arange(400) % 5]
+    sampler = replace(SAMPLER, match_views=True, pose_sampler=PoseSampler(named, CAMERAS))
+    matched = sampler.draw(draws(*range(400)), torch.rand(400, 3, 8, 8), labels, SETTINGS)
+    instance, known = matched.fakes_g.instance, labels[:, 3]
+    assert torch.equal(matched.fakes_g.views.labels, labels)
+    assert bool(((instance == known) | (instance == -1)).all())
+    assert float((instance >= 0).float().mean()) == pytest.approx(share, abs=0.06)
+
+
+def test_fakes_of_drawn_views_take_drawn_codes():
+    assert bool((SAMPLER.draw_fakes(draws(*range(400)), "g", SETTINGS).instance == -1).all())
+
+
 def test_patches_keep_to_their_scales_and_lie_inside_the_image():
     reals = SAMPLER.draw_reals(draws(*range(400)), LABELS[torch.arange(400) % 5], SETTINGS)
     for patches in (SAMPLER.draw_fakes(draws(*range(400)), "g", SETTINGS).patches, reals.patches):
