@@ -45,7 +45,13 @@ class SyntheticConfig(Section):
 
     count: int = Field(1000, ge=8, description="number of images to render, once")
     seed: int = Field(0, ge=0, description="seed of the objects and of the choice of views")
-    instances: int = Field(1, ge=1, description="differently proportioned and coloured objects per class")
+    instances: int = Field(1, ge=1, description="objects per class, which differ in proportions, colours and features")
+    known: float = Field(
+        1.0, ge=0, le=1, description="share of the training instances whose photographs say which instance they show"
+    )
+    heldout_instances: int = Field(
+        0, ge=0, description="of the instances of each class, kept out of training: test and validation in turn"
+    )
 
 
 class DataConfig(Section):

@@ -61,6 +61,8 @@ class DataSettings:
     synthetic_count: int
     synthetic_seed: int
     synthetic_instances: int
+    synthetic_known: float
+    synthetic_heldout_instances: int
     subset: str = "train"
 
     def __post_init__(self) -> None:
@@ -204,6 +206,8 @@ def _synthetic_settings(settings: DataSettings) -> SyntheticSettings:
         count=settings.synthetic_count,
         seed=settings.synthetic_seed,
         instances=settings.synthetic_instances,
+        known=settings.synthetic_known,
+        heldout_instances=settings.synthetic_heldout_instances,
         radius=settings.radius,
         fov=settings.fov,
         v_list=settings.v_list or DEFAULT_V_LIST,

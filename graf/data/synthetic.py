@@ -22,14 +22,14 @@ from imageio.v3 import imwrite
 from torch import Tensor
 
 from graf.data.errors import DataError
-from graf.data.labels import LABELS_FILE, LABELS_HEADER
+from graf.data.labels import LABELS_FILE, LABELS_HEADER, OPTIONAL_COLUMNS
 from graf.data.loader import count_usable_cpus
 from graf.data.shapes import CLASS_NAMES, Toy, build_toy
 from graf.geometry.cameras import Intrinsics, height_from_elevation, label_angles, pose_from_angles
 from graf.geometry.rays import RayCaster, pixel_grid
 from graf.runtime.logs import progress_bar
 
-VERSION = 1  # part of the cache key: raise it whenever the pictures change
+VERSION = 2  # part of the cache key: raise it whenever the pictures change
 DEPTH_FOLDER, MASK_FOLDER, SCENE_FILE = "depth", "mask", "scene.json"
 DEFAULT_V_LIST = tuple(round(height_from_elevation(degrees), 4) for degrees in (12, 27, 42))
 ANGLE_COUNTS = (72, 90, 120, 180, 360)
@@ -39,9 +39,10 @@ MAX_STEPS = 64
 HIT_DISTANCE = 1e-3
 NORMAL_STEP = 2e-3
 OCCLUSION_REACH = 0.12
-SUPERSAMPLING = 2
+CONE_STEPS = 16
+CONE = 8  # pixels along the side of what one cone sees
 VIEWS_AT_ONCE = 32
-RAYS_AT_ONCE = 131072  # few enough for the cache, enough to hide the cost of calling an operation
+RAYS_AT_ONCE = 262144  # few enough for the cache, enough to hide the cost of calling an operation
 LIGHT = (0.48, 0.36, 0.80)  # towards the light, unit length: in front, to the left, above
 AMBIENT, DIFFUSE, SKY = 0.56, 0.42, 0.10
 
@@ -51,12 +52,18 @@ View = tuple[int, int, int, int]  # class, instance, height, angle
 
 @dataclass(frozen=True)
 class SyntheticSettings:
-    """What the synthetic set depends on, all of it in the cache key. `fov` in degrees, `v_list` heights v in [0, 1]."""
+    """What the synthetic set depends on, all of it in the cache key. `fov` in degrees, `v_list` heights v in [0, 1].
+
+    Of the `instances` of each class the last `heldout_instances` are test and validation in turn, and of the others the
+    first ones, as large a share as `known`, are named in labels.csv. A single object per class needs no name.
+    """
 
     imsize: int
     count: int
     seed: int
     instances: int
+    known: float
+    heldout_instances: int
     radius: float
     fov: float
     v_list: tuple[float, ...]
@@ -67,12 +74,29 @@ class SyntheticSettings:
             raise DataError(
                 f"data.radius={self.radius}: the camera stands inside the toys, which reach {BOUNDING_RADIUS}; try 3.5"
             )
-        most = len(CLASS_NAMES) * self.instances * len(self.v_list) * ANGLE_COUNTS[-1]
-        if not len(CLASS_NAMES) <= self.count <= most:
+        if not 0 <= self.heldout_instances < self.instances:
             raise DataError(
-                f"data.synthetic.count={self.count}: expected {len(CLASS_NAMES)} (one image of each class) to {most} "
+                f"data.synthetic.heldout_instances={self.heldout_instances}: expected fewer than "
+                f"data.synthetic.instances={self.instances}, so that some are left to train on"
+            )
+        if not 0 <= self.known <= 1:
+            raise DataError(f"data.synthetic.known={self.known}: expected a share of the instances, 0 to 1")
+        objects = len(CLASS_NAMES) * self.instances
+        most = objects * len(self.v_list) * ANGLE_COUNTS[-1]
+        if not objects <= self.count <= most:
+            raise DataError(
+                f"data.synthetic.count={self.count}: expected {objects} (one image of each object) to {most} "
                 f"(every degree at every one of {len(self.v_list)} heights)"
             )
+
+    def instance_and_split(self, instance: int) -> tuple[str, str]:
+        """What labels.csv says of an instance's photographs: its name and their split, either may be empty."""
+        training = self.instances - self.heldout_instances
+        if self.instances == 1:
+            return "", ""
+        if instance >= training:
+            return "", ("test", "validation")[(instance - training) % 2]
+        return (str(instance), "") if instance < round(self.known * training) else ("", "train")
 
     @property
     def folder_name(self) -> str:
@@ -89,23 +113,26 @@ def render_views(
     instance: int = 0,
     seed: int = 0,
     white_bkgd: bool = True,
-    supersampling: int = SUPERSAMPLING,
+    supersampling: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """True pictures of a toy from camera-to-world `poses` (N, 4, 4), which must lie outside its bounding sphere.
 
     Returns rgb (N, 3, H, W) in [-1, 1]; z-depth (N, 1, H, W), the mean over the part of the pixel that is covered, 0
     where nothing is; mask (N, 1, H, W), the covered share of the pixel in [0, 1]. Computed in float32 on the CPU.
+    supersampling: rays along each side of a pixel; by default 3 up to 64 x 64 pixels, whose outlines would show steps
+    with fewer, and 2 beyond.
     """
     toy = build_toy(class_idx, instance, seed)
+    supersampling = supersampling or (3 if intrinsics.width <= 64 else 2)
     fine = intrinsics.resized(intrinsics.height * supersampling, intrinsics.width * supersampling)
-    together = max(1, RAYS_AT_ONCE // (fine.height * fine.width))
+    tasks = max(count_usable_cpus(), -(-len(poses) * fine.height * fine.width // RAYS_AT_ONCE))
 
     def render(some_poses: Tensor) -> list[Tensor]:
         images = _render_fine(toy, some_poses, fine, white_bkgd)
         return [torch.nn.functional.avg_pool2d(image, supersampling) for image in images]
 
     with _one_thread_per_operation(), ThreadPoolExecutor(count_usable_cpus()) as pool:
-        parts = list(pool.map(render, poses.float().cpu().split(together)))
+        parts = list(pool.map(render, poses.float().cpu().chunk(tasks)))
     rgb, depth, mask = (torch.cat(images) for images in zip(*parts, strict=True))
     return rgb * 2 - 1, torch.where(mask > 0, depth / mask.clamp(min=1e-6), 0.0), mask
 
@@ -127,7 +154,8 @@ def _render_fine(toy: Toy, poses: Tensor, intrinsics: Intrinsics, white_bkgd: bo
     shape = (len(poses), intrinsics.height, intrinsics.width)
     rays = RayCaster(intrinsics, 0.0, math.inf, BOUNDING_RADIUS).cast(poses, pixel_grid(*shape))
     origins, directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
-    near, far, axis_cosine = rays.near.flatten(), rays.far.flatten(), rays.axis_cosine.flatten()
+    near = torch.maximum(rays.near.flatten(), _march_cones(toy, poses, intrinsics).flatten())
+    far, axis_cosine = rays.far.flatten(), rays.axis_cosine.flatten()
 
     rgb = torch.full((3, len(near)), 1.0 if white_bkgd else 0.0)
     depth, mask = torch.zeros(len(near)), torch.zeros(len(near))
@@ -139,6 +167,26 @@ def _render_fine(toy: Toy, poses: Tensor, intrinsics: Intrinsics, white_bkgd: bo
         depth[pixels] = distance * axis_cosine[pixels]
         mask[pixels] = 1.0
     return rgb.reshape(3, *shape).transpose(0, 1), depth.reshape(shape)[:, None], mask.reshape(shape)[:, None]
+
+
+def _march_cones(toy: Toy, poses: Tensor, intrinsics: Intrinsics) -> Tensor:
+    """How far every pixel's ray (N, H, W) is free: found for CONE x CONE pixels at once, by what surrounds them.
+
+    At a distance t from the camera all rays of a cone of angle a lie within a t of its axis.
+    """
+    height, width = -(-intrinsics.height // CONE), -(-intrinsics.width // CONE)
+    coarse = intrinsics.resized(height, width)
+    angle = math.sqrt(0.5) / coarse.focal
+    rays = RayCaster(coarse, 0.0, math.inf, BOUNDING_RADIUS).cast(poses, pixel_grid(len(poses), height, width))
+    t = (poses[:, :3, 3].norm(dim=1, keepdim=True) - BOUNDING_RADIUS).expand(-1, height * width)
+    for _ in range(CONE_STEPS):
+        points = rays.origins + t[..., None] * rays.directions
+        t = t + ((toy.distance(points.reshape(-1, 3).T).view_as(t) - angle * t) / (1 + angle)).clamp(min=0)
+    rows, columns = (
+        (2 * torch.arange(fine) + 1) * count // (2 * fine)
+        for fine, count in ((intrinsics.height, height), (intrinsics.width, width))
+    )
+    return t.view(-1, height, width)[:, rows[:, None], columns]
 
 
 def _march(toy: Toy, origins: Tensor, directions: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,20 +226,27 @@ def _estimate_normals(toy: Toy, points: Tensor) -> Tensor:
 
 
 def choose_views(settings: SyntheticSettings) -> list[View]:
-    """The (class, instance, height, angle) of every image, sorted: a seeded choice from a regular grid of angles.
+    """The (class, instance, height, angle) of every image, sorted: from a regular grid of angles.
 
-    Classes get equal shares (the first ones an image more where the count does not divide). 72 angles, or the next
-    divisor of 360 where the count needs more.
+    Classes get equal shares, and in them instances (the first ones an image more where the count does not divide). 72
+    angles, or the next divisor of 360 where the count needs more. A single object of a class has seeded random places
+    on that grid; of several, each is seen along a helix with a seeded start: evenly spaced angles, heights in turn.
     """
-    shares = [len(range(index, settings.count, len(CLASS_NAMES))) for index in range(len(CLASS_NAMES))]
-    rings = settings.instances * len(settings.v_list)
-    angles = next(angles for angles in ANGLE_COUNTS if rings * angles >= shares[0])
+    heights = len(settings.v_list)
+    most = -(-settings.count // (len(CLASS_NAMES) * settings.instances))
+    angles = next(angles for angles in ANGLE_COUNTS if heights * angles >= most)
     views = []
-    for class_idx, share in enumerate(shares):
-        chosen = np.random.default_rng([settings.seed, class_idx]).permutation(rings * angles)[:share]
-        for ring, angle_number in sorted(divmod(int(number), angles) for number in chosen):
-            instance, height = divmod(ring, len(settings.v_list))
-            views.append((class_idx, instance, height, angle_number * 360 // angles))
+    for class_idx in range(len(CLASS_NAMES)):
+        random = np.random.default_rng([settings.seed, class_idx])
+        class_share = len(range(class_idx, settings.count, len(CLASS_NAMES)))
+        for instance in range(settings.instances):
+            share = len(range(instance, class_share, settings.instances))
+            if settings.instances == 1:
+                places = [divmod(number, angles) for number in random.permutation(heights * angles)[:share].tolist()]
+            else:
+                height, angle = random.integers(heights), random.integers(angles)
+                places = [((height + n) % heights, (angle + n * angles // share) % angles) for n in range(share)]
+            views += sorted((class_idx, instance, int(h), int(a) * 360 // angles) for h, a in places)
     return views
 
 
@@ -243,10 +298,10 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
                 for (_, _, height, angle), rgb, depth, mask in zip(batch.tolist(), *pictures, strict=True):
                     file = f"{name}_h{height}__{angle}.png"
                     _write_view(folder, file, rgb, depth / max_depth, mask)
-                    rows.append((file, CLASS_NAMES[class_idx], height, angle))
+                    rows.append((file, CLASS_NAMES[class_idx], height, angle, *settings.instance_and_split(instance)))
                 progress.update(len(batch))
     with (folder / LABELS_FILE).open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([LABELS_HEADER, *rows])
+        csv.writer(stream).writerows([LABELS_HEADER + OPTIONAL_COLUMNS, *rows])
     scene = {"version": VERSION, "classes": CLASS_NAMES, "max_depth": max_depth, **asdict(settings)}
     (folder / DEPTH_FOLDER / SCENE_FILE).write_text(json.dumps(scene, indent=2), encoding="utf-8")
 

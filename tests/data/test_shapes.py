@@ -15,7 +15,7 @@ def grid(side, extent=1.1):
 
 
 @pytest.mark.parametrize("class_idx", CLASSES)
-@pytest.mark.parametrize("instance", [0, 3])
+@pytest.mark.parametrize("instance", [0, 3, 5, 10, 16])
 def test_distance_is_at_most_the_true_one(class_idx, instance):
     toy = build_toy(class_idx, instance)
     points = grid(64)
@@ -28,11 +28,41 @@ def test_distance_is_at_most_the_true_one(class_idx, instance):
 
 
 @pytest.mark.parametrize("class_idx", CLASSES)
-@pytest.mark.parametrize("instance", [0, 1])
-def test_toys_lie_inside_the_bounding_sphere_and_fill_most_of_it(class_idx, instance):
-    points = grid(50)
-    reach = points[:, build_toy(class_idx, instance).distance(points) < 0].norm(dim=0).max()
-    assert 0.65 < reach < BOUNDING_RADIUS - 0.01
+def test_toys_lie_inside_the_bounding_sphere_and_fill_most_of_it(class_idx):
+    shell = torch.nn.functional.normalize(torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)), dim=0)
+    for instance in range(100):
+        distance = build_toy(class_idx, instance).distance
+        assert distance(0.65 * shell).min() < 0
+        for radius in (BOUNDING_RADIUS - 0.01, 0.97, 1.0, 1.05):
+            assert distance(radius * shell).min() > 0
+
+
+@pytest.mark.parametrize("class_idx", CLASSES)
+def test_every_part_of_an_individual_shows_and_hangs_together_with_the_rest(class_idx):
+    points = grid(56, 0.95)
+    for instance in range(1, 13):
+        toy = build_toy(class_idx, instance)
+        distances = torch.stack([part.distance(points / torch.tensor(toy.stretch)[:, None]) for part in toy.parts])
+        spacing = 2 * 0.95 / 55
+        for number, own in enumerate(distances):
+            others = torch.cat([distances[:number], distances[number + 1 :]]).min(dim=0).values
+            assert ((own < spacing / 2) & (others > 0)).any(), f"{toy.name} {instance}: part {number} is hidden"
+            assert ((own < spacing) & (others < spacing)).any(), f"{toy.name} {instance}: part {number} floats"
+
+
+@pytest.mark.parametrize("class_idx", CLASSES)
+def test_individuals_differ_in_shape_colour_and_features(class_idx):
+    toys = [build_toy(class_idx, instance) for instance in range(1, 25)]
+    assert len({len(toy.parts) for toy in toys}) > 1
+    assert len({len(toy.decals) for toy in toys}) > 1
+    colours = torch.tensor([toy.parts[0].colour for toy in toys])
+    assert colours.std(dim=0).norm() > 0.2
+    assert 0 <= colours.min() <= colours.max() <= 1
+    points = grid(30, 0.9)
+    solid = torch.stack([toy.distance(points) < 0 for toy in toys]).float()
+    overlap = (solid @ solid.T) / (solid.sum(dim=1) + solid.sum(dim=1)[:, None] - solid @ solid.T)
+    assert overlap[overlap < 1].max() < 0.97
+    assert 0.4 < overlap.min() < 0.75  # the same kind of thing, of another make
 
 
 def test_instances_differ_and_repeat():

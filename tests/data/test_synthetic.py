@@ -19,8 +19,18 @@ from graf.geometry.cameras import Intrinsics, label_angles, pose_from_angles, pr
 from graf.geometry.rays import RayCaster, pixel_grid
 
 SMALL = SyntheticSettings(
-    imsize=16, count=8, seed=0, instances=1, radius=3.5, fov=30.0, v_list=(0.3, 0.4), white_bkgd=True
+    imsize=16,
+    count=8,
+    seed=0,
+    instances=1,
+    known=1.0,
+    heldout_instances=0,
+    radius=3.5,
+    fov=30.0,
+    v_list=(0.3, 0.4),
+    white_bkgd=True,
 )
+MANY = replace(SMALL, count=45, instances=5, known=0.5, heldout_instances=2)
 THREE_HEIGHTS = replace(SMALL, count=1000, v_list=synthetic.DEFAULT_V_LIST)
 DEFAULTS = DataSettings.from_mapping(Config().data.model_dump())
 INTRINSICS = Intrinsics.from_fov(48, 30.0)
@@ -117,6 +127,26 @@ def test_pictures_do_not_depend_on_how_views_are_grouped(monkeypatch):
         torch.testing.assert_close(image, other, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("class_idx", range(len(CLASS_NAMES)))
+def test_no_ray_meets_the_toy_before_the_end_of_its_cone(class_idx):
+    toy, poses, intrinsics = build_toy(class_idx, 4), poses_at(20.0, 170.0), Intrinsics(45, 61, 100.0)
+    free = synthetic._march_cones(toy, poses, intrinsics)
+    rays = RayCaster(intrinsics, 0.0, 9.0).cast(poses, pixel_grid(2, 45, 61))
+    for share in torch.linspace(0, 1, 60):
+        points = rays.origins + share * free.reshape(2, -1, 1) * rays.directions
+        assert toy.distance(points.reshape(-1, 3).T).min() > 0
+    _, depth, mask = render_views(class_idx, poses, intrinsics, instance=4, supersampling=1)
+    left = (depth / rays.axis_cosine.view_as(depth) - free[:, None])[mask > 0]
+    assert left.median() < 3.5 * synthetic.CONE / intrinsics.focal  # the width of a cone there
+
+
+@pytest.mark.parametrize(("side", "rays"), [(64, 3), (65, 2)])
+def test_outlines_of_small_pictures_are_smoother(side, rays):
+    intrinsics = Intrinsics.from_fov(side, 30.0)
+    found, expected = (render_views(0, poses_at(30.0), intrinsics, supersampling=n) for n in (None, rays))
+    assert all(torch.equal(image, other) for image, other in zip(found, expected, strict=True))
+
+
 def test_rendering_restores_the_number_of_threads():
     before = torch.get_num_threads()
     render_views(0, poses_at(0.0), Intrinsics.from_fov(8, 30.0))
@@ -148,8 +178,38 @@ def test_views_depend_on_the_seed_alone():
     assert choose_views(settings) != choose_views(replace(settings, seed=1))
 
 
+@pytest.mark.parametrize(("count", "instances"), [(37, 3), (384, 24), (2000, 2), (4 * 2 * 3 * 72, 2), (7000, 2)])
+def test_every_instance_is_seen_equally_often_from_evenly_spread_angles_and_heights(count, instances):
+    views = choose_views(replace(THREE_HEIGHTS, count=count, instances=instances))
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for class_idx, instance, height, angle in views:
+        groups.setdefault((class_idx, instance), []).append((angle, height))
+    assert len(groups) == 4 * instances
+    for places in groups.values():
+        assert abs(len(places) - count / (4 * instances)) < 1
+        shares = np.bincount([height for _, height in places], minlength=3)
+        assert shares.max() - shares.min() <= 1
+        angles = sorted(angle for angle, _ in places)
+        gaps = np.diff([*angles, angles[0] + 360])
+        assert gaps.max() - gaps.min() <= 5  # one step of the grid
+
+
+def test_instances_are_not_all_seen_from_the_same_places():
+    views = choose_views(replace(THREE_HEIGHTS, count=384, instances=24))
+    starts = {(class_idx, instance): (height, angle) for class_idx, instance, height, angle in reversed(views)}
+    assert len(set(starts.values())) > 20
+
+
 @pytest.mark.parametrize(
-    ("changes", "key"), [({"count": 3}, "count=3"), ({"count": 9999}, "count=9999"), ({"radius": 0.9}, "radius=0.9")]
+    ("changes", "key"),
+    [
+        ({"count": 3}, "count=3"),
+        ({"count": 9999}, "count=9999"),
+        ({"count": 11, "instances": 3}, "count=11: expected 12"),
+        ({"radius": 0.9}, "radius=0.9"),
+        ({"heldout_instances": 1}, "heldout_instances=1: expected fewer than data.synthetic.instances=1"),
+        ({"known": 1.5}, "known=1.5"),
+    ],
 )
 def test_impossible_settings_name_the_key(changes, key):
     with pytest.raises(DataError, match=key):
@@ -182,8 +242,51 @@ def test_labels_csv_is_in_the_turntable_format(tmp_path):
     folder = ensure_synthetic(tmp_path, SMALL)
     with (folder / "labels.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == ["file", "class", "height", "angle"]
+    assert list(rows[0]) == ["file", "class", "height", "angle", "instance", "split"]
+    assert {(row["instance"], row["split"]) for row in rows} == {("", "")}  # one object of a class needs no name
     assert sorted(row["file"] for row in rows) == sorted(path.name for path in folder.glob("*.png"))
+
+
+def open_many(folder, **changes):
+    return open_dataset(
+        replace(
+            DEFAULTS,
+            datadir=folder,
+            imsize=16,
+            v_list=MANY.v_list,
+            synthetic_count=MANY.count,
+            synthetic_instances=MANY.instances,
+            synthetic_known=MANY.known,
+            synthetic_heldout_instances=MANY.heldout_instances,
+            **changes,
+        )
+    )
+
+
+def test_known_unknown_and_heldout_instances(tmp_path):
+    """Of five objects the first two are named, the third is not, the fourth is for test, the fifth for validation."""
+    splits = {subset: open_many(tmp_path, subset=subset) for subset in ("train", "validation", "test")}
+    shown = {
+        subset: {
+            (path.name.split("_")[1], label[3].item()) for path, label in zip(data.paths, data.labels, strict=True)
+        }
+        for subset, data in splits.items()
+    }
+    assert shown["validation"] == {("i4", -1)}
+    assert shown["test"] == {("i3", -1)}
+    assert shown["train"] == {("i2", -1)} | {(f"i{number % 2}", number) for number in range(8)}
+    assert splits["test"].instance_names == [f"{name}/{number}" for name in CLASS_NAMES for number in (0, 1)]
+    assert sum(map(len, splits.values())) == MANY.count
+
+
+def test_angles_are_held_out_of_known_instances_alone(tmp_path):
+    splits = {subset: open_many(tmp_path, subset=subset, heldout_every=3) for subset in ("train", "validation", "test")}
+    names = {subset: {path.name.split("_")[1] for path in data.paths} for subset, data in splits.items()}
+    assert names["train"] == {"i0", "i1", "i2"}
+    assert names["test"] - {"i3"} <= {"i0", "i1"} >= names["validation"] - {"i4"}
+    known = {subset: set(data.labels[data.labels[:, 3] >= 0, 2].tolist()) for subset, data in splits.items()}
+    assert min(map(len, known.values())) > 0
+    assert not known["train"] & (known["test"] | known["validation"])
 
 
 def test_second_opening_renders_nothing(tmp_path, monkeypatch):
@@ -203,6 +306,8 @@ def test_second_opening_renders_nothing(tmp_path, monkeypatch):
         {"count": 9},
         {"seed": 1},
         {"instances": 2},
+        {"instances": 2, "known": 0.5},
+        {"instances": 2, "heldout_instances": 1},
         {"radius": 3.0},
         {"fov": 31.0},
         {"v_list": (0.3, 0.41)},
