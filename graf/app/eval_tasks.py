@@ -22,6 +22,7 @@ from graf.app.loading import open_checkpoint
 from graf.app.runs import RunFolder, newest_run
 from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
+from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
@@ -31,6 +32,7 @@ from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import elevation_from_height, height_from_elevation, ring
 from graf.geometry.views import Views
+from graf.models.ccsr import upsample
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.logs import logger, progress_bar, setup_console
 from graf.runtime.memory import prepare_allocator
@@ -280,8 +282,28 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             num_z=len(codes),
             provenance={"iteration": evaluation.iteration},
         )
+    if renderer.ccsr is not None:
+        sharp = torch.stack([heldout[index][0] for index in is_known.nonzero()[:, 0].tolist()])
+        report = replace(report, enlargement=_measure_enlargement(evaluation, sharp, photographs.views))
     print(report.text())
     return [_write_json(evaluation.folder / "heldout.json", report.as_dict())]
+
+
+def _measure_enlargement(evaluation: Evaluation, images: Tensor, views: Views) -> EnlargementReport:
+    """Super-resolution and bicubic enlargement of the same renders, against photographs at their full resolution."""
+    renderer = evaluation.renderer
+    with progress_bar(desc="super-resolved views", unit="image", total=len(images)) as bar:
+
+        def render(views: Views) -> dict[str, Tensor]:
+            bar.update(len(views))
+            renders = renderer.render_views(renderer.instance_codes(views.labels[:, 3]), views, super_resolve=True)
+            assert renderer.ccsr is not None
+            assert renders.sr is not None
+            return {"sr": renders.sr, "bicubic": upsample(renders.rgb, renderer.ccsr.scale)}
+
+        protocol = builders.build_protocol(evaluation.config)
+        extractor, provenance = choose_extractor("offline"), {"iteration": evaluation.iteration}
+        return measure_enlargement(images, views, render, extractor, protocol, renderer.device, provenance)
 
 
 def _stack(photographs: Any) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,19 @@ class Scores:
         return {**self.provenance, **self.values}
 
 
+class TensorImages(Dataset[Tensor]):
+    """The rows of a uint8 tensor (N, 3, H, W)."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
 class ImagesAsUint8(Dataset[Tensor]):
     """A data set of (float (3, H, W) in [-1, 1], label) as uint8 (3, H, W) images without labels."""
 

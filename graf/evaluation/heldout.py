@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from graf.base.errors import UserError
+from graf.evaluation.enlargement import EnlargementReport, Gate
 from graf.evaluation.extractor import Extractor
-from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, json_value, score_images
+from graf.evaluation.fidelity import FidelityProtocol, Plain, Scores, TensorImages, json_value, score_images
 from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.views import Views
@@ -26,8 +26,6 @@ from graf.geometry.views import Views
 #: two seeds differ by 0.1 to 0.3 dB
 MARGIN_DB = 1.0
 LEAST_PSNR_DB = 19.0
-
-Gate = tuple[str, float, float, bool]
 
 
 class HeldoutError(UserError):
@@ -86,7 +84,10 @@ class ObjectRow:
 
 @dataclass(frozen=True)
 class HeldoutReport:
-    """Result of `measure_heldout`: per-object PSNR, and FID/KID of the renders and of the per-object mean images."""
+    """Result of `measure_heldout`: per-object PSNR, and FID/KID of the renders and of the per-object mean images.
+
+    enlargement: of a run with super-resolution.
+    """
 
     objects: tuple[ObjectRow, ...]
     renders: Scores
@@ -94,6 +95,7 @@ class HeldoutReport:
     kid_name: str
     num_z: int
     code: str = "z = 0"
+    enlargement: EnlargementReport | None = None
 
     def average(self) -> ObjectRow:
         """Mean over the objects, each counted once however many photographs it has."""
@@ -117,6 +119,7 @@ class HeldoutReport:
             (f"psnr over mirrored + {MARGIN_DB} dB", *_at_least(average.labelled_unmirrored, mirrored)),
             (f"psnr over +90 degrees + {MARGIN_DB} dB", *_at_least(average.labelled, plus90)),
             ("psnr", *_at_least(average.labelled, LEAST_PSNR_DB)),
+            *(self.enlargement.gates() if self.enlargement is not None else []),
         ]
 
     def passed(self) -> bool:
@@ -147,6 +150,7 @@ class HeldoutReport:
                 f"{name}: {values} ({scores.provenance['n_fake']} against {scores.provenance['n_real']} photographs, "
                 f"KID subsets of {scores.provenance['kid_subset_size']})"
             )
+        lines += self.enlargement.lines() if self.enlargement is not None else []
         for name, value, threshold, passed in self.gates():
             lines.append(f"{'pass' if passed else 'FAIL'}  {name}: {value:.5g} (gate {threshold:.5g})")
         return "\n".join(lines)
@@ -159,6 +163,10 @@ class HeldoutReport:
             "objects": self.rows(),
             "renders": _plain_row(self.renders.as_dict()),
             "mean_images": _plain_row(self.mean_images.as_dict()),
+            "enlargement": {
+                name: _plain_row(scores.as_dict())
+                for name, scores in (self.enlargement.outputs.items() if self.enlargement is not None else ())
+            },
             "gates": [_plain_row(dict(zip(gate_keys, gate, strict=True))) for gate in self.gates()],
             "passed": self.passed(),
         }
@@ -170,17 +178,6 @@ def _plain_row(row: dict[str, Plain]) -> dict[str, Plain]:
 
 def _at_least(value: float, threshold: float) -> tuple[float, float, bool]:
     return value, threshold, value >= threshold
-
-
-class _Images(Dataset[Tensor]):
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
@@ -250,10 +247,10 @@ def measure_heldout(
 
     judged = photographs if unseen is None else unseen
     means = torch.stack([judged.training_means[int(c)].cpu() for c in judged.views.class_idx]).repeat(num_z, 1, 1, 1)
-    real = _Images(to_uint8(judged.images.cpu()))
+    real = TensorImages(to_uint8(judged.images.cpu()))
     extra = {**(provenance or {}), "num_z": num_z}
     scored = {
-        name: score_images(real, _Images(fake), extractor, protocol, device, provenance={**extra, "scored": name})
+        name: score_images(real, TensorImages(fake), extractor, protocol, device, provenance={**extra, "scored": name})
         for name, fake in (("heldout renders", torch.cat(renders)), ("heldout mean images", to_uint8(means)))
     }
     return HeldoutReport(

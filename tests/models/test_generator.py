@@ -26,8 +26,9 @@ SHAPE = MLPShape(
     dim_appearance=3, num_classes=2, dim_class=4, density=DensityLaw("softplus", 1.0, 0.0, 0.0, 0.6, None),
 )  # fmt: skip
 PLANES = TriplaneShape(
-    plane_resolution=8, plane_channels=4, decoder_width=8, colour_components=2, extent=0.9, multires_views=2,
-    base_frequency=math.pi, use_viewdirs=True, dim_shape=5, dim_appearance=3, num_classes=2, density=SHAPE.density,
+    planes="synthesis", plane_resolution=8, plane_channels=4, synthesis_width=4, decoder_width=8, colour_components=2,
+    extent=0.9, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=5, dim_appearance=3,
+    num_classes=2, density=SHAPE.density,
 )  # fmt: skip
 SAMPLING = RaySampling(6, 3)
 CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)

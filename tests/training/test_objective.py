@@ -5,6 +5,7 @@ CCSR's is tested in test_super_resolution.py, the formulas of the terms in test_
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch.testing import assert_close
 
 from graf.app import builders
+from graf.geometry.rays import crop_images
+from graf.models.generator import STORED_SHARE
 from graf.runtime.amp import Precision
 from graf.runtime.randomness import Draws
 from graf.training.inputs import StepInputs
@@ -145,3 +148,35 @@ def test_where_nothing_is_asked_of_super_resolution_no_player_has_its_terms(case
     assert set(of_d) == {"loss_d", "d_real", "d_fake", "loss_d_class"}
     assert set(of_g) == {"loss_g", "loss_g_class"}
     assert objective.render_neighbours(inputs.fakes_g) is None
+
+
+def test_known_instances_alone_learn_from_their_photographs_and_keep_short_codes(smoke_config, make_trainer):
+    overrides = ("data.synthetic.instances=3", "data.synthetic.known=0.67", "nerf.field=triplane", "training.lr_g=1e-2")
+    overrides += ("training.match_views=true", "training.photometric=20", "training.instance_prior=0.7")
+    data = builders.open_photographs(smoke_config(*overrides))
+    trainer = make_trainer(*overrides, data=data)
+    images, labels = zip(*(data[index] for index in range(0, len(data), 5)), strict=True)
+    batch = torch.stack(images), torch.stack(labels)
+    codes = trainer.generator.instances
+    assert len(codes) == len(data.instance_names) == 8  # two of three instances in each of four classes
+    torch.nn.init.normal_(codes)
+    inputs, objective = draw(trainer, batch, 0), trainer.objective
+    instance = inputs.fakes_g.instance
+    assert bool((instance >= 0).any())
+    assert bool((instance < 0).any())
+    render = objective.render_patches(inputs.fakes_g)
+    loss, terms = objective.generator_loss(inputs.fakes_g, render, inputs.reals, len(labels), 0)
+
+    chosen = instance[instance >= 0]
+    lengths = (codes[chosen] / STORED_SHARE).square().mean(1)
+    assert_close(terms["loss_g_prior"], lengths.sum() / len(labels))
+    seen = crop_images(batch[0], inputs.reals.patches, 16)[instance >= 0]
+    distances = (render.rgb[instance >= 0] - seen).square().mean((1, 2, 3))
+    assert_close(terms["loss_g_photometric"], distances.sum() / len(labels))
+    assert_close(loss, terms["loss_g"] + 20 * terms["loss_g_photometric"] + 0.7 * terms["loss_g_prior"])
+
+    same = objective.render_patches(replace(inputs.fakes_g, z=inputs.fakes_g.z + 9))
+    assert torch.equal(same.rgb[instance >= 0], render.rgb[instance >= 0])
+    loss.backward()
+    moved = codes.grad.abs().sum(1) > 0
+    assert torch.equal(torch.nonzero(moved)[:, 0], chosen.unique())
