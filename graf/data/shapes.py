@@ -263,15 +263,16 @@ def build_duck(look: Look = PLAIN) -> Toy:
     head, radius = look.number(0.36, 0.26, 0.46), look.number(0.34, 0.26, 0.36)
     scale, throat = radius / 0.34, (head - radius + back) / 2 + 0.035
     tail = ellipsoid((-0.06 - 0.52 * length / 0.60, 0.0, middle + 0.24), (0.24, 0.16, 0.12), look.number(-45, -65, -20))
-    neck = cylinder((0.21, 0.0, throat), 0.16 * scale, 0.15, rounding=0.05)
-    body = smooth_union(smooth_union(ellipsoid((-0.06, 0.0, middle), (length, width, height)), tail, 0.2), neck, 0.06)
+    neck = cylinder((0.21, 0.0, throat), 0.15 * scale, 0.15, rounding=0.05)  # shows where the head is high
+    body = smooth_union(ellipsoid((-0.06, 0.0, middle), (length, width, height)), tail, 0.2)
+    head_and_body = smooth_union(body, sphere((0.24, 0.0, head), radius), 0.18)
     wing = ellipsoid(
         (-0.12, width - 0.02, middle + 0.06), (0.53 * length, 0.09, 0.53 * height), look.number(-15, -30, 5)
     )
     bill = look.number(1.0, 0.75, 1.1)
     plumage = look.blend((1.0, 0.80, 0.10), (1.0, 0.88, 0.40), (0.98, 0.95, 0.85), (0.80, 0.62, 0.42), brown)
     parts = [
-        Painted(smooth_union(body, sphere((0.24, 0.0, head), radius), 0.18), plumage),
+        Painted(smooth_union(head_and_body, neck, 0.02), plumage),
         Painted(mirror(wing, 1), look.blend((0.95, 0.62, 0.05), WHITE, brown, (0.35, 0.42, 0.55))),
         Painted(
             ellipsoid((0.26 + radius, 0.0, head - 0.07 * scale), (0.20 * bill, 0.19 * scale, 0.075 * bill)),
@@ -293,7 +294,7 @@ def build_duck(look: Look = PLAIN) -> Toy:
         brim = torus((0.24, 0.0, head + 0.5 * radius), 0.88 * radius, 0.06)
         parts += [Painted(cap, look.hue(WHITE, 0.5)), Painted(brim, look.hue(WHITE, 0.6))]
     mallard = Painted(sphere((0.24, 0.0, head), radius + 0.01), (0.10, 0.42, 0.28))
-    return Toy("duck", parts, [mallard] if look.has(False, 0.25) else [])
+    return Toy("duck", parts, [mallard] if look.has(False, 0.15) else [])
 
 
 def build_house(look: Look = PLAIN) -> Toy:

@@ -200,9 +200,9 @@ def _march(toy: Toy, origins: Tensor, directions: Tensor, near: Tensor, far: Ten
         arrived = step < HIT_DISTANCE
         distance[active] = t
         hit[active[arrived]] = True
-        going = ~arrived & (t < end)
+        going = torch.nonzero(~arrived & (t < end))[:, 0]
         active, t, end = active[going], t[going], end[going]
-        origin, direction = origin[:, going], direction[:, going]
+        origin, direction = origin.index_select(1, going), direction.index_select(1, going)
         if len(active) == 0:
             break
     return distance, hit

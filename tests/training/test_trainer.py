@@ -22,7 +22,7 @@ from graf.training.trainer import Hook, Trainer
 
 #: loss_d and loss_g of the first three iterations of configs/smoke.yaml. A refactor keeps them. Where a change is meant
 #: to move them, print `[[float(s["loss_d"]), float(s["loss_g"])] for s in statistics]` in the test below and paste it.
-RECORDED_LOSSES = [[1.318041, 0.958498], [1.25555, 0.961942], [1.249249, 0.920977]]
+RECORDED_LOSSES = [[1.319153, 0.950704], [1.262659, 0.932443], [1.247863, 0.917349]]
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
