@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from graf.app.refined_cameras import build_camera_refinement
 from graf.config import DEFAULT_CHUNK, Config, ConfigError, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
@@ -265,7 +266,7 @@ def _build_density_law(config: Config) -> DensityLaw:
 FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp, "triplane": _build_triplane}
 
 
-def build_generator(config: Config, num_classes: int) -> Generator:
+def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
     """The generator of a configuration, with weights that depend on config.seed alone."""
     nerf = config.nerf
     if nerf.field not in FIELDS:
@@ -276,8 +277,9 @@ def build_generator(config: Config, num_classes: int) -> Generator:
         background = "white" if config.data.white_bkgd else "black"
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
-        field = FIELDS[nerf.field](config, num_classes)
-        generator = Generator(field, sampling, background, learn_background)
+        field = FIELDS[nerf.field](config, len(dataset_info.class_names))
+        cameras = build_camera_refinement(config.data, dataset_info)
+        generator = Generator(field, sampling, background, learn_background, cameras=cameras)
     generator.use(build_memory_settings(config))
     return generator
 
@@ -350,7 +352,7 @@ def build_trainer(
     pretrained: as in :func:`build_ccsr`.
     """
     ccsr = build_ccsr(config, pretrained)
-    generator = build_generator(config, len(dataset_info.class_names))
+    generator = build_generator(config, dataset_info)
     discriminator = build_discriminator(config, dataset_info)
     for network in (generator, discriminator, ccsr):
         if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved

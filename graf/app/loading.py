@@ -65,7 +65,7 @@ def open_checkpoint(file: Path, device: torch.device) -> TrainedGenerator:
         raise CheckpointError(
             f"{file}: has no description of its run ({error}); it is not a checkpoint of train.py"
         ) from error
-    generator = builders.build_generator(config, len(dataset_info.class_names)).to(device)
+    generator = builders.build_generator(config, dataset_info).to(device)
     ccsr = builders.build_ccsr(config, pretrained=False)
     averages: dict[str, nn.Module] = {"generator_average": generator}
     if ccsr is not None:

@@ -29,7 +29,7 @@ def configure(**sections: dict[str, object] | int) -> Config:
 
 
 def weights_of(config: Config) -> list[torch.Tensor]:
-    networks = builders.build_generator(config, 2), builders.build_discriminator(config, SCENE)
+    networks = builders.build_generator(config, SCENE), builders.build_discriminator(config, SCENE)
     return [parameter.detach() for network in networks for parameter in network.parameters()]
 
 
@@ -44,8 +44,8 @@ def test_weights_depend_on_the_seed_alone_and_no_global_number_is_drawn():
 
 
 def test_the_generators_weights_do_not_depend_on_the_discriminators_keys():
-    first = builders.build_generator(configure(), 2).state_dict()
-    other = builders.build_generator(configure(discriminator={"ndf": 8}), 2).state_dict()
+    first = builders.build_generator(configure(), SCENE).state_dict()
+    other = builders.build_generator(configure(discriminator={"ndf": 8}), SCENE).state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
@@ -64,7 +64,7 @@ def test_the_label_head_covers_what_is_known(poses_known, class_loss, groups):
 )
 def test_what_a_ray_that_meets_nothing_sees(background, white, expected):
     config = configure(nerf={"background": background, "bounding_radius": 0.1}, data={"white_bkgd": white})
-    generator = builders.build_generator(config, 2)
+    generator = builders.build_generator(config, SCENE)
     views = builders.build_cameras(config, SCENE).views_of_labels(torch.tensor([[1, 0, 30]]))
     rays = builders.build_caster(config, SCENE).cast_images(views.poses, 16)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_what_a_ray_that_meets_nothing_sees(background, white, expected):
 
 
 def test_codes_split_into_shape_and_appearance():
-    generator = builders.build_generator(configure(), 2)
+    generator = builders.build_generator(configure(), SCENE)
     assert generator.dim_z == 8
     assert (generator.field.shape.dim_shape, generator.field.shape.dim_appearance) == (5, 3)
 
@@ -132,4 +132,4 @@ def test_a_module_that_is_restored_from_a_checkpoint_needs_no_file_of_weights():
 
 def test_an_unknown_field_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"nerf\.field='triplan': expected one of mlp"):
-        builders.build_generator(build_config({"nerf": {"field": "triplan"}}), 1)
+        builders.build_generator(build_config({"nerf": {"field": "triplan"}}), SCENE)

@@ -109,7 +109,7 @@ def test_a_new_field_learns_the_same_with_every_memory_strategy(read_config, ove
 def test_a_new_field_is_rendered_and_asked_for_its_density(read_config):
     config = read_config()
     info = builders.describe_dataset(config, builders.open_photographs(config))
-    generator = builders.build_generator(config, len(info.class_names))
+    generator = builders.build_generator(config, info)
     with torch.no_grad():
         generator.field.raw_density.fill_(1.5)
     renderer = builders.build_renderer(config, info, FLOAT32, CPU, generator)

@@ -53,7 +53,7 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
         return Trainer(
             config,
             builders.build_memory_settings(config),
-            builders.build_generator(config, len(dataset_info.class_names)),
+            builders.build_generator(config, dataset_info),
             builders.build_discriminator(config, dataset_info),
             builders.build_caster(config, dataset_info),
             builders.build_pose_sampler(config, data, builders.build_cameras(config, dataset_info)),
