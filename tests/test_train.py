@@ -14,8 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+import graf
 from graf.config import load_config
 from graf.evaluation.fidelity import read_scores
+from graf.geometry.rays import Patches
+from graf.models.camera_refinement import STORED_FACTOR
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint
 
@@ -173,6 +176,66 @@ def test_real_photographs_train(run_program, tmp_path, name, keys):
     assert run_program("train.py", "--config", SMOKE, *keys) == 0
     rows = read_metrics(tmp_path / "results" / "smoke")
     assert all(math.isfinite(row["loss_d_class"]) for row in rows)
+
+
+# ---------------------------------------------------------------- learned cameras
+
+LEARNED = (*BARE, "training.match_views=true", "training.photometric=20", "training.optimizer=adam")
+LEARNED += ("training.lr_g=3e-3", "training.model_average_beta=0.5")
+
+
+def test_learned_cameras_are_saved_resumed_written_to_the_config_and_used_by_eval(train, run_program, tmp_path, capsys):
+    keys = (*LEARNED, "data.refine_cameras=true", "training.max_iterations=3")
+    assert train(*keys, "expname=whole") == 0
+    printed = capsys.readouterr().out
+    assert train(*keys, "expname=parts", "training.max_iterations=1") == 0
+    run = tmp_path / "results" / "parts"
+    assert run_program("train.py", "--config", run / "config.yaml", "training.max_iterations=3") == 0
+    states = []
+    for folder in (run, tmp_path / "results" / "whole"):
+        objects = read_checkpoint(folder / "checkpoints" / "model_00000003.pt")["objects"]
+        states.append({name: objects[name] for name in ("generator", "generator_average", "optimizer_g")})
+    assert_equal(*states, "resumed")
+    average = states[0]["generator_average"]
+    assert all(bool(average[f"cameras.{name}"].any()) for name in ("lens", "elevation", "framing"))
+
+    found = load_config(run / "config.yaml").data.refined_cameras
+    assert found is not None
+    assert f"field of view {found.fov:.2f} degrees (given: 30.00)" in printed
+    lens = math.log(math.tan(math.radians(15)) / math.tan(math.radians(found.fov / 2)))
+    assert lens == pytest.approx(float(average["cameras.lens"]) / STORED_FACTOR, abs=1e-5)
+    series = torch.tensor(found.framing["mug"].right)
+    torch.testing.assert_close(series, average["cameras.framing"][3, 1] / STORED_FACTOR, atol=1e-6, rtol=0)
+
+    renderer = graf.load(run, device="cpu")
+    torch.testing.assert_close(renderer.generator.cameras.framing, average["cameras.framing"])
+    labelled = renderer.cameras.views_of_labels(torch.tensor([[3, 0, 90, -1]]))
+    poses, patches = renderer.generator.aim(labelled, Patches.whole(1))
+    assert not torch.allclose(poses, labelled.poses, atol=1e-5)
+    assert not torch.equal(patches.centre, torch.zeros(1, 2))
+    assert run_program("eval.py", "--run", run, "--heldout", "--device", "cpu") == 0
+
+
+def test_known_cameras_are_where_another_run_begins_or_what_it_uses_as_they_are(train, run_program, tmp_path, capsys):
+    assert train(*LEARNED, "data.refine_cameras=true", "--max_iterations", "2") == 0
+    run = tmp_path / "results" / "smoke"
+    learned = read_checkpoint(run / "checkpoints" / "model_00000002.pt")["objects"]["generator_average"]
+    again = ["train.py", "--config", run / "config.yaml", "--resume", "none", "--max_iterations", "1"]
+    assert run_program(*again, "expname=fixed", "data.refine_cameras=false") == 0
+    assert run_program(*again, "expname=moving", "training.lr_g=1e-9") == 0
+    for name in ("fixed", "moving"):
+        objects = read_checkpoint(tmp_path / "results" / name / "checkpoints" / "model_00000001.pt")["objects"]
+        for key in ("cameras.lens", "cameras.elevation", "cameras.framing"):
+            torch.testing.assert_close(objects["generator"][key], learned[key], atol=2e-5, rtol=0)
+    capsys.readouterr()
+    assert run_program(*again, "expname=other", "data.classes=[car]") == 0  # a part of the classes is known as well
+    config = load_config(run / "config.yaml").data.refined_cameras.model_dump()
+    del config["framing"]["mug"]
+    assert train(*LEARNED, f"data.refined_cameras={json.dumps(config)}", "expname=foreign") == 1
+    assert "data.refined_cameras: knows the classes car, duck, house, not mug; " in capsys.readouterr().err
+    config = load_config(run / "config.yaml").data.refined_cameras.model_dump() | {"elevations": [20.0]}
+    assert train(*LEARNED, f"data.refined_cameras={json.dumps(config)}", "expname=foreign") == 1
+    assert "data.refined_cameras: has 1 elevations for the " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- checkpoints and resuming

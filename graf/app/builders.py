@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from graf.app.refined_cameras import build_camera_refinement
 from graf.config import DEFAULT_CHUNK, Config, ConfigError, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
@@ -284,7 +285,6 @@ def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
 
     Instances get codes where the photometric term teaches them.
     """
-    num_classes = len(dataset_info.class_names)
     num_instances = len(dataset_info.instance_names) if config.training.photometric else 0
     nerf = config.nerf
     if nerf.field not in FIELDS:
@@ -295,8 +295,11 @@ def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
         background = "white" if config.data.white_bkgd else "black"
     with _seeded_weights(config.seed, "generator"):
         sampling = RaySampling(nerf.N_samples, nerf.N_importance)
-        field = FIELDS[nerf.field](config, num_classes)
-        generator = Generator(field, sampling, background, learn_background, num_instances)
+        field = FIELDS[nerf.field](config, len(dataset_info.class_names))
+        cameras = build_camera_refinement(config.data, dataset_info)
+        generator = Generator(
+            field, sampling, background, learn_background, num_instances=num_instances, cameras=cameras
+        )
     generator.use(build_memory_settings(config))
     return generator
 

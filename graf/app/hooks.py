@@ -12,7 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from graf.app.builders import DatasetInfo
+from graf.app.refined_cameras import read_refined_cameras
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
+from graf.base.files import write_atomically
 from graf.config import Config
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import is_better, write_scores
@@ -159,7 +162,8 @@ class ScoreHook:
 class CheckpointHook:
     """Saves model_XXXXXXXX.pt every save_every seconds and backup_XXXXXXXX.pt every backup_every iterations.
 
-    Of the former the last keep_checkpoints stay, the latter all.
+    Of the former the last keep_checkpoints stay, the latter all. Learned cameras are also written to the run's
+    config.yaml, as data.refined_cameras.
     """
 
     folder: RunFolder
@@ -188,7 +192,15 @@ class CheckpointHook:
         meta = self.meta | {"iteration": trainer.progress.iteration}
         with trainer.profiler.phase("save"):
             save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
+            self._write_cameras(trainer)
         self.caches.after_phase()
+
+    def _write_cameras(self, trainer: Trainer) -> None:
+        config = trainer.config
+        if config.data.refine_cameras and (cameras := trainer.averaged_networks[0].cameras) is not None:
+            found = read_refined_cameras(cameras, DatasetInfo(**self.meta["dataset"]))
+            data = config.data.model_copy(update={"refined_cameras": found})
+            write_atomically(self.folder.config_file, config.model_copy(update={"data": data}).to_yaml())
 
 
 @dataclass

@@ -87,6 +87,7 @@ def train(
     which training.max_minutes counts; program: what to type to go on; errors: is told the run folder.
     """
     from graf.app import builders, hooks
+    from graf.app.refined_cameras import describe_refined_cameras
     from graf.app.runs import choose_run_folder, describe_changes
     from graf.base.files import write_atomically
     from graf.data.loader import make_loader
@@ -133,6 +134,9 @@ def train(
     if checkpoint is not None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
+        changes = [
+            change for change in changes if not change.startswith("data.refined_cameras")
+        ]  # the weights have them
         logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
         checkpoint = None  # or its tensors would stay in memory beside the networks'
     start = trainer.progress.iteration
@@ -207,4 +211,6 @@ def train(
         logger.info(
             "stopped after iteration %d (%s); resume with: %s", trainer.progress.iteration, trainer.stop_reason, command
         )
+    if config.data.refine_cameras and (refinement := renderer.generator.cameras) is not None:
+        logger.info("%s", describe_refined_cameras(refinement, dataset_info))
     logger.info("run folder: %s", folder.path)

@@ -16,15 +16,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 PATCH_SIZES = (16, 32, 64, 128, 256)
+FRAMING_TERMS = 7
 
 #: rays per chunk where neither chunk nor memory_budget say otherwise
 DEFAULT_CHUNK = 4096
 
+_LIST = "tag:yaml.org,2002:seq"
 _BYTES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 2**10, "m": 2**20, "g": 2**30}
 _BYTES |= {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 #: a decay rate of Adam
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+#: coefficients of a Fourier series of the azimuth t: 1, cos t, cos 2 t, cos 3 t, sin t, sin 2 t, sin 3 t
+FourierSeries = Annotated[tuple[float, ...], Field(min_length=FRAMING_TERMS, max_length=FRAMING_TERMS)]
 
 
 class Section(BaseModel):
@@ -52,6 +56,22 @@ class SyntheticConfig(Section):
     heldout_instances: int = Field(
         0, ge=0, description="of the instances of each class, kept out of training: test and validation in turn"
     )
+
+
+class FramingConfig(Section):
+    """How the photographs of a class are scaled (logarithm) and shifted (right, down; half image sides) by azimuth."""
+
+    log_scale: FourierSeries
+    right: FourierSeries
+    down: FourierSeries
+
+
+class RefinedCameras(Section):
+    """Cameras that fit the photographs: what a run with data.refine_cameras has learned."""
+
+    fov: float = Field(gt=0, lt=180, description="horizontal field of view, degrees")
+    elevations: tuple[float, ...] = Field(min_length=1, description="degrees above the horizon of each height_idx")
+    framing: dict[str, FramingConfig] = Field(description="by name of the class")
 
 
 class DataConfig(Section):
@@ -93,6 +113,12 @@ class DataConfig(Section):
     classes: tuple[str, ...] | None = Field(None, description="names of the classes to keep; null keeps all")
     heldout_every: int = Field(
         0, ge=0, description="hold every n-th distinct angle (or image) out, for test and validation in turn; 0: none"
+    )
+    refine_cameras: bool = Field(
+        False, description="learn field of view, elevations and the photographs' framing (turntable, synthetic)"
+    )
+    refined_cameras: RefinedCameras | None = Field(
+        None, description="what a run has learned of them: where refine_cameras starts, or what is used without it"
     )
     strict: bool = Field(False, description="an unusable file is an error instead of a report")
     cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
@@ -470,6 +496,20 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"training.photometric={training.photometric:g}: compares renders with photographs of the same view; set "
             "training.match_views=true too"
         )
+    for name, is_set in (
+        ("refine_cameras", data.refine_cameras),
+        ("refined_cameras", data.refined_cameras is not None),
+    ):
+        if is_set and data.type not in ("turntable", "synthetic"):
+            yield (
+                f"data.{name}: corrects cameras that follow from labels, as of data.type=turntable or synthetic; "
+                f"data.type={data.type} has its own, so leave it out"
+            )
+    if data.refine_cameras and not training.photometric:
+        yield (
+            "data.refine_cameras=true: learns from the distance of renders to photographs, and training.photometric=0; "
+            "set training.photometric=20 and training.match_views=true, or leave it out"
+        )
     if training.save_best == "psnr" and (not data.heldout_every or data.type == "image_folder"):
         yield (
             f"training.save_best=psnr: needs photographs of known views that are held out; data.type={data.type}, "
@@ -520,8 +560,10 @@ class YamlLoader(yaml.SafeLoader):
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Puts quotes around strings that `YamlLoader` would read as floats."""
+    """Puts quotes around strings that `YamlLoader` would read as floats, and each list on one line."""
 
+
+YamlDumper.add_representer(list, lambda dumper, values: dumper.represent_sequence(_LIST, values, flow_style=True))
 
 for _resolver in (YamlLoader, YamlDumper):
     _resolver.add_implicit_resolver(

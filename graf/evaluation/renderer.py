@@ -339,7 +339,8 @@ class Renderer:
         return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
 
     def _cast(self, z: Tensor, view: Views) -> Render:
-        rays = self.caster.cast_images(view.poses, self.resolution)
+        poses, patches = self.generator.aim(view, Patches.whole(len(view), self.device))
+        rays = self.caster.cast_patches(poses, patches, self.resolution)
         with self.precision.autocast():
             return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
 

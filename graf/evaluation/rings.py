@@ -45,6 +45,9 @@ def render_ring(
     views = renderer.cameras.views_at(torch.full((num_views,), class_idx), *ring(num_views, v))
     renders = renderer.render_views(z.expand(num_views, -1), views, super_resolve=True)
     assert renders.sr is not None
-    surface = SurfaceView.from_render(renders, views.poses, Patches.whole(len(views)), renderer.caster)
+    with torch.no_grad():
+        aimed = renderer.generator.aim(views.to(renderer.device), Patches.whole(num_views, renderer.device))
+    poses, patches = aimed[0].cpu(), aimed[1].to("cpu")
+    surface = SurfaceView.from_render(renders, poses, patches, renderer.caster)
     low, high = renders.rgb.shape[-1], renders.sr.shape[-1]
     return Ring(surface, renders.sr, None if truth is None else truth(class_idx, views, low, high))

@@ -79,6 +79,15 @@ def pose_from_angles(u: Tensor, v: Tensor, radius: float | Tensor) -> Tensor:
     return torch.cat([top, bottom], dim=-2)
 
 
+def raise_cameras(poses: Tensor, angle: Tensor) -> Tensor:
+    """Poses (B, 4, 4) of cameras that look at the origin, swung up around it by `angle` (B,) radians of elevation."""
+    right, up, backward, centre = poses[:, :3].unbind(-1)
+    cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
+    up, backward = cos * up - sin * backward, cos * backward + sin * up
+    top = torch.stack([right, up, backward, centre.norm(dim=-1, keepdim=True) * backward], dim=-1)
+    return torch.cat([top, poses[:, 3:]], dim=1)
+
+
 def angles_from_pose(poses: Tensor) -> tuple[Tensor, Tensor]:
     """(u, v), each (...), of the camera centres of `poses` (..., 4, 4), wherever the cameras look."""
     centre = poses[..., :3, 3]

@@ -139,7 +139,8 @@ class RayCaster:
     """One camera model for a whole collection: intrinsics, and the range near..far in which rays are sampled.
 
     With `bounding_radius`, near and far shrink to the sphere of that radius around the origin, so that no sample is
-    spent outside it; a ray that misses it gets near == far.
+    spent outside it; a ray that misses it gets near == far. Gradients with respect to cameras pass through origins and
+    directions; where a ray is sampled counts as given.
     """
 
     intrinsics: Intrinsics
@@ -159,8 +160,9 @@ class RayCaster:
         origins = poses[:, None, :3, 3].expand_as(directions)
         near, far = torch.full_like(length, self.near), torch.full_like(length, self.far)
         if self.bounding_radius is not None:
-            middle = -(origins * directions).sum(-1, keepdim=True)
-            half_squared = self.bounding_radius**2 - (origins.square().sum(-1, keepdim=True) - middle.square())
+            centre, towards = origins.detach(), directions.detach()
+            middle = -(centre * towards).sum(-1, keepdim=True)
+            half_squared = self.bounding_radius**2 - (centre.square().sum(-1, keepdim=True) - middle.square())
             half = half_squared.clamp(min=0).sqrt()
             near, far = (middle - half).clamp(self.near, self.far), (middle + half).clamp(self.near, self.far)
         return Rays(origins, directions, near, far, 1 / length)

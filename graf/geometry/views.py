@@ -20,6 +20,7 @@ class Views(TensorBatch):
     """class_idx (B,) int64, azimuth u and height v (B,), camera-to-world poses (B, 4, 4) and labels (B, 4) int64.
 
     Where data come with true poses, `poses` are these and render; u and v stay the labels' and condition D.
+    photographed: labels name these views, so they are framed as photographs are (graf.models.camera_refinement).
     """
 
     class_idx: Tensor
@@ -28,6 +29,7 @@ class Views(TensorBatch):
     poses: Tensor
     labels: Tensor
     angle_sign: int = 1
+    photographed: bool = False
 
     def turn(self, degrees: Tensor | float) -> Views:
         """The same objects from cameras moved counter-clockwise around the z axis by `degrees`, one for all or (B,)."""
@@ -39,7 +41,7 @@ class Views(TensorBatch):
         u = torch.remainder(self.u + turned / 360, 1.0)
         labels = self.labels.clone()
         labels[:, 2] = torch.remainder(labels[:, 2] + self.angle_sign * torch.round(turned).long(), 360)
-        return Views(self.class_idx, u, self.v, poses, labels, self.angle_sign)
+        return replace(self, u=u, poses=poses, labels=labels)
 
     def mirror(self) -> Views:
         """The same objects from the mirrored azimuths: cameras reflected in the x-z plane, which u = 0 lies in."""
@@ -49,7 +51,7 @@ class Views(TensorBatch):
         labels = self.labels.clone()
         labels[:, 2] = torch.remainder(-labels[:, 2], 360)
         poses = reflection[:, None] * self.poses * flip
-        return Views(self.class_idx, torch.remainder(-self.u, 1.0), self.v, poses, labels, self.angle_sign)
+        return replace(self, u=torch.remainder(-self.u, 1.0), poses=poses, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Cameras:
     def views_of_labels(self, labels: Tensor) -> Views:
         """The views that labels (B, 4) name."""
         u, v = label_angles(labels, self.v_list, self.angle_direction)
-        return Views(labels[:, 0], u, v, pose_from_angles(u, v, self.radius), labels, self.angle_sign)
+        poses = pose_from_angles(u, v, self.radius)
+        return Views(labels[:, 0], u, v, poses, labels, self.angle_sign, photographed=True)
 
     def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
         """Views of classes (B,) from azimuths u, heights v and distances (all (B,)).

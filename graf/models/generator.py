@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from graf.base.tensors import TensorBatch
-from graf.geometry.rays import Rays
+from graf.geometry.rays import Patches, Rays
+from graf.geometry.views import Views
 from graf.geometry.volume_rendering import NO_NOISE, NoiseSource, RaySampling, Render, render_rays
+from graf.models.camera_refinement import CameraRefinement
 from graf.models.field import RadianceField
 from graf.runtime.activation_checkpointing import ChunkRunner, call_chunk, evaluate_chunks
 from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings, halve_chunk
@@ -29,6 +31,7 @@ class Generator(nn.Module):
     optimisation, Bojanowski et al., ICML 2018).
     chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept
     for the backward pass (graf.runtime.activation_checkpointing). :meth:`use` changes both at any time.
+    cameras: what is learned of the photographs' cameras; None where they are as given.
     make_runner: called with the number of chunks of each rendering; what it returns executes them.
     """
 
@@ -40,12 +43,14 @@ class Generator(nn.Module):
         learn_background: bool = False,
         num_instances: int = 0,
         chunk: int = 4096,
+        cameras: CameraRefinement | None = None,
     ) -> None:
         super().__init__()
         if background not in BACKGROUNDS:
             raise ValueError(f"background={background!r}: expected one of {', '.join(BACKGROUNDS)}")
         self.field = field
         self.sampling = sampling
+        self.cameras = cameras
         self.chunk = chunk
         self.strategy = "dense"
         self.make_runner: Callable[[int], ChunkRunner] = _call_every_chunk
@@ -84,6 +89,13 @@ class Generator(nn.Module):
         self.chunk = halve_chunk(before)
         return f"training.chunk {before} -> {self.chunk}"
 
+    def aim(self, views: Views, patches: Patches) -> tuple[Tensor, Patches]:
+        """Poses (B, 4, 4) and the patches of their image planes that patches of B views are rendered from."""
+        if self.cameras is None:
+            return views.poses, patches
+        aimed: tuple[Tensor, Patches] = self.cameras(views, patches)
+        return aimed
+
     def forward(
         self,
         z: Tensor,
@@ -100,23 +112,24 @@ class Generator(nn.Module):
         """
         codes: TensorBatch = self.field.prepare(z, class_idx)
         sampling = self.sampling if sampling is None else sampling
-        step = max(1, self.chunk // len(z))
+        step, count = max(1, self.chunk // len(z)), len(codes.tensors())
 
         def render_chunk(number: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             start, stop = number * step, min((number + 1) * step, rays.per_image)
-            own_codes = codes.with_tensors(tensors)
+            own_codes, own_rays = codes.with_tensors(tensors[:count]), rays.with_tensors(tensors[count:])
 
             def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
                 found: tuple[Tensor, Tensor] = self.field(points, directions, own_codes, density_noise)
                 return found
 
             drawn = noise.of_rays(start, stop, sampling)
-            return render_rays(field, rays.slice(start, stop), sampling, drawn, self.background_colour).tensors()
+            return render_rays(field, own_rays.slice(start, stop), sampling, drawn, self.background_colour).tensors()
 
         num_chunks = -(-rays.per_image // step)
         parameters = [*self.field.point_parameters(), self.background]
         runner = self.make_runner(num_chunks)
-        return Render(*evaluate_chunks(render_chunk, num_chunks, codes.tensors(), parameters, self.strategy, runner))
+        shared = (*codes.tensors(), *rays.tensors())
+        return Render(*evaluate_chunks(render_chunk, num_chunks, shared, parameters, self.strategy, runner))
 
 
 def draw_latents(draws: Draws, purpose: str, dim_z: int, uniform: bool) -> Tensor:

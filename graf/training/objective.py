@@ -140,7 +140,7 @@ class GANObjective:
     def render_patches(self, fakes: FakeInputs, views: Views | None = None) -> Render:
         """Generated patches; whether a graph is kept is the caller's choice. `views`: other views of these objects."""
         views = fakes.views if views is None else views
-        rays = self.caster.cast_patches(views.poses, fakes.patches, self.patch_size)
+        rays = self.caster.cast_patches(*self.generator.aim(views, fakes.patches), self.patch_size)
         with self.precision.autocast():
             z = self.generator.codes(fakes.z, fakes.instance)
             return self.generator(z, views.class_idx, rays, fakes.noise).as_images()
@@ -254,7 +254,8 @@ class GANObjective:
         views at the same places, as far as they show the same objects: where instances are known, those that have their
         codes, else all; those codes keep near the distribution of the drawn ones, N(0, 1). With an opacity term their
         mean opacity, which is 1 in a solid object whatever its density, so that fog of the background's colour gives
-        way and the object stays; with supervision the distance of a finer render to super-resolution.
+        way and the object stays; with learned cameras their distance to the given ones; with supervision that of a
+        finer render to super-resolution.
         """
         logits, label_logits = self._discriminate(LabelledPatches(render.rgb, fakes.condition, fakes.augment_g))
         statistics = {"loss_g": losses.generator_loss(self.settings.gan_type, logits).sum() / batch_size}
@@ -276,6 +277,9 @@ class GANObjective:
         if self.settings.opacity:
             statistics["loss_g_opacity"] = render.opacity.mean((1, 2, 3)).sum() / batch_size
             loss = loss + self.settings.opacity * statistics["loss_g_opacity"]
+        if self.generator.cameras is not None:
+            statistics["loss_g_cameras"] = self.generator.cameras.penalty() * (len(render) / batch_size)
+            loss = loss + statistics["loss_g_cameras"]
         settings = self.settings.super_resolution
         if settings is not None and settings.supervise_generator and fakes.super_resolution is not None:
             distance = self._supervise(fakes, fakes.super_resolution, render.rgb.detach())
@@ -359,7 +363,9 @@ class GANObjective:
         """The surface of a render, painted with its super-resolution (3 channels) and its upsampled self (3 more)."""
         assert self.ccsr is not None
         both = torch.cat([image, upsample(render.rgb, self.ccsr.scale)], dim=1)
-        return SurfaceView.from_render(render, views.poses, patches, self.caster, both)
+        with torch.no_grad():
+            poses, patches = self.generator.aim(views, patches)
+        return SurfaceView.from_render(render, poses, patches, self.caster, both)
 
     # ------------------------------------------------------------------------------------------------ shared parts
 

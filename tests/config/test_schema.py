@@ -7,6 +7,10 @@ from graf.config import CONFIG_FOLDER, PATCH_SIZES, Config, ConfigError, build_c
 from graf.config.loading import RETIRED_KEYS, _all_keys
 from graf.models import discriminator
 
+PHOTOMETRIC = {"photometric": 20, "match_views": True}
+SERIES = {name: [0.1, 0, 0, 0.02, 0, 0, 0] for name in ("log_scale", "right", "down")}
+KNOWN = {"fov": 29, "elevations": [20], "framing": {"car": SERIES}}
+
 
 def nested(key: str, value: object) -> dict:
     """{"a": {"b": value}} of "a.b"."""
@@ -202,6 +206,13 @@ def test_a_refused_value_comes_with_what_is_allowed_and_what_the_key_means():
         ),
         ({"training": {"photometric": 5}}, "training.photometric=5", "training.match_views=true"),
         ({"nerf": {"field": "triplane"}}, "nerf.field=triplane", "nerf.bounding_radius"),
+        ({"data": {"refine_cameras": True}}, "data.refine_cameras=true", "set training.photometric=20"),
+        (
+            {"data": {"refine_cameras": True, "type": "transforms"}, "training": PHOTOMETRIC},
+            "data.refine_cameras: corrects cameras that follow from labels",
+            "data.type=transforms has its own, so leave it out",
+        ),
+        ({"data": {"refined_cameras": KNOWN, "type": "image_folder"}}, "data.refined_cameras: ", "leave it out"),
         ({"training": {"save_best": "psnr"}}, "training.save_best=psnr", "data.heldout_every=6"),
     ],
 )
@@ -217,6 +228,8 @@ def test_a_contradiction_names_both_sides(values, start, advice):
     [
         {"data": {"umin": 0.5, "umax": 0.5}},
         {"data": {"heldout_every": 2}},
+        {"data": {"refine_cameras": True, "type": "turntable"}, "training": PHOTOMETRIC},
+        {"data": {"refined_cameras": KNOWN, "type": "synthetic"}},
         {"data": {"radius": [3, 4], "type": "image_folder"}},
         {"z_dist": {"dim": 64, "dim_appearance": 0}},
         {"ray_sampler": {"N_samples": 4096}},
@@ -234,6 +247,15 @@ def test_what_only_looks_like_a_contradiction_passes(values):
         for key, value in keys.items():
             taken = found[section][key]
             assert taken == value if not isinstance(value, dict) else value.items() <= taken.items()
+
+
+def test_learned_cameras_survive_the_round_trip_and_what_is_no_series_is_named(write):
+    config = build_config({"data": {"refined_cameras": KNOWN}})
+    assert load_config(write("again.yaml", config.to_yaml())) == config
+    short = KNOWN | {"framing": {"car": SERIES | {"right": [0.1, 0.2]}}}
+    message = error_of({"data": {"refined_cameras": short}})
+    assert message.startswith("data.refined_cameras")
+    assert "at least 7 items" in message
 
 
 def test_all_contradictions_are_named_at_once():

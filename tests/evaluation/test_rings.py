@@ -11,7 +11,7 @@ from torch import nn
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import Intrinsics, angles_from_pose
-from graf.geometry.rays import RayCaster
+from graf.geometry.rays import Patches, RayCaster
 from graf.geometry.views import Cameras
 from graf.geometry.volume_rendering import Render
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, KernelProjection, ViewLatents
@@ -24,13 +24,13 @@ SIDE, NUM_VIEWS = 16, 12
 
 
 class Ball(nn.Module):
-    """An opaque ball, painted by place; keeps what it was asked for."""
+    """An opaque ball, painted by place; keeps what it was asked for. zoom: a factor on the focal length."""
 
     dim_z = 2
 
-    def __init__(self, paint: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, paint: Callable[[torch.Tensor], torch.Tensor], zoom: float = 1.0) -> None:
         super().__init__()
-        self.paint = paint
+        self.paint, self.zoom = paint, zoom
         self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def forward(self, z, class_idx, rays, **options):
@@ -41,6 +41,9 @@ class Ball(nn.Module):
         distance = torch.where(inside > 0, middle - inside.clamp(min=0).sqrt(), rays.far)
         points = (rays.origins + distance * rays.directions) * opacity
         return Render(self.paint(points), distance * rays.axis_cosine, opacity)
+
+    def aim(self, views, patches):
+        return views.poses, Patches(patches.scale / self.zoom, patches.centre / self.zoom)
 
     def halve_chunk(self) -> None:
         """It has no chunks: none to halve."""
@@ -62,8 +65,10 @@ def make_bicubic(projection: nn.Module | None = None) -> CCSR:
     return CCSR(trunk, ViewLatents(8, 3, SIDE), projection or BoxProjection(2))
 
 
-def make_task(paint, ccsr: CCSR | None = None, classes=(0, 2), **options) -> tuple[ConsistencyTask, Ball]:
-    ball = Ball(paint)
+def make_task(
+    paint, ccsr: CCSR | None = None, classes=(0, 2), zoom: float = 1.0, **options
+) -> tuple[ConsistencyTask, Ball]:
+    ball = Ball(paint, zoom)
     networks = {"generator": ball, "ccsr": ccsr or make_bicubic()}
     renderer = Renderer(
         caster=CASTER,
@@ -88,6 +93,17 @@ def test_super_resolution_that_only_upsamples_adds_no_disagreement():
     assert abs(painted.reprojection_added) < 0.005
     assert painted.low_resolution_max < 1e-5
     assert painted.objects == 2
+
+
+def test_a_lens_that_was_learned_is_measured_as_one_that_was_given():
+    learned, given = make_task(marble, zoom=1.2)[0], make_task(marble)[0]
+    fov = 2 * math.degrees(math.atan(math.tan(math.radians(15)) / 1.2))
+    caster = replace(CASTER, intrinsics=Intrinsics.from_fov(16, fov))
+    expected = replace(given, renderer=replace(given.renderer, caster=caster)).measure()
+    found = learned.measure()
+    for name in ("reprojection_render", "reprojection_sr", "coverage"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+    assert found.coverage > 1.1 * given.measure().coverage  # the ball is larger in its images
 
 
 def test_latents_of_their_own_make_views_disagree():

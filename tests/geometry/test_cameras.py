@@ -17,6 +17,7 @@ from graf.geometry.cameras import (
     median_height,
     pose_from_angles,
     project_points,
+    raise_cameras,
     ring,
 )
 from graf.geometry.rays import RayCaster, pixel_grid
@@ -112,6 +113,16 @@ def test_angles_from_pose_inverts_pose_from_angles(shape):
     found_u, found_v = angles_from_pose(poses)
     assert_close(found_u, u)
     assert_close(found_v, v)
+
+
+def test_raised_cameras_stand_higher_on_the_same_sphere_and_still_look_at_the_origin():
+    u, elevation, radius = torch.rand(5), torch.tensor([-30.0, 0.0, 20.0, 50.0, 70.0]), 1 + 3 * torch.rand(5)
+    higher = torch.tensor([10.0, -5.0, 0.0, 3.0, 15.0])
+    poses, expected = (
+        pose_from_angles(u, torch.tensor([height_from_elevation(degrees) for degrees in found.tolist()]), radius)
+        for found in (elevation, elevation + higher)
+    )
+    assert_close(raise_cameras(poses, torch.deg2rad(higher)), expected, atol=2e-6, rtol=0)
 
 
 def test_recovered_azimuth_is_never_negative():

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from graf.geometry.cameras import Intrinsics, pose_from_angles
-from graf.geometry.rays import RayCaster
+from graf.geometry.rays import Patches, RayCaster
+from graf.geometry.views import Cameras
 from graf.geometry.volume_rendering import (
     RayNoise,
     RaySampling,
@@ -61,6 +62,19 @@ def test_chunks_change_neither_outputs_nor_gradients(chunk):
     for name in ("rgb", "depth", "opacity"):
         assert_close(getattr(parts, name), getattr(whole, name), atol=1e-12, rtol=0)
     assert_close(part_gradients, whole_gradients, atol=1e-10, rtol=1e-10)
+
+
+def test_without_learned_cameras_views_and_patches_are_as_given_and_whole_images_have_the_same_rays():
+    generator, patches = Generator(MLPField(SHAPE), SAMPLING), Patches.whole(1)
+    assert not [name for name in generator.state_dict() if "cameras" in name]
+    views = Cameras(3.5, (0.3,)).views_of_labels(torch.tensor([[0, 0, 70]]))
+    poses, places = generator.aim(views, patches)
+    assert poses is views.poses
+    assert places is patches
+    for found, expected in zip(
+        CASTER.cast_patches(poses, places, 7).tensors(), CASTER.cast_images(poses, 7).tensors(), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_a_chunk_counts_rays_over_all_images_of_the_batch():

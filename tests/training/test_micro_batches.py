@@ -48,6 +48,8 @@ TRIPLANE = (
     *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
 )
 SYNTHESIS = (*TRIPLANE, "nerf.planes=synthesis", "nerf.synthesis_width=4")
+#: and cameras that are learned: gradients that end in the rays
+REFINED = (*TRIPLANE, "data.refine_cameras=true")
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +113,15 @@ def gradients_of_a_step(
 
 @pytest.mark.parametrize("sharing", ["training.share_fakes=false", "training.share_fakes=true"])
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
-@pytest.mark.parametrize("field", [(), TRIPLANE, SYNTHESIS], ids=["mlp", "triplane", "synthesis"])
+@pytest.mark.parametrize(
+    "field", [(), TRIPLANE, SYNTHESIS, REFINED], ids=["mlp", "triplane", "synthesis", "learned cameras"]
+)
 def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, field, sharing, strategy):
     make_trainer = partial(make_trainer, *field)
     whole = gradients_of_a_step(make_trainer(sharing, "training.chunk=4096"), batch, monkeypatch)
     assert {name.split(".")[0] for name in whole} == {"discriminator", "generator", "ccsr"}
+    moving = [name for name, gradient in whole.items() if ".cameras." in name and gradient.any()]
+    assert len(moving) == (3 if field is REFINED else 0)
     for size in (1, 2, 3):
         keys = (f"training.micro_batch_size={size}", f"training.memory_strategy={strategy}", "training.chunk=100")
         parts = gradients_of_a_step(make_trainer(sharing, *keys), batch, monkeypatch)

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from graf.app import builders
 from graf.geometry.rays import crop_images
+from graf.models.camera_refinement import PENALTY, STORED_FACTOR
 from graf.models.generator import STORED_SHARE
 from graf.runtime.amp import Precision
 from graf.runtime.randomness import Draws
@@ -22,6 +23,7 @@ from graf.training.trainer import Trainer
 
 OFF = Precision("cpu", None).make_scaler()
 WEIGHTS = ("discriminator.class_loss=2.5", "training.reg_param=7", "training.reg_every=3")
+LEARNED_WEIGHTS = {"loss_g": 1.0, "loss_g_class": 2.5, "loss_g_photometric": 20.0, "loss_g_supervision": 0.4}
 SUPER_RESOLUTION = (
     *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=0.4"),
     *("ccsr.start_iteration=0", "ccsr.every=1"),
@@ -101,6 +103,28 @@ def test_the_photometric_term_compares_renders_with_photographs_of_their_views(c
     others = terms["loss_g"] + 2.5 * terms["loss_g_class"]
     others = others + 0.4 * terms.get("loss_g_supervision", torch.zeros(()))
     assert_close(loss, others + weight * terms["loss_g_photometric"])
+
+
+def test_learned_cameras_are_drawn_to_the_given_ones_and_act_on_every_patch(case):
+    make_trainer, batch = case
+    keys = ("training.match_views=true", "training.photometric=20")
+    given, learned = (make_trainer(*keys, f"data.refine_cameras={on}") for on in ("false", "true"))
+    inputs, losses = draw(given, batch, 0), {}
+    learned.generator.load_state_dict(given.generator.state_dict(), strict=False)
+    for angle in (0.0, 0.1):
+        torch.nn.init.constant_(learned.generator.cameras.elevation, angle * STORED_FACTOR)
+        for trainer in (given, learned):
+            render = trainer.objective.render_patches(inputs.fakes_g)
+            losses[trainer, angle] = trainer.objective.generator_loss(inputs.fakes_g, render, inputs.reals, 3, 0)
+    loss, terms = losses[learned, 0.0]
+    assert terms["loss_g_cameras"].item() == 0
+    assert_close(loss, losses[given, 0.0][0])
+    loss, terms = losses[learned, 0.1]
+    heights = len(learned.generator.cameras.elevation)
+    assert terms["loss_g_cameras"].item() == pytest.approx(PENALTY * heights * 0.1**2)
+    assert not torch.allclose(terms["loss_g_photometric"], losses[given, 0.1][1]["loss_g_photometric"])
+    rest = sum(weight * terms.get(name, torch.zeros(())) for name, weight in LEARNED_WEIGHTS.items())
+    assert_close(loss, rest + terms["loss_g_cameras"])
 
 
 @pytest.mark.parametrize(("every", "reg_every"), [(2, 8), (1, 8), (3, 2), (4, 6)])

@@ -528,6 +528,9 @@ class Ball(nn.Module):
         super().__init__()
         self.paint, self.radius = paint, radius
 
+    def aim(self, views, patches):
+        return views.poses, patches
+
     def forward(self, z, class_idx, rays, *noise, **options):
         middle = -(rays.origins * rays.directions).sum(-1, keepdim=True)
         inside = self.radius**2 - rays.origins.square().sum(-1, keepdim=True) + middle.square()
