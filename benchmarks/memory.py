@@ -84,6 +84,7 @@ CONFIGS = {
         "training.micro_batch_size=2",
         "training.batch_size=6",
     ),
+    "planes made of the code": (*TRIPLANE, "nerf.planes=synthesis"),
     "CCSR": ("ccsr.enabled=true",),
     "CCSR, parts of 2, deferred": (
         "ccsr.enabled=true",

@@ -30,6 +30,7 @@ def small(*overrides: str) -> Config:
         "CCSR, parts of 2, deferred",
         "tri-planes",
         "tri-planes, parts of 2, deferred",
+        "planes made of the code",
         "bfloat16",
         "Adam, spectral norm, class loss",
     ],
