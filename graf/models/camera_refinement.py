@@ -14,8 +14,8 @@ are named by labels (`Views.photographed`), in training, validation, scores and 
 someone places (grids, videos, `Renderer.sample` and `render`) stands where it is asked to, and does not zoom.
 
 Some of it cannot be told from another object: a larger one, for example, from a larger scale. The penalty, which draws
-every number towards the given cameras, decides; higher harmonics have to earn more. All of the generator's loss moves
-the cameras, since one render serves all of its terms.
+every number towards the given cameras, decides; higher harmonics have to earn more. One render serves all terms of the
+generator's loss, so all of them move the cameras; on COIL-100 the photometric gradient is ten times the next one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NUM_HARMONICS = 3
 #: Numbers are stored at this multiple of their value: a step of Adam, which is as long as the learning rate, then moves
 #: them a tenth as far as weights, 0.017 degrees or 0.03% of scale at 3e-3.
 STORED_FACTOR = 10.0
-#: weight of the penalty in the generator's loss
-PENALTY = 1.0
+#: weight of the penalty in the generator's loss: at 1 it hides most of the scale that COIL-100's photographs differ by
+PENALTY = 0.1
 
 
 class CameraRefinement(nn.Module):
