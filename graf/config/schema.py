@@ -333,7 +333,7 @@ class TrainingConfig(Section):
     instance_prior: float = Field(
         0.1, ge=0, description="weight of the squared numbers of known instances' codes, which z is drawn like"
     )
-    opacity: float = Field(0.0, ge=0, description="weight of the renders' mean opacity, which clears fog; 0: none")
+    opacity: float = Field(0.0, ge=0, description="weight of the mean opacity, which clears fog; 0: none")
     optimizer: Literal["rmsprop", "adam"] = Field("rmsprop", description="RMSprop (alpha .99) or Adam (betas)")
     betas: tuple[DecayRate, DecayRate] = Field((0.0, 0.99), description="Adam's decay rates")
     lr_g: float = Field(5e-4, gt=0, description="learning rate of the generator")

@@ -32,8 +32,8 @@ from graf.geometry.views import Views
 #: terms of the Fourier series besides the constant one: cos k t and sin k t for k = 1 .. NUM_HARMONICS
 NUM_HARMONICS = 3
 #: Numbers are stored at this multiple of their value: a step of Adam, which is as long as the learning rate, then moves
-#: them a tenth as far as weights, 0.017 degrees or 0.03% of scale at 3e-3.
-STORED_FACTOR = 10.0
+#: them a third as far as weights, 0.06 degrees or 0.1% of scale at 3e-3; the trainer moves them in every fourth step.
+STORED_FACTOR = 3.0
 #: weight of the penalty in the generator's loss: at 1 it hides most of the scale that COIL-100's photographs differ by
 PENALTY = 0.1
 

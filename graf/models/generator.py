@@ -59,7 +59,7 @@ class Generator(nn.Module):
             self.background = nn.Parameter(colour)
         else:
             self.register_buffer("background", colour)
-        self.instances = nn.Parameter(torch.zeros(num_instances, field.dim_z)) if num_instances else None
+        self.instances = nn.Parameter(STORED_SHARE * torch.randn(num_instances, field.dim_z)) if num_instances else None
 
     def codes(self, z: Tensor, instance: Tensor) -> Tensor:
         """The codes (B, dim_z) of known instances (B,), and z (B, dim_z) where instance is -1, of an unknown one."""

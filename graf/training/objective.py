@@ -252,10 +252,10 @@ class GANObjective:
 
         With a photometric term also the mean squared distance of generated patches to `reals`, which show the same
         views at the same places, as far as they show the same objects: where instances are known, those that have their
-        codes, else all; those codes keep near the distribution of the drawn ones, N(0, 1). With an opacity term their
-        mean opacity, which is 1 in a solid object whatever its density, so that fog of the background's colour gives
-        way and the object stays; with learned cameras their distance to the given ones; with supervision that of a
-        finer render to super-resolution.
+        codes, else all; those codes keep near the distribution of the drawn ones, N(0, 1). With an opacity term the
+        mean opacity of the same ones, which is 1 in a solid object whatever its density, so that fog of the
+        background's colour gives way and the object, which photographs hold, stays; with learned cameras their distance
+        to the given ones; with supervision that of a finer render to super-resolution.
         """
         logits, label_logits = self._discriminate(LabelledPatches(render.rgb, fakes.condition, fakes.augment_g))
         statistics = {"loss_g": losses.generator_loss(self.settings.gan_type, logits).sum() / batch_size}
@@ -263,19 +263,20 @@ class GANObjective:
         if label_logits is not None:
             statistics["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
             loss = loss + self.settings.class_loss * statistics["loss_g_class"]
+        is_shown = torch.ones_like(fakes.instance, dtype=torch.bool)  # by a photograph of the same object
+        if self.generator.instances is not None:
+            is_shown = fakes.instance >= 0
+            codes = self.generator.codes(torch.zeros_like(fakes.z), fakes.instance)
+            statistics["loss_g_prior"] = codes.square().mean(1).sum() / batch_size
+            loss = loss + self.settings.instance_prior * statistics["loss_g_prior"]
         photometric = self.settings.photometric_weight(iteration)
         if photometric:
             distance = (render.rgb - self._cut_at_render_size(reals)).square().mean((1, 2, 3))
-            if self.generator.instances is not None:
-                is_same = fakes.instance >= 0
-                distance = distance * is_same
-                codes = self.generator.codes(torch.zeros_like(fakes.z), fakes.instance)
-                statistics["loss_g_prior"] = codes.square().mean(1).sum() / batch_size
-                loss = loss + self.settings.instance_prior * statistics["loss_g_prior"]
-            statistics["loss_g_photometric"] = distance.sum() / batch_size
+            statistics["loss_g_photometric"] = (distance * is_shown).sum() / batch_size
             loss = loss + photometric * statistics["loss_g_photometric"]
         if self.settings.opacity:
-            statistics["loss_g_opacity"] = render.opacity.mean((1, 2, 3)).sum() / batch_size
+            opacity = render.opacity.mean((1, 2, 3))
+            statistics["loss_g_opacity"] = (opacity * is_shown).sum() / batch_size
             loss = loss + self.settings.opacity * statistics["loss_g_opacity"]
         if self.generator.cameras is not None:
             statistics["loss_g_cameras"] = self.generator.cameras.penalty() * (len(render) / batch_size)

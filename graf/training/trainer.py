@@ -86,6 +86,8 @@ SR_ADVICE = (
 )
 #: iterations between steps whose memory is measured, besides the first one of each kind; measuring costs a third of one
 WATCH_EVERY = 500
+#: iterations between steps that move learned cameras, which take a third longer: gradients then end in every ray
+CAMERAS_EVERY = 4
 #: called after every step with the trainer and the latest statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Statistics], None]
 
@@ -221,6 +223,8 @@ class Trainer:
         for player in self.players:
             player.begin(iteration)
         self.discriminator.advance_spectral_norm()
+        if self.generator.cameras is not None and self.config.data.refine_cameras:
+            self.generator.cameras.requires_grad_(iteration % CAMERAS_EVERY == 0)
 
         # With share_fakes one rendering serves D and G; in a split batch a part's graph cannot wait for the others.
         shared = SharedRender()

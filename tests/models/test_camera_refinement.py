@@ -189,7 +189,7 @@ def test_a_known_distortion_is_found():
         photographs = render(pose_from_angles(views.u, heights, 3.5), seen, fov=27.0)
 
     refinement = CameraRefinement(3, 2)
-    optimizer = torch.optim.Adam(refinement.parameters(), lr=0.05, betas=(0.8, 0.99))
+    optimizer = torch.optim.Adam(refinement.parameters(), lr=0.005 * STORED_FACTOR, betas=(0.8, 0.99))
     for iteration in range(80):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - iteration / 80)
         poses, patches = refinement(views, Patches.whole(24))

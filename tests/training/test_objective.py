@@ -177,6 +177,7 @@ def test_where_nothing_is_asked_of_super_resolution_no_player_has_its_terms(case
 def test_known_instances_alone_learn_from_their_photographs_and_keep_short_codes(smoke_config, make_trainer):
     overrides = ("data.synthetic.instances=3", "data.synthetic.known=0.67", "nerf.field=triplane", "training.lr_g=1e-2")
     overrides += ("training.match_views=true", "training.photometric=20", "training.instance_prior=0.7")
+    overrides += ("training.opacity=0.3",)
     data = builders.open_photographs(smoke_config(*overrides))
     trainer = make_trainer(*overrides, data=data)
     images, labels = zip(*(data[index] for index in range(0, len(data), 5)), strict=True)
@@ -197,7 +198,9 @@ def test_known_instances_alone_learn_from_their_photographs_and_keep_short_codes
     seen = crop_images(batch[0], inputs.reals.patches, 16)[instance >= 0]
     distances = (render.rgb[instance >= 0] - seen).square().mean((1, 2, 3))
     assert_close(terms["loss_g_photometric"], distances.sum() / len(labels))
-    assert_close(loss, terms["loss_g"] + 20 * terms["loss_g_photometric"] + 0.7 * terms["loss_g_prior"])
+    assert_close(terms["loss_g_opacity"], render.opacity[instance >= 0].mean((1, 2, 3)).sum() / len(labels))
+    others = 0.7 * terms["loss_g_prior"] + 0.3 * terms["loss_g_opacity"]
+    assert_close(loss, terms["loss_g"] + 20 * terms["loss_g_photometric"] + others)
 
     same = objective.render_patches(replace(inputs.fakes_g, z=inputs.fakes_g.z + 9))
     assert torch.equal(same.rgb[instance >= 0], render.rgb[instance >= 0])

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.training import losses
 from graf.training.players import DivergenceError
-from graf.training.trainer import Hook, Trainer
+from graf.training.trainer import CAMERAS_EVERY, Hook, Trainer
 
 #: loss_d and loss_g of the first three iterations of configs/smoke.yaml. A refactor keeps them. Where a change is meant
 #: to move them, print `[[float(s["loss_d"]), float(s["loss_g"])] for s in statistics]` in the test below and paste it.
@@ -596,3 +597,14 @@ def test_a_penalty_that_is_not_finite_is_named(make_trainer, batches, monkeypatc
     monkeypatch.setattr(losses, "r1_penalty", lambda logits, images, scaler: functional.relu(logits) * math.nan)
     with pytest.raises(DivergenceError, match="penalty is not finite"):
         trainer.run(batches(1), [])
+
+
+def test_learned_cameras_move_in_every_fourth_step(make_trainer, batches):
+    keys = ("data.refine_cameras=true", "training.match_views=true", "training.photometric=20", "training.lr_g=1e-2")
+    trainer = make_trainer(*keys)
+    cameras, places = trainer.generator.cameras, []
+    for batch in batches(9):
+        trainer.step(*batch)
+        places.append(cameras.framing.detach().clone())
+    moved = [bool((one != other).any()) for one, other in pairwise([torch.zeros_like(places[0]), *places])]
+    assert moved == [number % CAMERAS_EVERY == 0 for number in range(9)]
