@@ -338,10 +338,13 @@ def test_resume_none_starts_afresh_beside_the_run_in_a_folder_that_resumes_itsel
     assert [row["iteration"] for row in read_metrics(tmp_path / "results" / "smoke")] == [1]
 
 
-def test_resume_takes_a_checkpoint_by_its_path(train, smoke_run, tmp_path, capsys):
+def test_resume_takes_a_checkpoint_by_its_path(run_command_line, smoke_run, tmp_path):
     backup = smoke_run.folder / "checkpoints" / "backup_00000004.pt"
-    assert train(*BARE, "--outdir", "elsewhere", "--resume", backup) == 0
-    assert f"resuming from {backup}" in capsys.readouterr().out
+    keys = [*BARE, f"data.datadir={smoke_run.data}", "--outdir", "elsewhere", "--resume", str(backup)]
+    process = run_command_line("train.py", "--config", str(SMOKE), *keys, cwd=tmp_path)  # threads as in smoke_run
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert f"resuming from {backup}" in stdout
     rows = read_metrics(tmp_path / "elsewhere" / "smoke")
     original = read_metrics(smoke_run.folder)[4:]
     assert [row["loss_d"] for row in rows] == [row["loss_d"] for row in original]

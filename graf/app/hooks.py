@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from graf.app import builders
 from graf.app.builders import DatasetInfo
 from graf.app.refined_cameras import read_refined_cameras
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
 from graf.base.files import write_atomically
 from graf.config import Config
+from graf.data.datasets import PhotoDataset
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import is_better, write_scores
 from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
@@ -216,6 +218,23 @@ class StopHook:
             trainer.stop_reason = self.request.reason
         elif minutes is not None and time.monotonic() - self.started >= 60 * minutes:
             trainer.stop_reason = f"training.max_minutes={minutes:g} have passed"
+
+
+def build_score_hook(
+    config: Config,
+    dataset_info: DatasetInfo,
+    photographs: PhotoDataset,
+    task: ScoringTask,
+    folder: RunFolder,
+    log: RunLog,
+    checkpoints: CheckpointHook,
+) -> ScoreHook:
+    """What is measured between steps: `task`, validation and, with super-resolution, its consistency over the views."""
+    renderer, consistency = task.renderer, None
+    if renderer.ccsr is not None:
+        consistency = builders.build_consistency(config, dataset_info, renderer, range(len(renderer.classes)))
+    real, validation = builders.real_images(photographs, renderer.ccsr), builders.build_validation(config, renderer)
+    return ScoreHook(task, real, folder, log, checkpoints, checkpoints.caches, consistency, validation)
 
 
 def fixed_showcase(renderer: Renderer, config: Config) -> Showcase:

@@ -134,10 +134,8 @@ def train(
     if checkpoint is not None:
         restore(checkpoint, trainer.state, str(checkpoint_file))
         changes = describe_changes(checkpoint["meta"]["config"], config.model_dump(mode="json"))
-        changes = [
-            change for change in changes if not change.startswith("data.refined_cameras")
-        ]  # the weights have them
-        logger.info("resuming from %s%s", checkpoint_file, "".join(f"\n  {change}" for change in changes))
+        shown = [f"\n  {change}" for change in changes if "refined_cameras" not in change]  # the weights have them
+        logger.info("resuming from %s%s", checkpoint_file, "".join(shown))
         checkpoint = None  # or its tensors would stay in memory beside the networks'
     start = trainer.progress.iteration
     if start >= training.max_iterations:
@@ -181,13 +179,7 @@ def train(
         if extractor is not None:
             protocol, count = builders.build_protocol(config), config.evaluation.num_images
             task = ScoringTask(renderer, pose_sampler, extractor, protocol, count, folder.path / "feature_cache")
-            real = builders.real_images(photographs, renderer.ccsr)
-            consistency = None
-            if renderer.ccsr is not None:
-                classes = range(len(renderer.classes))
-                consistency = builders.build_consistency(config, dataset_info, renderer, classes)
-            validation = builders.build_validation(config, renderer)
-            score = hooks.ScoreHook(task, real, folder, log, save, caches, consistency, validation)
+            score = hooks.build_score_hook(config, dataset_info, photographs, task, folder, log, save)
         between: list[Hook] = [
             hooks.LogHook(log, caches, (start, trainer.progress.seconds)),
             sample,

@@ -38,10 +38,10 @@ class DataSettings:
     every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
     photograph (transforms, image_folder); of these the first, third, ... are the test split, by which a run is
     reported, the others the validation split, by which choices are made. Photographs to which labels.csv gives a split
-    belong there instead. `strict` turns skipped photographs into a
-    DataError. `crop` is the side of the central square that is used, in pixels, where it is not the largest one. Sets
-    that fit `cache_mib` MiB as uint8 are decoded when they are opened; larger ones when an image is asked for.
-    `radius`, `fov` (degrees) and the synthetic_* fields act on the synthetic set only.
+    belong there instead. `strict` turns skipped photographs into a DataError. `crop` is the side of the central square
+    that is used, in pixels, where it is not the largest one. Sets that fit `cache_mib` MiB as uint8 are decoded when
+    they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the synthetic_* fields act on
+    the synthetic set only.
     """
 
     type: str

@@ -30,10 +30,15 @@ def run(folder, *overrides):
     return main(["--config", str(folder / "config.yaml"), "--out", str(folder / "out"), *overrides])
 
 
+def assert_reported(report, *parts):
+    for part in parts:
+        assert part in report
+
+
 def test_report_counts_and_names_problems(photographs, capsys):
     assert run(photographs) == 0
-    report = capsys.readouterr().out
-    for part in (
+    assert_reported(
+        capsys.readouterr().out,
         "8 photographs, 1 classes",
         "class 0 cup: 8 photographs, 8 angles",
         "(elevation 24 degrees): 8 photographs",
@@ -41,8 +46,7 @@ def test_report_counts_and_names_problems(photographs, capsys):
         "20x16 (8)",
         "held out: 2 of 8 angles, 1 for test, 1 for validation",
         "problem: 1 unreadable photographs: cup__7.png",
-    ):
-        assert part in report
+    )
     assert {path.name for path in (photographs / "out").iterdir()} == PICTURES
 
 
@@ -50,13 +54,12 @@ def test_report_counts_instances_and_given_splits(photographs, capsys):
     rows = [f"cup__{angle}.png,cup,0,{angle},{angle % 2 or ''},{'test' * (angle < 90)}" for angle in range(0, 360, 45)]
     (photographs / "photos" / "labels.csv").write_text("\n".join(["file,class,height,angle,instance,split", *rows]))
     assert run(photographs) == 0
-    report = capsys.readouterr().out
-    for part in (
+    assert_reported(
+        capsys.readouterr().out,
         "class 0 cup: 8 photographs, 8 angles, known instances: 1 (in 4 photographs)",
         "held out: 2 of 6 angles, 1 for test, 1 for validation",
         "split by labels.csv: 2 for test",
-    ):
-        assert part in report
+    )
 
 
 def test_photographs_without_poses_show_the_sampled_ranges(photographs, capsys):

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from graf.evaluation import extractor as extractor_module
 from graf.evaluation.extractor import (
@@ -24,24 +23,13 @@ from graf.evaluation.extractor import (
     choose_extractor,
     draw_kernels,
 )
-from graf.evaluation.fidelity import FidelityProtocol, score_images
+from graf.evaluation.fidelity import FidelityProtocol, TensorImages, score_images
 
 # A new hash makes old scores incomparable: change the extractor's name ("graf-offline-v1") with it.
 OFFLINE_HASH = "38a6ebc3ed2aa7d0b9172398d63d5ddb09c8608386ff26b3671d79c0b18a22f1"
 CONTENT = b"these bytes stand for the Inception weights" * 1000
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 PROTOCOL = FidelityProtocol(seed=0, batch_size=64, kid_subsets=100, kid_subset_size=1000)
-
-
-class Images(Dataset[Tensor]):
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 def extract(images: Tensor) -> Tensor:
@@ -71,7 +59,9 @@ def blur(images: Tensor, passes: int) -> Tensor:
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
-    scores = score_images(Images(real), Images(fake), choose_extractor("offline"), PROTOCOL, torch.device("cpu"))
+    scores = score_images(
+        TensorImages(real), TensorImages(fake), choose_extractor("offline"), PROTOCOL, torch.device("cpu")
+    )
     return scores.values["kid_offline"]
 
 

@@ -531,6 +531,9 @@ class Ball(nn.Module):
     def aim(self, views, patches):
         return views.poses, patches
 
+    def codes(self, z, instance):
+        return z
+
     def forward(self, z, class_idx, rays, *noise, **options):
         middle = -(rays.origins * rays.directions).sum(-1, keepdim=True)
         inside = self.radius**2 - rays.origins.square().sum(-1, keepdim=True) + middle.square()
