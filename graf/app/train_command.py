@@ -90,6 +90,7 @@ def train(
     from graf.app.refined_cameras import describe_refined_cameras
     from graf.app.runs import choose_run_folder, describe_changes
     from graf.base.files import write_atomically
+    from graf.data.labels import balance_instances
     from graf.data.loader import make_loader
     from graf.evaluation.scoring import ScoringTask
     from graf.runtime.amp import choose_precision
@@ -163,6 +164,7 @@ def train(
         seed=config.seed,
         start_iteration=start,
         pin_memory=device.type == "cuda",
+        repeats=balance_instances(photographs.labels) if training.match_views else None,
     )
 
     # What happens between steps

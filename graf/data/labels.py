@@ -173,3 +173,14 @@ def number_labels(rows: Sequence[LabelRow], class_names: Sequence[str]) -> tuple
         labels.append((class_idx, row.height, row.angle, instances.get((class_idx, row.instance), -1)))
     names = [f"{class_names[class_idx]}/{name}" for class_idx, name in ordered]
     return torch.tensor(labels, dtype=torch.int64).reshape(-1, 4), names
+
+
+def balance_instances(labels: Tensor) -> list[int]:
+    """How often to show each photograph, (N, 4) labels, so that those of known instances make about half of a batch.
+
+    A known instance is learned from its own photographs alone: rare ones are shown again, the others once.
+    """
+    is_known = labels[:, 3] >= 0
+    known = int(is_known.sum())
+    times = max(1, round((len(labels) - known) / known)) if known else 1
+    return torch.where(is_known, times, 1).tolist()

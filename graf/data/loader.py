@@ -1,7 +1,7 @@
 """Batches in an order that depends on seed and epoch alone: a resumed run sees what an unbroken one would have seen."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,14 +17,21 @@ MAX_WORKERS = 4
 class BatchOrder(Sampler[list[int]]):
     """Endless batch sampler: yields the index list of iteration `start_iteration`, of the next one, and so on.
 
-    Epoch e is a permutation of range(length) drawn from (seed, e) alone; iteration i is batch i mod P of epoch i // P
-    with P batches in an epoch. With `drop_last` each epoch leaves out its last length mod batch_size images, else its
-    last batch is short.
+    Epoch e is a permutation of the images, each as often as `repeats` says, drawn from (seed, e) alone; iteration i is
+    batch i mod P of epoch i // P with P batches in an epoch. With `drop_last` each epoch leaves out what does not fill
+    its last batch, else that one is short.
     """
 
     def __init__(
-        self, length: int, batch_size: int, drop_last: bool = True, seed: int = 0, start_iteration: int = 0
+        self,
+        repeats: Sequence[int],
+        batch_size: int,
+        drop_last: bool = True,
+        seed: int = 0,
+        start_iteration: int = 0,
     ) -> None:
+        self.indices = torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats, dtype=torch.int64))
+        length = len(self.indices)
         if batch_size < 1 or start_iteration < 0:
             raise DataError(
                 f"batch_size={batch_size}, start_iteration={start_iteration}: expected at least 1 and at least 0"
@@ -35,15 +42,15 @@ class BatchOrder(Sampler[list[int]]):
                 f"training.batch_size={batch_size}: the data set has {length} images and drop_last leaves no batch; "
                 f"use a batch_size of at most {length}"
             )
-        self.length = length
         self.batch_size = batch_size
         self.seed = seed
         self.start_iteration = start_iteration
 
     def order_of_epoch(self, epoch: int) -> list[int]:
-        """The permutation of range(length) that epoch number `epoch` follows."""
+        """The permutation that epoch number `epoch` follows."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "image order", epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+        order: list[int] = self.indices[torch.randperm(len(self.indices), generator=generator)].tolist()
+        return order
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, batch = divmod(self.start_iteration, self.batches_per_epoch)
@@ -75,13 +82,16 @@ def make_loader(
     seed: int,
     start_iteration: int = 0,
     pin_memory: bool = False,
+    repeats: Sequence[int] | None = None,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
 
-    Batches are (images float32 (B, 3, H, W), labels int64 (B, 4)). At most min(nworkers, 4, usable CPUs) workers; the
-    global random state is left as it is. Raises DataError for a data set smaller than a batch with `drop_last`.
+    Batches are (images float32 (B, 3, H, W), labels int64 (B, 4)). `repeats`: how often an epoch shows each image, once
+    by default. At most min(nworkers, 4, usable CPUs) workers; the global random state is left as it is. Raises
+    DataError for a data set smaller than a batch with `drop_last`.
     """
-    order = BatchOrder(len(dataset), batch_size, drop_last, seed, start_iteration)  # type: ignore[arg-type]
+    repeats = [1] * len(dataset) if repeats is None else repeats  # type: ignore[arg-type]
+    order = BatchOrder(repeats, batch_size, drop_last, seed, start_iteration)
     workers = max(0, min(nworkers, MAX_WORKERS, count_usable_cpus()))
     return DataLoader(
         dataset,

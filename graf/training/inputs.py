@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graf.base.tensors import TensorBatch, move
+from graf.data.labels import balance_instances
 from graf.geometry.rays import Patches, place_patches
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import PoseSampler, Views
@@ -202,7 +203,9 @@ class InputSampler:
     @cached_property
     def _instance_share(self) -> float:
         """The share of known instances that gives half of a batch instances' codes."""
-        known = float((self.pose_sampler.views.labels[:, 3] >= 0).float().mean())
+        labels = self.pose_sampler.views.labels.cpu()
+        shown = torch.tensor(balance_instances(labels), dtype=torch.float64)
+        known = float(shown[labels[:, 3] >= 0].sum() / shown.sum())
         return min(1.0, 0.5 / known) if known else 0.0
 
     def _place(self, numbers: dict[str, Tensor], settings: StepSettings) -> Patches:

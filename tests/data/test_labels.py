@@ -1,10 +1,12 @@
 """Labels from file names and labels.csv."""
 
 import pytest
+import torch
 
 from graf.data.errors import DataError
 from graf.data.labels import (
     LabelRow,
+    balance_instances,
     check_heights,
     compile_file_pattern,
     natural_key,
@@ -153,3 +155,13 @@ def test_a_name_without_the_optional_angle_of_its_pattern_has_no_label():
 def test_height_outside_v_list_is_an_error(height):
     with pytest.raises(DataError, match=f"cup.png has height {height}, but data.v_list has 2"):
         check_heights([LabelRow("cup.png", "cup", height, 0)], (0.2, 0.3), "here")
+
+
+@pytest.mark.parametrize(
+    ("instances", "shown"),
+    [([-1, -1, -1], [1, 1, 1]), ([0, 1, 2], [1, 1, 1]), ([0, -1, -1, -1], [3, 1, 1, 1]), ([0, 1, 2, -1], [1, 1, 1, 1])],
+)
+def test_rare_known_instances_are_shown_so_often_that_they_make_half(instances, shown):
+    labels = torch.zeros(len(instances), 4, dtype=torch.int64)
+    labels[:, 3] = torch.tensor(instances)
+    assert balance_instances(labels) == shown

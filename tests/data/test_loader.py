@@ -39,21 +39,27 @@ def join(batches):
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 23])
 def test_resumed_order_continues_the_unbroken_one(drop_last, start):
-    unbroken = take(BatchOrder(17, 4, drop_last, seed=3), 40)
-    resumed = take(BatchOrder(17, 4, drop_last, seed=3, start_iteration=start), 40 - start)
+    unbroken = take(BatchOrder([1] * 17, 4, drop_last, seed=3), 40)
+    resumed = take(BatchOrder([1] * 17, 4, drop_last, seed=3, start_iteration=start), 40 - start)
     assert resumed == unbroken[start:]
 
 
 def test_each_epoch_shows_each_image_once_in_a_new_order():
-    batches = take(BatchOrder(10, 4, drop_last=False, seed=0), 6)
+    batches = take(BatchOrder([1] * 10, 4, drop_last=False, seed=0), 6)
     first, second = join(batches[:3]), join(batches[3:])
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert [len(batch) for batch in batches] == [4, 4, 2] * 2
 
 
+def test_an_epoch_shows_an_image_as_often_as_asked():
+    order = BatchOrder([1, 3, 2], 2, drop_last=False, seed=0)
+    assert sorted(join(take(order, 3))) == [0, 1, 1, 1, 2, 2]
+    assert order.order_of_epoch(0) != order.order_of_epoch(1)
+
+
 def test_drop_last_leaves_out_the_remainder_of_each_epoch():
-    order = BatchOrder(10, 4, drop_last=True, seed=0)
+    order = BatchOrder([1] * 10, 4, drop_last=True, seed=0)
     batches = take(order, 4)
     assert all(len(batch) == 4 for batch in batches)
     assert join(batches[:2]) == order.order_of_epoch(0)[:8]
@@ -61,8 +67,8 @@ def test_drop_last_leaves_out_the_remainder_of_each_epoch():
 
 
 def test_order_depends_on_the_seed_and_not_on_the_batch_size():
-    assert BatchOrder(50, 4, seed=0).order_of_epoch(2) == BatchOrder(50, 7, seed=0).order_of_epoch(2)
-    assert BatchOrder(50, 4, seed=0).order_of_epoch(2) != BatchOrder(50, 4, seed=1).order_of_epoch(2)
+    assert BatchOrder([1] * 50, 4, seed=0).order_of_epoch(2) == BatchOrder([1] * 50, 7, seed=0).order_of_epoch(2)
+    assert BatchOrder([1] * 50, 4, seed=0).order_of_epoch(2) != BatchOrder([1] * 50, 4, seed=1).order_of_epoch(2)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
