@@ -50,8 +50,11 @@ class SyntheticConfig(Section):
     count: int = Field(1000, ge=8, description="number of images to render, once")
     seed: int = Field(0, ge=0, description="seed of the objects and of the choice of views")
     instances: int = Field(1, ge=1, description="objects per class, which differ in proportions, colours and features")
-    known: float = Field(
-        1.0, ge=0, le=1, description="share of the training instances whose photographs say which instance they show"
+    known_instances: int | None = Field(
+        None,
+        ge=0,
+        description="of the training instances of each class, those whose photographs say which one they show; "
+        "they have half of the class's photographs; null: all",
     )
     heldout_instances: int = Field(
         0, ge=0, description="of the instances of each class, kept out of training: test and validation in turn"
@@ -161,7 +164,7 @@ class NerfConfig(Section):
     planes: Literal["table", "synthesis"] = Field(
         "table", description="triplane: stored for each class, or made of the shape code by a convolutional network"
     )
-    synthesis_width: int = Field(32, ge=4, description="channels of that network at its finest side, twice below it")
+    synthesis_width: int = Field(32, ge=4, description="channels of that network at its two finest sides, twice below them")
     plane_resolution: int = Field(64, ge=4, le=1024, description="triplane: features on each side of a plane")
     plane_channels: int = Field(16, ge=1, description="triplane: numbers of a feature")
     decoder_width: int = Field(64, ge=4, description="triplane: hidden units of its decoder")

@@ -61,7 +61,7 @@ class DataSettings:
     synthetic_count: int
     synthetic_seed: int
     synthetic_instances: int
-    synthetic_known: float
+    synthetic_known_instances: int | None
     synthetic_heldout_instances: int
     subset: str = "train"
 
@@ -206,7 +206,7 @@ def _synthetic_settings(settings: DataSettings) -> SyntheticSettings:
         count=settings.synthetic_count,
         seed=settings.synthetic_seed,
         instances=settings.synthetic_instances,
-        known=settings.synthetic_known,
+        known_instances=settings.synthetic_known_instances,
         heldout_instances=settings.synthetic_heldout_instances,
         radius=settings.radius,
         fov=settings.fov,

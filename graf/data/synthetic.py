@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from imageio.v3 import imwrite
 from torch import Tensor
+from torch.nn import functional
 
 from graf.data.errors import DataError
 from graf.data.labels import LABELS_FILE, LABELS_HEADER, OPTIONAL_COLUMNS
@@ -41,7 +42,7 @@ NORMAL_STEP = 2e-3
 OCCLUSION_REACH = 0.12
 CONE_STEPS = 16
 CONE = 8  # pixels along the side of what one cone sees
-VIEWS_AT_ONCE = 32
+VIEWS_AT_ONCE = 16
 RAYS_AT_ONCE = 262144  # few enough for the cache, enough to hide the cost of calling an operation
 LIGHT = (0.48, 0.36, 0.80)  # towards the light, unit length: in front, to the left, above
 AMBIENT, DIFFUSE, SKY = 0.56, 0.42, 0.10
@@ -54,15 +55,17 @@ View = tuple[int, int, int, int]  # class, instance, height, angle
 class SyntheticSettings:
     """What the synthetic set depends on, all of it in the cache key. `fov` in degrees, `v_list` heights v in [0, 1].
 
-    Of the `instances` of each class the last `heldout_instances` are test and validation in turn, and of the others the
-    first ones, as large a share as `known`, are named in labels.csv. A single object per class needs no name.
+    Of the `instances` of each class the last `heldout_instances` are test and validation in turn, and the first
+    `known_instances`, all others where it is None, are named in labels.csv. Named ones that are not all are seen from
+    many sides, the others a few times: either kind has half of a class's photographs. A single object per class needs
+    no name.
     """
 
     imsize: int
     count: int
     seed: int
     instances: int
-    known: float
+    known_instances: int | None
     heldout_instances: int
     radius: float
     fov: float
@@ -79,15 +82,29 @@ class SyntheticSettings:
                 f"data.synthetic.heldout_instances={self.heldout_instances}: expected fewer than "
                 f"data.synthetic.instances={self.instances}, so that some are left to train on"
             )
-        if not 0 <= self.known <= 1:
-            raise DataError(f"data.synthetic.known={self.known}: expected a share of the instances, 0 to 1")
-        objects = len(CLASS_NAMES) * self.instances
-        most = objects * len(self.v_list) * ANGLE_COUNTS[-1]
-        if not objects <= self.count <= most:
+        if self.known_instances is not None and self.known_instances > self.instances - self.heldout_instances:
             raise DataError(
-                f"data.synthetic.count={self.count}: expected {objects} (one image of each object) to {most} "
+                f"data.synthetic.known_instances={self.known_instances}: expected at most the "
+                f"{self.instances - self.heldout_instances} instances that are trained on"
+            )
+        groups, places = len(CLASS_NAMES) * len(self.groups), len(self.v_list) * ANGLE_COUNTS[-1]
+        fewest, most = groups * max(map(len, self.groups)), groups * min(map(len, self.groups)) * places
+        if not fewest <= self.count <= most:
+            raise DataError(
+                f"data.synthetic.count={self.count}: expected {fewest} (one image of each object) to {most} "
                 f"(every degree at every one of {len(self.v_list)} heights)"
             )
+
+    @property
+    def groups(self) -> list[range]:
+        """Instances that are seen equally often: the named ones and the others, which share a class's photographs."""
+        known = self.known_instances or 0
+        return [group for group in (range(known), range(known, self.instances)) if group]
+
+    def share_out(self, count: int) -> list[int]:
+        """How many of `count` photographs of a class each instance has."""
+        parts = _share_out(count, len(self.groups))
+        return [share for part, group in zip(parts, self.groups, strict=True) for share in _share_out(part, len(group))]
 
     def instance_and_split(self, instance: int) -> tuple[str, str]:
         """What labels.csv says of an instance's photographs: its name and their split, either may be empty."""
@@ -96,7 +113,8 @@ class SyntheticSettings:
             return "", ""
         if instance >= training:
             return "", ("test", "validation")[(instance - training) % 2]
-        return (str(instance), "") if instance < round(self.known * training) else ("", "train")
+        known = training if self.known_instances is None else self.known_instances
+        return (str(instance), "") if instance < known else ("", "train")
 
     @property
     def folder_name(self) -> str:
@@ -125,21 +143,19 @@ def render_views(
     toy = build_toy(class_idx, instance, seed)
     supersampling = supersampling or (3 if intrinsics.width <= 64 else 2)
     fine = intrinsics.resized(intrinsics.height * supersampling, intrinsics.width * supersampling)
-    tasks = max(count_usable_cpus(), -(-len(poses) * fine.height * fine.width // RAYS_AT_ONCE))
-
-    def render(some_poses: Tensor) -> list[Tensor]:
-        images = _render_fine(toy, some_poses, fine, white_bkgd)
-        return [torch.nn.functional.avg_pool2d(image, supersampling) for image in images]
-
-    with _one_thread_per_operation(), ThreadPoolExecutor(count_usable_cpus()) as pool:
-        parts = list(pool.map(render, poses.float().cpu().chunk(tasks)))
+    views_at_once = max(1, RAYS_AT_ONCE // (fine.height * fine.width))
+    with _one_thread_per_operation():
+        parts = [
+            [functional.avg_pool2d(image, supersampling) for image in _render_fine(toy, some, fine, white_bkgd)]
+            for some in poses.float().cpu().split(views_at_once)
+        ]
     rgb, depth, mask = (torch.cat(images) for images in zip(*parts, strict=True))
     return rgb * 2 - 1, torch.where(mask > 0, depth / mask.clamp(min=1e-6), 0.0), mask
 
 
 @contextmanager
 def _one_thread_per_operation() -> Iterator[None]:
-    """Views in parallel instead: these operations are so short that joining torch's threads costs more than they do."""
+    """Objects in parallel instead: these operations are so short that joining torch's threads would cost more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -222,25 +238,29 @@ def _estimate_normals(toy: Toy, points: Tensor) -> Tensor:
     """Unit normals (3, P): central differences over the corners of a tetrahedron, four evaluations instead of six."""
     corners = torch.tensor([[1.0, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
     gradient = sum(corner[:, None] * toy.distance(points + NORMAL_STEP * corner[:, None]) for corner in corners)
-    return torch.nn.functional.normalize(torch.as_tensor(gradient), dim=0)
+    return functional.normalize(torch.as_tensor(gradient), dim=0)
+
+
+def _share_out(count: int, parts: int) -> list[int]:
+    """`count` things in equal parts, the first ones larger by one where it does not divide."""
+    return [len(range(part, count, parts)) for part in range(parts)]
 
 
 def choose_views(settings: SyntheticSettings) -> list[View]:
     """The (class, instance, height, angle) of every image, sorted: from a regular grid of angles.
 
-    Classes get equal shares, and in them instances (the first ones an image more where the count does not divide). 72
-    angles, or the next divisor of 360 where the count needs more. A single object of a class has seeded random places
-    on that grid; of several, each is seen along a helix with a seeded start: evenly spaced angles, heights in turn.
+    Classes get equal shares, in them groups of instances, and in those instances (the first ones an image more where a
+    count does not divide). 72 angles, or the next divisor of 360 where the count needs more. A single object of a class
+    has seeded random places on that grid; of several, each is seen along a helix with a seeded start: evenly spaced
+    angles, heights in turn.
     """
     heights = len(settings.v_list)
-    most = -(-settings.count // (len(CLASS_NAMES) * settings.instances))
-    angles = next(angles for angles in ANGLE_COUNTS if heights * angles >= most)
+    shares = [settings.share_out(count) for count in _share_out(settings.count, len(CLASS_NAMES))]
+    angles = next(angles for angles in ANGLE_COUNTS if heights * angles >= max(map(max, shares)))
     views = []
     for class_idx in range(len(CLASS_NAMES)):
         random = np.random.default_rng([settings.seed, class_idx])
-        class_share = len(range(class_idx, settings.count, len(CLASS_NAMES)))
-        for instance in range(settings.instances):
-            share = len(range(instance, class_share, settings.instances))
+        for instance, share in enumerate(shares[class_idx]):
             if settings.instances == 1:
                 places = [divmod(number, angles) for number in random.permutation(heights * angles)[:share].tolist()]
             else:
@@ -280,26 +300,40 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
         (folder / name).mkdir(parents=True)
     max_depth = settings.radius + BOUNDING_RADIUS
     intrinsics = Intrinsics.from_fov(settings.imsize, settings.fov)
-    rows = []
+    rows: list[tuple[object, ...]] = []
+
+    def render(views: list[View]) -> list[tuple[object, ...]]:
+        """Write one object's photographs; returns their rows of labels.csv."""
+        class_idx, instance, *_ = views[0]
+        u, v = label_angles(torch.tensor(views)[:, [0, 2, 3]], settings.v_list)
+        pictures = render_views(
+            class_idx,
+            pose_from_angles(u, v, settings.radius),
+            intrinsics,
+            instance=instance,
+            seed=settings.seed,
+            white_bkgd=settings.white_bkgd,
+        )
+        class_name = CLASS_NAMES[class_idx]
+        name = class_name + (f"_i{instance}" if settings.instances > 1 else "")
+        rows: list[tuple[object, ...]] = []
+        for (_, _, height, angle), rgb, depth, mask in zip(views, *pictures, strict=True):
+            file = f"{name}_h{height}__{angle}.png"
+            _write_view(folder, file, rgb, depth / max_depth, mask)
+            rows.append((file, class_name, height, angle, *settings.instance_and_split(instance)))
+        return rows
+
     views = choose_views(settings)
-    with progress_bar(desc="rendering synthetic set", total=len(views), unit="image") as progress:
-        for (class_idx, instance), group in groupby(views, key=lambda view: view[:2]):
-            for batch in torch.tensor(list(group)).split(VIEWS_AT_ONCE):
-                u, v = label_angles(batch[:, [0, 2, 3]], settings.v_list)
-                pictures = render_views(
-                    class_idx,
-                    pose_from_angles(u, v, settings.radius),
-                    intrinsics,
-                    instance=instance,
-                    seed=settings.seed,
-                    white_bkgd=settings.white_bkgd,
-                )
-                name = CLASS_NAMES[class_idx] + (f"_i{instance}" if settings.instances > 1 else "")
-                for (_, _, height, angle), rgb, depth, mask in zip(batch.tolist(), *pictures, strict=True):
-                    file = f"{name}_h{height}__{angle}.png"
-                    _write_view(folder, file, rgb, depth / max_depth, mask)
-                    rows.append((file, CLASS_NAMES[class_idx], height, angle, *settings.instance_and_split(instance)))
-                progress.update(len(batch))
+    objects = (list(group) for _, group in groupby(views, key=lambda view: view[:2]))
+    parts = [some[start : start + VIEWS_AT_ONCE] for some in objects for start in range(0, len(some), VIEWS_AT_ONCE)]
+    with (
+        progress_bar(desc="rendering synthetic set", total=len(views), unit="image") as progress,
+        _one_thread_per_operation(),
+        ThreadPoolExecutor(count_usable_cpus()) as pool,
+    ):
+        for found in pool.map(render, parts):
+            rows += found
+            progress.update(len(found))
     with (folder / LABELS_FILE).open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([LABELS_HEADER + OPTIONAL_COLUMNS, *rows])
     scene = {"version": VERSION, "classes": CLASS_NAMES, "max_depth": max_depth, **asdict(settings)}

@@ -25,7 +25,7 @@ SMALLEST_SIDE = 8
 class PlaneShape:
     """resolution^2 features of `channels` numbers on each of three planes, for codes and classes of these sizes.
 
-    width: channels of the synthesis at its finest resolution, and units of its mapping network.
+    width: channels of the synthesis at its two finest resolutions, half as many as below, and units of its mapping network.
     """
 
     resolution: int
@@ -72,7 +72,7 @@ class PlaneSynthesis(nn.Module):
         while sides[0] > SMALLEST_SIDE:
             sides.insert(0, -(-sides[0] // 2))
         self.sides = sides
-        channels = [2 * width if side < shape.resolution else width for side in sides]
+        channels = [2 * width if 2 * side < shape.resolution else width for side in sides]
         self.constant = nn.Parameter(torch.randn(1, channels[0], sides[0], sides[0]))
         inputs = [channels[0], *channels[:-1]]
         self.layers = nn.ModuleList(

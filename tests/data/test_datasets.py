@@ -437,13 +437,13 @@ def test_settings_from_the_config_ignore_other_keys():
         "vmin": 0.1,
         "v_list": [0.2, 0.3],
         "classes": None,
-        "synthetic": {"count": 40, "seed": 1, "instances": 2, "known": 0.5, "heldout_instances": 1},
+        "synthetic": {"count": 40, "seed": 1, "instances": 2, "known_instances": 1, "heldout_instances": 1},
     }
     found = DataSettings.from_mapping(mapping, "test")
     assert found.v_list == (0.2, 0.3)
     assert found.subset == "test"
     assert (found.synthetic_count, found.synthetic_seed, found.synthetic_instances) == (40, 1, 2)
-    assert (found.synthetic_known, found.synthetic_heldout_instances) == (0.5, 1)
+    assert (found.synthetic_known_instances, found.synthetic_heldout_instances) == (1, 1)
 
 
 def test_the_configuration_alone_has_defaults():

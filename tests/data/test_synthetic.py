@@ -23,14 +23,14 @@ SMALL = SyntheticSettings(
     count=8,
     seed=0,
     instances=1,
-    known=1.0,
+    known_instances=None,
     heldout_instances=0,
     radius=3.5,
     fov=30.0,
     v_list=(0.3, 0.4),
     white_bkgd=True,
 )
-MANY = replace(SMALL, count=45, instances=5, known=0.5, heldout_instances=2)
+MANY = replace(SMALL, count=45, instances=5, known_instances=2, heldout_instances=2)
 THREE_HEIGHTS = replace(SMALL, count=1000, v_list=synthetic.DEFAULT_V_LIST)
 DEFAULTS = DataSettings.from_mapping(Config().data.model_dump())
 INTRINSICS = Intrinsics.from_fov(48, 30.0)
@@ -194,6 +194,12 @@ def test_every_instance_is_seen_equally_often_from_evenly_spread_angles_and_heig
         assert gaps.max() - gaps.min() <= 5  # one step of the grid
 
 
+def test_known_instances_have_half_of_the_photographs_of_their_class():
+    views = choose_views(replace(THREE_HEIGHTS, count=480, instances=22, known_instances=2, heldout_instances=5))
+    shares = np.bincount([view[1] for view in views if view[0] == 0], minlength=22)
+    assert shares.tolist() == [30, 30] + [3] * 20
+
+
 def test_instances_are_not_all_seen_from_the_same_places():
     views = choose_views(replace(THREE_HEIGHTS, count=384, instances=24))
     starts = {(class_idx, instance): (height, angle) for class_idx, instance, height, angle in reversed(views)}
@@ -208,7 +214,7 @@ def test_instances_are_not_all_seen_from_the_same_places():
         ({"count": 11, "instances": 3}, "count=11: expected 12"),
         ({"radius": 0.9}, "radius=0.9"),
         ({"heldout_instances": 1}, "heldout_instances=1: expected fewer than data.synthetic.instances=1"),
-        ({"known": 1.5}, "known=1.5"),
+        ({"known_instances": 2}, "known_instances=2: expected at most the 1 instances"),
     ],
 )
 def test_impossible_settings_name_the_key(changes, key):
@@ -256,7 +262,7 @@ def open_many(folder, **changes):
             v_list=MANY.v_list,
             synthetic_count=MANY.count,
             synthetic_instances=MANY.instances,
-            synthetic_known=MANY.known,
+            synthetic_known_instances=MANY.known_instances,
             synthetic_heldout_instances=MANY.heldout_instances,
             **changes,
         )
@@ -306,7 +312,7 @@ def test_second_opening_renders_nothing(tmp_path, monkeypatch):
         {"count": 9},
         {"seed": 1},
         {"instances": 2},
-        {"instances": 2, "known": 0.5},
+        {"instances": 2, "known_instances": 1},
         {"instances": 2, "heldout_instances": 1},
         {"radius": 3.0},
         {"fov": 31.0},

@@ -175,7 +175,12 @@ def test_where_nothing_is_asked_of_super_resolution_no_player_has_its_terms(case
 
 
 def test_known_instances_alone_learn_from_their_photographs_and_keep_short_codes(smoke_config, make_trainer):
-    overrides = ("data.synthetic.instances=3", "data.synthetic.known=0.67", "nerf.field=triplane", "training.lr_g=1e-2")
+    overrides = (
+        "data.synthetic.instances=3",
+        "data.synthetic.known_instances=2",
+        "nerf.field=triplane",
+        "training.lr_g=1e-2",
+    )
     overrides += ("training.match_views=true", "training.photometric=20", "training.instance_prior=0.7")
     overrides += ("training.opacity=0.3",)
     data = builders.open_photographs(smoke_config(*overrides))
