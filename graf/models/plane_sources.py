@@ -25,7 +25,7 @@ SMALLEST_SIDE = 8
 class PlaneShape:
     """resolution^2 features of `channels` numbers on each of three planes, for codes and classes of these sizes.
 
-    width: channels of the synthesis at its two finest resolutions, half as many as below, and units of its mapping network.
+    width: channels of the synthesis at its two finest sides, half as many as below, and units of its mapping network.
     """
 
     resolution: int
