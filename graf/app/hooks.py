@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,20 +77,26 @@ class LogHook:
 
 @dataclass
 class SampleHook:
-    """Grids of fixed objects from all sides, from the averaged weights: rgb, depth and opacity."""
+    """Grids of fixed objects from all sides, from the averaged weights: rgb, depth and opacity.
+
+    The memory of the first ones is measured, which takes as long as drawing them; the others need as much.
+    """
 
     renderer: Renderer
     showcase: Showcase
     folder: RunFolder
     log: RunLog
     caches: CacheRelease
+    _measured: bool = False
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration, every = trainer.progress.iteration, trainer.config.training.sample_every
         early = every > 0 and iteration in EARLY_SAMPLES and iteration < every
         if early or is_due(iteration, every):
-            with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("sample"):
+            watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
+            with watch, trainer.profiler.phase("sample"):
                 self.write(iteration)
+            self._measured = True
             self.caches.after_phase()
 
     def write(self, iteration: int) -> None:
