@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -251,8 +251,8 @@ def choose_views(settings: SyntheticSettings) -> list[View]:
 
     Classes get equal shares, in them groups of instances, and in those instances (the first ones an image more where a
     count does not divide). 72 angles, or the next divisor of 360 where the count needs more. A single object of a class
-    has seeded random places on that grid; of several, each is seen along a helix with a seeded start: evenly spaced
-    angles, heights in turn.
+    has seeded random places on that grid; of several, each is seen along a helix with a seeded start: heights in turn,
+    and one angle at random in each of as many equal parts of the circle, so that every angle is as likely as another.
     """
     heights = len(settings.v_list)
     shares = [settings.share_out(count) for count in _share_out(settings.count, len(CLASS_NAMES))]
@@ -265,7 +265,9 @@ def choose_views(settings: SyntheticSettings) -> list[View]:
                 places = [divmod(number, angles) for number in random.permutation(heights * angles)[:share].tolist()]
             else:
                 height, angle = random.integers(heights), random.integers(angles)
-                places = [((height + n) % heights, (angle + n * angles // share) % angles) for n in range(share)]
+                edges = [n * angles // share for n in range(share + 1)]
+                inside = [random.integers(low, max(high, low + 1)) for low, high in pairwise(edges)]
+                places = [((height + n) % heights, (angle + offset) % angles) for n, offset in enumerate(inside)]
             views += sorted((class_idx, instance, int(h), int(a) * 360 // angles) for h, a in places)
     return views
 
