@@ -25,7 +25,13 @@ from graf.config import Config, ConfigError
 from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
-from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
+from graf.evaluation.grids import (
+    Showcase,
+    compare_with_photographs,
+    draw_showcase,
+    path_frames,
+    render_showcase,
+)
 from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.pictures import save_png, write_video
 from graf.evaluation.renderer import Renderer
@@ -240,7 +246,10 @@ def write_consistency(evaluation: Evaluation) -> list[Path]:
 
 
 def write_heldout(evaluation: Evaluation) -> list[Path]:
-    """Renders of the test split, which training never saw, against its photographs; see graf.evaluation.heldout."""
+    """Renders of the test split, which training never saw, against its photographs; see graf.evaluation.heldout.
+
+    Figures, and a picture of both, `--views` of them in a row.
+    """
     config, renderer = evaluation.config, evaluation.renderer
     if not evaluation.dataset_info.poses_known:
         raise ConfigError(
@@ -282,11 +291,17 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             num_z=len(codes),
             provenance={"iteration": evaluation.iteration},
         )
+    shown = photographs.images
     if renderer.ccsr is not None:
-        sharp = torch.stack([heldout[index][0] for index in is_known.nonzero()[:, 0].tolist()])
-        report = replace(report, enlargement=_measure_enlargement(evaluation, sharp, photographs.views))
+        shown = torch.stack([heldout[index][0] for index in is_known.nonzero()[:, 0].tolist()])
+        report = replace(report, enlargement=_measure_enlargement(evaluation, shown, photographs.views))
     print(report.text())
-    return [_write_json(evaluation.folder / "heldout.json", report.as_dict())]
+    super_resolve = renderer.ccsr is not None
+    picture = compare_with_photographs(renderer, shown, photographs.views, evaluation.options.views, super_resolve)
+    return [
+        _write_json(evaluation.folder / "heldout.json", report.as_dict()),
+        save_png(evaluation.folder / "heldout.png", picture),
+    ]
 
 
 def _measure_enlargement(evaluation: Evaluation, images: Tensor, views: Views) -> EnlargementReport:

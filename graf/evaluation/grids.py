@@ -11,6 +11,7 @@ from torch import Tensor
 from graf.evaluation.pictures import Picture, depth_to_rgb, label_grid, opacity_to_rgb, tile_grid, to_uint8
 from graf.evaluation.renderer import Renderer, Renders
 from graf.geometry.cameras import ring
+from graf.geometry.views import Views
 from graf.models.ccsr import upsample
 
 
@@ -73,6 +74,31 @@ def draw_showcase(
         name: label_grid(tile_grid(torch.cat(images), columns), row_labels, column_labels)
         for name, images in kinds.items()
     }
+
+
+def compare_with_photographs(
+    renderer: Renderer, photographs: Tensor, views: Views, columns: int, super_resolve: bool = False
+) -> Picture:
+    """Of every class a row of photographs (N, 3, H, W), and below them renders of the same views (N) and instances.
+
+    At most `columns` of a class, spread evenly over its photographs. With `super_resolve` renders are upsampled to the
+    photographs' size, and a third row shows them super-resolved.
+    """
+    rows, captions = [], []
+    for class_idx in views.class_idx.unique().tolist():
+        places = torch.nonzero(views.class_idx == class_idx)[:, 0]
+        chosen = places[torch.linspace(0, len(places) - 1, min(columns, len(places))).round().long()]
+        truth, shown = photographs[chosen], views[chosen]
+        renders = renderer.render_views(renderer.instance_codes(shown.labels[:, 3]), shown, super_resolve)
+        kinds = {"photograph": truth, "render": renders.rgb}
+        if renders.sr is not None:
+            kinds |= {"render": upsample(renders.rgb, renders.sr.shape[-1] // renders.rgb.shape[-1])}
+            kinds |= {"super-resolved": renders.sr}
+        for name, images in kinds.items():
+            blank = images.new_ones(columns - len(images), *images.shape[1:])
+            rows.append(to_uint8(torch.cat([images, blank])))
+            captions.append(f"{renderer.classes[class_idx]}, {name}")
+    return label_grid(tile_grid(torch.cat(rows), columns), captions)
 
 
 def path_frames(

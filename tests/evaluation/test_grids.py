@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graf.evaluation.grids import Showcase, draw_showcase, path_frames, render_showcase
+from graf.evaluation.grids import Showcase, compare_with_photographs, draw_showcase, path_frames, render_showcase
 from graf.evaluation.pictures import to_uint8
 from graf.evaluation.renderer import Renders
 from graf.geometry.views import Cameras, Views
@@ -18,9 +18,13 @@ class FlatRenderer:
     """Stands in for Renderer: paints each image in one colour that says its code, class and azimuth."""
 
     cameras = CAMERAS
+    classes = ("cup", "pot", "jug")
 
     def __init__(self) -> None:
         self.views: list[Views] = []
+
+    def instance_codes(self, instances: Tensor) -> Tensor:
+        return instances[:, None] / 10.0
 
     def render_views(self, z: Tensor, views: Views, super_resolve: bool = False) -> Renders:
         self.views.append(views)
@@ -119,3 +123,28 @@ def test_a_path_shows_frame_by_frame_the_codes_and_the_camera_of_that_frame():
 def test_a_path_whose_parts_differ_in_length_is_an_error():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         list(path_frames(FlatRenderer(), torch.zeros(3, 1, 1), [0], torch.zeros(2), torch.zeros(3)))
+
+
+@pytest.mark.parametrize("super_resolve", [False, True])
+def test_photographs_stand_above_renders_of_the_same_views_and_instances(super_resolve):
+    labels = torch.tensor([[2, 0, 0, 5], [1, 0, 90, 3], [2, 1, 180, 6], [2, 0, 270, 7]])
+    views = CAMERAS.views_of_labels(labels)
+    size = SIZE * (2 if super_resolve else 1)
+    photographs = labels[:, 3, None, None, None] / 10 * torch.ones(4, 3, size, size)
+    picture = compare_with_photographs(FlatRenderer(), photographs, views, 2, super_resolve)
+    assert picture.shape[0] == (6 if super_resolve else 4) * (size + 2) + 2
+    grid = picture[:, -(2 * (size + 2) + 2) :]
+
+    def grey(value: float) -> list[int]:
+        return [int(level) for level in to_uint8(torch.full((3, 1, 1), value)).flatten()]
+
+    def render(row: int) -> list[int]:
+        z, class_idx, u = labels[row, 3] / 10, labels[row, 0] / 10, views.u[row] * 2 - 1
+        return to_uint8(torch.stack([z, class_idx, u])[:, None, None]).flatten().tolist()
+
+    assert tile(grid, 0, 0, size) == grey(0.3)  # classes in order; of the third the first and the last photograph
+    assert tile(grid, 0, 1, size) == [255, 255, 255]
+    assert tile(grid, 1, 0, size) == render(1)
+    first = 2 + super_resolve
+    assert [tile(grid, first, column, size) for column in (0, 1)] == [grey(0.5), grey(0.7)]
+    assert [tile(grid, first + 1, column, size) for column in (0, 1)] == [render(0), render(3)]
