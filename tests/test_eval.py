@@ -190,7 +190,8 @@ def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
     code, stdout, stderr = look("--heldout")
     assert code == 0, stderr
     file, picture = written_by(stdout)
-    assert Image.open(picture).width > 8 * 32
+    with Image.open(picture) as image:
+        assert image.width > 8 * 32
     report = json.loads(file.read_text())
     *objects, average = report["objects"]
     assert {row["name"] for row in objects} <= set(CLASSES)
