@@ -187,7 +187,12 @@ def _render_truth(
 
     def render(side: int) -> tuple[Tensor, Tensor, Tensor]:
         intrinsics = Intrinsics.from_fov(side, dataset_info.fov)
-        return render_views(toy, views.poses, intrinsics, seed=known.seed, white_bkgd=config.data.white_bkgd)
+        one_by_one = (  # which needs less memory
+            render_views(toy, pose, intrinsics, seed=known.seed, white_bkgd=config.data.white_bkgd)
+            for pose in views.poses.split(1)
+        )
+        rgb, depth, mask = (torch.cat(images) for images in zip(*one_by_one, strict=True))
+        return rgb, depth, mask
 
     images, _, _ = render(high)
     _, depth, mask = render(low)
