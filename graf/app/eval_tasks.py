@@ -32,7 +32,7 @@ from graf.evaluation.grids import (
     path_frames,
     render_showcase,
 )
-from graf.evaluation.heldout import HeldoutPhotographs, mean_images_by_class, measure_heldout
+from graf.evaluation.heldout import CodeNumbers, HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.pictures import save_png, write_video
 from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask
@@ -272,13 +272,16 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
         return HeldoutPhotographs(images[rows], views[rows.nonzero()[:, 0]], class_means, renderer.classes)
 
     photographs, unseen = choose(is_known), None if is_known.all() else choose(~is_known)
-    codes = renderer.codes(evaluation.seed, range(NUM_HELDOUT_CODES))
-    total = len(codes) * len(images) + 3 * int(is_known.sum())
+    total = NUM_HELDOUT_CODES * len(images) + 3 * int(is_known.sum())
     with progress_bar(desc="held-out views", unit="image", total=total) as bar:
 
-        def render(views: Views, code: int | None) -> Tensor:
+        def render(views: Views, codes: CodeNumbers) -> Tensor:
             bar.update(len(views))
-            z = renderer.instance_codes(views.labels[:, 3]) if code is None else codes[code].expand(len(views), -1)
+            if codes is None:
+                z = renderer.instance_codes(views.labels[:, 3])
+            else:
+                numbers = codes if isinstance(codes, range) else range(codes, codes + 1)
+                z = renderer.codes(evaluation.seed, numbers).expand(len(views), -1)
             return renderer.render_views(z, views).rgb
 
         report = measure_heldout(
@@ -288,7 +291,7 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             builders.build_protocol(config),
             renderer.device,
             unseen=unseen,
-            num_z=len(codes),
+            num_z=NUM_HELDOUT_CODES,
             provenance={"iteration": evaluation.iteration},
         )
     shown = photographs.images

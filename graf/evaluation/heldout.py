@@ -23,6 +23,10 @@ from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.views import Views
 
+#: which codes a batch of views is rendered with: the number of one for all, numbers of one for each, or None, those of
+#: the views' instances
+CodeNumbers = int | range | None
+
 #: two seeds differ by 0.1 to 0.3 dB
 MARGIN_DB = 1.0
 LEAST_PSNR_DB = 19.0
@@ -188,7 +192,7 @@ def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
 @torch.no_grad()
 def measure_heldout(
     photographs: HeldoutPhotographs,
-    render: Callable[[Views, int | None], Tensor],
+    render: Callable[[Views, CodeNumbers], Tensor],
     extractor: Extractor,
     protocol: FidelityProtocol,
     device: torch.device,
@@ -200,11 +204,12 @@ def measure_heldout(
 ) -> HeldoutReport:
     """Render the held-out views and compare with the photographs.
 
-    `render(views, z_index)` returns float (B, 3, H, W) in [-1, 1]; the same z_index means the same latent in every
-    call, None the code of the views' instances, or 0. (3 + num_z) N images are rendered, `batch_size` at a time; the
-    num_z N of drawn codes are kept, as uint8.
+    `render(views, codes)` returns float (B, 3, H, W) in [-1, 1]; the same number of a code means the same latent in
+    every call, None the code of the views' instances, or 0. (3 + num_z) N images are rendered, `batch_size` at a time;
+    the num_z N of drawn codes are kept, as uint8.
 
-    unseen: photographs of objects that training never saw, on which KID is measured instead; (num_z N') more renders.
+    unseen: photographs of objects that training never saw, on which KID is measured instead; (num_z N') more renders,
+    each with a code of its own, since a few drawn objects seen often cannot look like a collection.
     KID: all num_z N renders against the N photographs, in subsets of N (all photographs, a random N of the renders).
     The mean images are treated alike: the mean of the object's training photographs once per photograph and latent, so
     that both sides have the same counts, the same objects in the same numbers, and the same subset draws.
@@ -219,22 +224,24 @@ def measure_heldout(
         "mirrored": labelled.mirror(),
         "plus90": labelled.turn(90.0 * labelled.angle_sign),  # in the sense of the labels
     }
-    wanted: list[tuple[str, Views, int | None]] = [(name, views, None) for name, views in seen.items()]
+    wanted: list[tuple[str, Views, CodeNumbers]] = [(name, views, None) for name, views in seen.items()]
     wanted += [("mean_z", labelled, z_index) for z_index in range(num_z)]
     scores: dict[str, list[Tensor]] = {}
     renders = []
 
     def render_all(
-        photographs: HeldoutPhotographs, views: Views, z_index: int | None
+        photographs: HeldoutPhotographs, views: Views, codes: CodeNumbers
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, part in zip(photographs.images.split(batch_size), _split(views, batch_size), strict=True):
-            rendered = render(part, z_index).cpu()
+        for start in range(0, len(views), batch_size):
+            rows = slice(start, start + batch_size)
+            images = photographs.images[rows]
+            rendered = render(views[rows], codes[rows] if isinstance(codes, range) else codes).cpu()
             if rendered.shape != images.shape:
                 raise HeldoutError(f"renders are {tuple(rendered.shape)}, photographs {tuple(images.shape)}")
             yield rendered, images.cpu()
 
-    for name, views, z_index in wanted:
-        for rendered, truth in render_all(photographs, views, z_index):
+    for name, views, codes in wanted:
+        for rendered, truth in render_all(photographs, views, codes):
             scores.setdefault(name, []).append(psnr(rendered, truth))
             if name == "labelled":
                 scores.setdefault("ssim", []).append(ssim(rendered, truth))
@@ -242,8 +249,10 @@ def measure_heldout(
                 renders.append(to_uint8(rendered))
     measured = {name: torch.cat(parts).view(-1, len(labels)) for name, parts in scores.items()}
     if unseen is not None:
-        for z_index in range(num_z):
-            renders += [to_uint8(rendered) for rendered, _ in render_all(unseen, unseen.views, z_index)]
+        count = len(unseen.views)
+        for first in range(0, num_z * count, count):
+            own = render_all(unseen, unseen.views, range(first, first + count))
+            renders += [to_uint8(rendered) for rendered, _ in own]
 
     judged = photographs if unseen is None else unseen
     means = torch.stack([judged.training_means[int(c)].cpu() for c in judged.views.class_idx]).repeat(num_z, 1, 1, 1)
@@ -264,10 +273,6 @@ def measure_heldout(
         num_z=num_z,
         code="instance" if bool((labels[:, 3] >= 0).any()) else "z = 0",
     )
-
-
-def _split(views: Views, size: int) -> list[Views]:
-    return [views[start : start + size] for start in range(0, len(views), size)]
 
 
 def _measure_object(name: str, labels: Tensor, chosen: Tensor, measured: dict[str, Tensor]) -> ObjectRow:

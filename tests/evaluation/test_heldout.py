@@ -16,6 +16,7 @@ from torch import Tensor
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import FidelityProtocol
 from graf.evaluation.heldout import (
+    CodeNumbers,
     HeldoutError,
     HeldoutPhotographs,
     HeldoutReport,
@@ -89,16 +90,17 @@ def test_fidelity_is_about_the_objects_that_training_never_saw() -> None:
     known = make_photographs()
     labels = make_labels(range(5, 360, 60))
     unseen = replace(known, images=draw_views(labels), views=CAMERAS.views_of_labels(labels))
-    asked: list[tuple[list[int], int | None]] = []
+    asked: list[tuple[list[int], CodeNumbers]] = []
 
-    def render(views: Views, z_index: int | None) -> Tensor:
-        asked.append((views.labels[:, 2].tolist(), z_index))
-        return draw_views(views.labels) + noise_for(z_index)
+    def render(views: Views, codes: CodeNumbers) -> Tensor:
+        asked.append((views.labels[:, 2].tolist(), codes))
+        return draw_views(views.labels) + noise_for(codes[0] if isinstance(codes, range) else codes)
 
     report = measure_heldout(
         known, render, choose_extractor("offline"), PROTOCOL, torch.device("cpu"), unseen=unseen, num_z=2, batch_size=99
     )
-    assert asked[-2:] == [(labels[:, 2].tolist(), 0), (labels[:, 2].tolist(), 1)]
+    count = len(labels)
+    assert asked[-2:] == [(labels[:, 2].tolist(), range(count)), (labels[:, 2].tolist(), range(count, 2 * count))]
     assert report.objects == measure().objects
     assert report.renders.provenance["n_real"] == len(labels)
     assert report.renders.provenance["n_fake"] == report.mean_images.provenance["n_fake"] == 2 * len(labels)
