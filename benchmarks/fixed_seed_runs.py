@@ -19,7 +19,6 @@ from torch import Tensor
 
 from graf.app import builders
 from graf.config import load_config
-from graf.data.loader import make_loader
 from graf.runtime.amp import Precision
 from graf.runtime.device import configure_backends
 
@@ -59,7 +58,7 @@ def train(overrides: tuple[str, ...], folder: Path, steps: int, float64: bool) -
     trainer = builders.build_trainer(config, dataset_info, pose_sampler, precision, CPU)
     if float64:
         make_float64(trainer)
-    loader = make_loader(photographs, config.training.batch_size, nworkers=0, drop_last=True, seed=config.seed)
+    loader = builders.build_loader(config, photographs)
     statistics = []
     for images, labels in islice(loader, steps):
         terms = trainer.step(images.double() if float64 else images, labels)

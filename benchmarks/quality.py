@@ -18,8 +18,6 @@ from PIL import Image, ImageDraw
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.app import builders
 from graf.config import Config, load_config
-from graf.data.labels import balance_instances
-from graf.data.loader import make_loader
 from graf.evaluation.scoring import ValidationTask
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import pick_device
@@ -92,11 +90,7 @@ def build(config: Config) -> tuple[Trainer, ValidationTask, ValidationTask]:
 def trace(config: Config, seconds: float) -> tuple[list[Point], Point]:
     """Train for so many seconds; the curve on the validation split, and the last point on the test split."""
     trainer, validation, test = build(config)
-    photographs = builders.open_photographs(config)
-    repeats = balance_instances(photographs.labels) if config.training.match_views else None
-    loader = make_loader(
-        photographs, config.training.batch_size, nworkers=0, drop_last=True, seed=config.seed, repeats=repeats
-    )
+    loader = builders.build_loader(config, builders.open_photographs(config))
     curve: list[Point] = []
     due = FIRST_STEP
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from graf.app.refined_cameras import build_camera_refinement
 from graf.config import DEFAULT_CHUNK, Config, ConfigError, Section, batch_too_large
@@ -18,6 +19,8 @@ from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
 from graf.data.images import square_side
+from graf.data.labels import balance_instances
+from graf.data.loader import make_loader
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
 from graf.evaluation.consistency import ConsistencyTask
@@ -94,6 +97,23 @@ def check_batch_size(config: Config, num_images: int) -> None:
     """Raise ConfigError when a batch could never be filled."""
     if config.training.drop_last and config.training.batch_size > num_images:
         raise ConfigError(batch_too_large(config.training.batch_size, num_images))
+
+
+def build_loader(
+    config: Config, photographs: PhotoDataset, start_iteration: int = 0, pin_memory: bool = False
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Endless batches of photographs, beginning with that of an iteration."""
+    training = config.training
+    return make_loader(
+        photographs,
+        training.batch_size,
+        nworkers=training.nworkers,
+        drop_last=training.drop_last,
+        seed=config.seed,
+        start_iteration=start_iteration,
+        pin_memory=pin_memory,
+        repeats=balance_instances(photographs.labels) if training.match_views else None,
+    )
 
 
 def describe_dataset(config: Config, dataset: PhotoDataset) -> DatasetInfo:

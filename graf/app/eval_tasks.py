@@ -25,13 +25,7 @@ from graf.config import Config, ConfigError
 from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
-from graf.evaluation.grids import (
-    Showcase,
-    compare_with_photographs,
-    draw_showcase,
-    path_frames,
-    render_showcase,
-)
+from graf.evaluation.grids import Showcase, compare_with_photographs, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import CodeNumbers, HeldoutPhotographs, mean_images_by_class, measure_heldout
 from graf.evaluation.pictures import save_png, write_video
 from graf.evaluation.renderer import Renderer

@@ -90,8 +90,6 @@ def train(
     from graf.app.refined_cameras import describe_refined_cameras
     from graf.app.runs import choose_run_folder, describe_changes
     from graf.base.files import write_atomically
-    from graf.data.labels import balance_instances
-    from graf.data.loader import make_loader
     from graf.evaluation.scoring import ScoringTask
     from graf.runtime.amp import choose_precision
     from graf.runtime.checkpoint import read_checkpoint, restore
@@ -156,16 +154,7 @@ def train(
     # The run folder, as of the iteration that is continued, and the batches that follow
     write_atomically(folder.config_file, config.to_yaml())
     drop_rows_after(folder.path / "scores.jsonl", start)  # what is trained again is scored again
-    loader = make_loader(
-        photographs,
-        training.batch_size,
-        nworkers=training.nworkers,
-        drop_last=training.drop_last,
-        seed=config.seed,
-        start_iteration=start,
-        pin_memory=device.type == "cuda",
-        repeats=balance_instances(photographs.labels) if training.match_views else None,
-    )
+    loader = builders.build_loader(config, photographs, start, pin_memory=device.type == "cuda")
 
     # What happens between steps
     renderer = builders.build_renderer(config, dataset_info, precision, device, *trainer.averaged_networks)

@@ -164,7 +164,7 @@ class NerfConfig(Section):
     planes: Literal["table", "synthesis"] = Field(
         "table", description="triplane: stored for each class, or made of the shape code by a convolutional network"
     )
-    synthesis_width: int = Field(32, ge=4, description="its channels at the two finest sides, twice as many below")
+    synthesis_width: int = Field(32, ge=4, description="channels of that network at its two finest sides; twice below")
     plane_resolution: int = Field(64, ge=4, le=1024, description="triplane: features on each side of a plane")
     plane_channels: int = Field(16, ge=1, description="triplane: numbers of a feature")
     decoder_width: int = Field(64, ge=4, description="triplane: hidden units of its decoder")
