@@ -1,8 +1,8 @@
 """What CCSR's parts do: `python -m benchmarks.ccsr` trains short runs with and without them, and writes a table.
 
-Every variant is trained with the same three seeds on the embedded toys, and measured at high resolution on the same
-renders: KID against true images, agreement with the render, and what super-resolution adds to the disagreement of
-neighbouring views.
+Every variant is trained with the same seeds on the embedded toys, and measured at high resolution on the same renders:
+PSNR, SSIM and KID against photographs of the test split, agreement with the render, and what super-resolution adds to
+the disagreement of neighbouring views.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from benchmarks.results import format_table, hardware, write_section
 from graf.app import builders
 from graf.app.eval_options import EvalOptions
 from graf.app.eval_tasks import Evaluation, open_evaluation
-from graf.data.datasets import DataSettings, open_dataset
+from graf.evaluation.enlargement import measure_enlargement
 from graf.evaluation.extractor import choose_extractor
-from graf.evaluation.scoring import ScoringTask
 from graf.geometry.rays import Patches
+from graf.geometry.views import Views
 from graf.models.ccsr import CCSR, BoxProjection, LatentMixture, SuperResolved, ViewLatents, upsample
 
 SCALE = 2
 COMMON = (
-    "ray_sampler.N_samples=256",
-    "training.lr_decay_start=0.5",
+    "ccsr.enabled=true",
+    "ccsr.every=2",
     "training.fid_every=0",
     "training.sample_every=0",
     "training.print_every=20",
     "training.save_every=100000",
+    "training.save_best=kid",
     "training.monitoring=[]",
-    "ray_sampler.scale_anneal=0.5",
     "evaluation.feature_extractor=offline",
-    "evaluation.num_images=400",
-    "evaluation.N_samples=48",
-    "ccsr.every=1",
 )
 WITHOUT, PROJECTED = "no CCSR (bicubic)", "no CCSR (bicubic, projected)"
-PER_VIEW, FULL = "CCSR, latents per view", "CCSR, latents per view, agreement"
+RESTORING, MATCHED = "CCSR that restores photographs", "+ photographs that renders match"
+AGREEING, SHARED = "+ agreement", "one shared latent instead of eight"
 #: trained variants -> their keys; PROJECTED is measured on the runs WITHOUT CCSR
 VARIANTS = {
     WITHOUT: ("ccsr.enabled=false",),
-    "CCSR, one shared latent": ("ccsr.num_views=1", "ccsr.agreement=0"),
-    PER_VIEW: ("ccsr.agreement=0",),
-    FULL: (),
+    RESTORING: ("ccsr.agreement=0",),
+    MATCHED: ("ccsr.agreement=0", "ccsr.photometric=200"),
+    SHARED: ("ccsr.agreement=0", "ccsr.photometric=200", "ccsr.num_views=1"),
+    AGREEING: ("ccsr.agreement=0.3", "ccsr.photometric=200"),
 }
 #: column -> (key of a measured row, factor)
 COLUMNS = {
+    "PSNR, dB": ("psnr", 1),
+    "SSIM": ("ssim", 1),
     "KID x 1000": ("kid", 1000),
     "|down(SR) - render|, largest": ("low_resolution_max", 1),
     "in 8-bit files, mean": ("file_mean", 1),
@@ -84,7 +85,7 @@ def train_variant(name: str, seed: int, iterations: int, imsize: int, folder: Pa
     expname = "".join(letter if letter.isalnum() else "_" for letter in f"{name}_{seed}")
     arguments = [
         "--config",
-        "configs/default.yaml",
+        "configs/toys.yaml",
         "--use_amp",
         "--outdir",
         str(folder),
@@ -104,13 +105,13 @@ def open_run(run: Path) -> Evaluation:
 
 
 def measure(evaluation: Evaluation, ccsr: CCSR, run: Path) -> dict[str, float]:
-    """KID at high resolution and consistency of a CCSR on the renders of `evaluation`; step time and memory of its run.
+    """Quality and consistency of a CCSR on the renders of `evaluation`, and step time and memory of its own run.
 
     Generators differ from run to run, and with them every figure of what is made from their renders; modules that
     are compared therefore work on the renders of one generator.
     """
     evaluation = replace(evaluation, renderer=replace(evaluation.renderer, ccsr=ccsr))
-    row = {"kid": score(evaluation)}
+    row = compare_with_photographs(evaluation)
     report = builders.build_consistency(
         evaluation.config, evaluation.dataset_info, evaluation.renderer, evaluation.classes
     ).measure()
@@ -124,16 +125,23 @@ def measure(evaluation: Evaluation, ccsr: CCSR, run: Path) -> dict[str, float]:
     return row
 
 
-def score(evaluation: Evaluation) -> float:
-    """KID (offline extractor) of the super-resolved images against true high-resolution ones."""
-    config = evaluation.config
-    settings = DataSettings.from_mapping(config.data.model_dump() | {"imsize": SCALE * config.data.imsize})
-    photographs = open_dataset(settings)
-    pose_sampler = builders.build_pose_sampler(config, photographs, evaluation.renderer.cameras)
-    protocol, count = builders.build_protocol(config), config.evaluation.num_images
-    cache = evaluation.folder.parent.parent / "feature_cache"
-    task = ScoringTask(evaluation.renderer, pose_sampler, choose_extractor("offline"), protocol, count, cache)
-    return task.score("sr", photographs, photographs.fingerprint()).values["sr_kid_offline"]
+def compare_with_photographs(evaluation: Evaluation) -> dict[str, float]:
+    """PSNR, SSIM and KID (offline extractor) of the super-resolved renders against photographs of the test split."""
+    config, renderer = evaluation.config, evaluation.renderer
+    fine = config.model_copy(update={"ccsr": config.ccsr.model_copy(update={"enabled": True, "scale": SCALE})})
+    photographs = builders.open_photographs(fine, "test")
+    views = builders.build_pose_sampler(config, photographs, renderer.cameras).views
+
+    def render(views: Views) -> dict[str, Tensor]:
+        renders = renderer.render_views(renderer.instance_codes(views.labels[:, 3]), views, super_resolve=True)
+        assert renders.sr is not None
+        return {"sr": renders.sr, "bicubic": upsample(renders.rgb, SCALE)}
+
+    images = torch.stack([photographs[index][0] for index in range(len(photographs))])
+    protocol, extractor = builders.build_protocol(config), choose_extractor("offline")
+    report = measure_enlargement(images, views, render, extractor, protocol, renderer.device)
+    values = report.outputs["sr"].values
+    return {"psnr": values["psnr"], "ssim": values["ssim"], "kid": values[report.kid_name]}
 
 
 def tabulate(measured: dict[str, list[dict[str, float]]]) -> str:
@@ -149,16 +157,18 @@ def tabulate(measured: dict[str, list[dict[str, float]]]) -> str:
     return format_table(["variant", *COLUMNS], rows)
 
 
-def compare_agreement(measured: dict[str, list[dict[str, float]]]) -> str:
-    """What the agreement term changes, seed by seed: the seeds differ from each other by far more than that."""
-    changes = []
-    for column in ("KID x 1000", "added by SR x 1000"):
-        key, factor = COLUMNS[column]
-        pairs = zip(measured[FULL], measured[PER_VIEW], strict=True)
-        values = [factor * (full[key] - per_view[key]) for full, per_view in pairs]
-        listed = ", ".join(f"{value:+.3f}" for value in values)
-        changes.append(f"{column} {statistics.mean(values):+.3f} ({listed})")
-    return f"What agreement changes, mean (seed by seed): {'; '.join(changes)}."
+def compare_pairs(measured: dict[str, list[dict[str, float]]]) -> str:
+    """What one part changes, seed by seed: the seeds differ from each other by far more than that."""
+    lines = []
+    for name, without in ((MATCHED, RESTORING), (SHARED, MATCHED), (AGREEING, MATCHED)):
+        changes = []
+        for column in ("PSNR, dB", "KID x 1000", "added by SR x 1000"):
+            key, factor = COLUMNS[column]
+            values = [factor * (a[key] - b[key]) for a, b in zip(measured[name], measured[without], strict=True)]
+            listed = ", ".join(f"{value:+.3f}" for value in values)
+            changes.append(f"{column} {statistics.mean(values):+.3f} ({listed})")
+        lines.append(f"{name}, beside {without}, mean (seed by seed): {'; '.join(changes)}.")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -186,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.seeds} seeds, {options.iterations} iterations each, {sizes}, embedded toys, {hardware()}, "
         f"{torch.get_num_threads()} threads. Per seed all rows are measured on the renders of one generator, trained "
         f"without CCSR; mean ± standard deviation over the seeds.\n\n{tabulate(measured)}\n\n"
-        f"{compare_agreement(measured)}"
+        f"{compare_pairs(measured)}"
     )
     command = f"python -m benchmarks.ccsr --iterations {options.iterations} --imsize {options.imsize}"
     write_section(f"CCSR: what its parts do ({sizes})", command, text)

@@ -1,8 +1,9 @@
 """How fast pictures become good: `python -m benchmarks.quality` trains with each lever and draws PSNR over seconds.
 
 Every lever adds to the one before it, from the MLP field with drawn views to configs/toys.yaml; the last line is GRAF's
-published algorithm and network on the same data. The curve is measured on the validation split with the averaged
-weights, while the clock of training stands still; the table's last columns are the test split's, measured once.
+published algorithm and network on the same data. With --config a configuration of one's own runs as it stands instead.
+The curve is measured on the validation split with the averaged weights, while the clock of training stands still; the
+table's last columns are the test split's, measured after each of the --seconds.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.app import builders
 from graf.config import Config, load_config
+from graf.evaluation.extractor import choose_extractor
+from graf.evaluation.fidelity import TensorImages, score_images
+from graf.evaluation.pictures import to_uint8
 from graf.evaluation.scoring import ValidationTask
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import pick_device
@@ -28,6 +33,8 @@ CURVE = RESULTS.parent / "quality.png"
 MARKS = (20.0, 24.0, 28.0, 30.0)
 #: training goes on for so many times the seconds between two measurements, at first and at most
 FIRST_STEP, GROWTH = 7.5, 1.5
+#: drawn codes whose renders are compared with each other
+NUM_CODES = 8
 
 MLP = (
     *("nerf.field=mlp", "nerf.netdepth=4", "nerf.netwidth=128", "nerf.multires=5", "nerf.dim_class=64"),
@@ -72,6 +79,19 @@ class Point:
     ssim: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What is measured on the test split at a mark.
+
+    point: with z = 0 or the instances' codes; kid: of drawn codes, one for each photograph's view, against the
+    photographs; diversity: root of the mean squared distance between renders of two drawn codes at one view, in [0, 2].
+    """
+
+    point: Point
+    kid: float
+    diversity: float
+
+
 def build(config: Config) -> tuple[Trainer, ValidationTask, ValidationTask]:
     """A trainer, and its renders against the validation split and against the test split."""
     device = pick_device(config.training.device)
@@ -87,11 +107,31 @@ def build(config: Config) -> tuple[Trainer, ValidationTask, ValidationTask]:
     return trainer, tasks[0], tasks[1]
 
 
-def trace(config: Config, seconds: float) -> tuple[list[Point], Point]:
-    """Train for so many seconds; the curve on the validation split, and the last point on the test split."""
+def judge_draws(config: Config, test: ValidationTask) -> tuple[float, float]:
+    """KID and diversity as in :class:`Mark`."""
+    renderer, views = test.renderer, test.views
+    rgb = renderer.render_views(renderer.codes(config.seed, range(len(views))), views).rgb
+    pairs = TensorImages(to_uint8(test.images)), TensorImages(to_uint8(rgb))
+    protocol, device = builders.build_protocol(config), renderer.device
+    scores = score_images(*pairs, choose_extractor("offline"), protocol, device).values
+    distances = []
+    for class_idx in views.class_idx.unique():
+        row = int((views.class_idx == class_idx).nonzero()[0])
+        same = views[torch.full((NUM_CODES,), row)]
+        rgb = renderer.render_views(renderer.codes(config.seed, range(NUM_CODES)), same).rgb.flatten(1)
+        distances.append(torch.pdist(rgb).square().mean() / rgb.shape[1])
+    return scores["kid_offline"], float(torch.stack(distances).mean().sqrt())
+
+
+def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[Mark]]:
+    """Train until the last of `seconds`, or the end: the curve on the validation split, and marks on the test split.
+
+    The latter are taken after each of the increasing `seconds` that training reaches, and where it ends before.
+    """
     trainer, validation, test = build(config)
     loader = builders.build_loader(config, builders.open_photographs(config))
     curve: list[Point] = []
+    reached: list[Mark] = []
     due = FIRST_STEP
 
     def measure(trainer: Trainer, task: ValidationTask) -> Point:
@@ -101,14 +141,20 @@ def trace(config: Config, seconds: float) -> tuple[list[Point], Point]:
 
     def look(trainer: Trainer, statistics: object) -> None:
         nonlocal due
-        if trainer.progress.seconds >= min(due, seconds):
+        mark = seconds[len(reached)]
+        if trainer.progress.seconds >= min(due, mark):
             curve.append(measure(trainer, validation))
             due = max(due * GROWTH, trainer.progress.seconds)
-        if trainer.progress.seconds >= seconds:
+        if trainer.progress.seconds >= mark:
+            reached.append(Mark(measure(trainer, test), *judge_draws(config, test)))
+        if len(reached) == len(seconds):
             trainer.stop_reason = "the time is up"
 
     trainer.run(iter(loader), [look])
-    return curve, measure(trainer, test)
+    if len(reached) < len(seconds):
+        curve.append(measure(trainer, validation))
+        reached.append(Mark(measure(trainer, test), *judge_draws(config, test)))
+    return curve, reached
 
 
 def first_crossing(curve: Sequence[Point], mark: float) -> float | None:
@@ -152,50 +198,73 @@ def draw_curves(curves: dict[str, list[Point]], path: Path) -> None:
     image.save(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every lever and write the section and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=180.0, help="of training for each line")
-    parser.add_argument("--datadir", default="data", help="where the toys are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--levers", nargs="+", choices=[*LEVERS, "GRAF as published"], help="some of them by name; all by default"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of every lever")
-    options = parser.parse_intermixed_args(arguments)
-
-    lines: dict[str, tuple[str, ...]] = {}
+def choose_lines(options: argparse.Namespace) -> dict[str, Config]:
+    """The configurations that are trained, by the name of their line."""
+    if options.config is not None:
+        return {Path(options.config).stem: load_config(options.config, ["training.use_amp=true", *options.overrides])}
     keys: tuple[str, ...] = ()
+    lines: dict[str, tuple[str, ...]] = {}
     for name, more in LEVERS.items():
         keys += more
         lines[name] = keys
     lines["GRAF as published"] = GRAF
-    chosen = options.levers or list(lines)
+    own = [f"data.datadir={options.datadir}", "training.use_amp=true"]
+    return {
+        name: load_config("toys.yaml", [*own, *lines[name], *options.overrides]) for name in options.levers or lines
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every line and write the section and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[180.0], help="of training, at which the test split is measured"
+    )
+    parser.add_argument("--datadir", default="data", help="where the toys are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--config", help="one line: this configuration as it stands, instead of the levers")
+    parser.add_argument(
+        "--levers", nargs="+", choices=[*LEVERS, "GRAF as published"], help="some of them by name; all by default"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of every line")
+    options = parser.parse_intermixed_args(arguments)
+
+    seconds = sorted(options.seconds)
     curves, rows = {}, []
-    for name in chosen:
-        own = [f"data.datadir={options.datadir}", "training.use_amp=true"]
-        config = load_config("toys.yaml", [*own, *lines[name], *options.overrides])
-        curves[name], test = trace(config, options.seconds)
+    for name, config in choose_lines(options).items():
+        curves[name], reached = trace(config, seconds)
         crossings = [first_crossing(curves[name], mark) for mark in MARKS]
-        rows.append(
-            [
-                name,
-                f"{test.images / test.seconds:.1f}",
-                *("-" if crossing is None else f"{crossing:.0f}" for crossing in crossings),
-                f"{test.psnr:.2f}",
-                f"{test.ssim:.4f}",
-            ]
-        )
-        print(" | ".join(rows[-1]), flush=True)
-    header = ["lever", "images/s", *(f"s to {mark:g} dB" for mark in MARKS), "test PSNR, dB", "test SSIM"]
+        for mark in reached:
+            point = mark.point
+            rows.append(
+                [
+                    name,
+                    f"{point.images / point.seconds:.1f}",
+                    *("-" if crossing is None else f"{crossing:.0f}" for crossing in crossings),
+                    f"{point.seconds:.0f} s",
+                    f"{point.psnr:.2f}",
+                    f"{point.ssim:.4f}",
+                    f"{mark.kid:.4f}",
+                    f"{mark.diversity:.3f}",
+                ]
+            )
+            print(" | ".join(rows[-1]), flush=True)
+    crossed = [f"s to {mark:g} dB" for mark in MARKS]
+    header = ["line", "images/s", *crossed, "after", "test PSNR, dB", "SSIM", "KID of draws", "their diversity"]
+    name, command = "Time to a given quality", "python -m benchmarks.quality"
     path = options.results.parent / CURVE.name
+    if options.config is not None:
+        line = next(iter(curves))
+        name, command = f"{name}: {line}", f"{command} --config {options.config}"
+        path = path.with_stem(f"{CURVE.stem}_{line}")
     draw_curves(curves, path)
     text = (
-        f"{hardware()}; {options.seconds:g} seconds of training for each line, one seed, z = 0, averaged weights. "
-        "Seconds to a PSNR are read off the validation split's curve.\n\n"
+        f"{hardware()}; one seed, averaged weights. Seconds of training alone; those to a PSNR are read off the "
+        "validation split's curve. PSNR and SSIM with z = 0 or the instances' codes; KID (offline extractor) and "
+        "diversity (RMS distance of two of a class at one view) of drawn codes.\n\n"
         f"{format_table(header, rows)}\n\n![PSNR over seconds]({path.name})"
     )
-    write_section("Time to a given quality", "python -m benchmarks.quality", text, options.results)
+    write_section(name, command, text, options.results)
     return 0
 
 

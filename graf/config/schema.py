@@ -276,6 +276,9 @@ class CcsrConfig(Section):
     photographs: float = Field(
         10.0, ge=0, description="weight of restoring photographs from their own reductions (L1); 0: none"
     )
+    photometric: float = Field(
+        0.0, ge=0, description="weight of super-resolved renders' squared distance to photographs of their views; 0: none"
+    )
     agreement: float = Field(0.3, ge=0, description="weight of the agreement of neighbouring views; 0: none")
     agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
     perceptual: float = Field(
@@ -498,6 +501,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"training.photometric={training.photometric:g}: compares renders with photographs of the same view; set "
             "training.match_views=true too"
+        )
+    if config.ccsr.enabled and config.ccsr.photometric and not training.photometric:
+        yield (
+            f"ccsr.photometric={config.ccsr.photometric:g}: compares with photographs what training.photometric brings "
+            "near them, and that is 0; set training.photometric=20 and training.match_views=true, or leave it out"
         )
     for name, is_set in (
         ("refine_cameras", data.refine_cameras),

@@ -46,6 +46,7 @@ class SuperResolutionLossSettings:
     agreement: float
     agreement_degrees: float
     photographs: float
+    photometric: float
     perceptual: float
     supervise_generator: float
     alpha_init: float
@@ -263,9 +264,8 @@ class GANObjective:
         if label_logits is not None:
             statistics["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
             loss = loss + self.settings.class_loss * statistics["loss_g_class"]
-        is_shown = torch.ones_like(fakes.instance, dtype=torch.bool)  # by a photograph of the same object
+        is_shown = self._is_shown(fakes)
         if self.generator.instances is not None:
-            is_shown = fakes.instance >= 0
             codes = self.generator.codes(torch.zeros_like(fakes.z), fakes.instance)
             statistics["loss_g_prior"] = codes.square().mean(1).sum() / batch_size
             loss = loss + self.settings.instance_prior * statistics["loss_g_prior"]
@@ -309,7 +309,9 @@ class GANObjective:
     ) -> tuple[Tensor, Statistics]:
         """CCSR's loss on detached renders and those of the neighbouring views, and on photographs; D must be frozen.
 
-        The consistency term is taken before the projection: after it, it is zero and teaches nothing.
+        The consistency term is taken before the projection: after it, it is zero and teaches nothing. The photometric
+        one compares super-resolved renders with `reals` where these show the same objects, as in G's loss: a render
+        lacks other things than a reduced photograph does. Squares find the mean of what a blurred render may be.
         """
         assert self.ccsr is not None
         settings, inputs = self.settings.super_resolution, fakes.super_resolution
@@ -327,6 +329,9 @@ class GANObjective:
             terms["loss_sr_agreement"] = (settings.agreement, disagreement)
         if settings.photographs:
             terms["loss_sr_photographs"] = (settings.photographs, self._restoration_error(reals))
+        if settings.photometric:
+            distance = (image - self._cut_at_full_size(reals)).square().mean((1, 2, 3))
+            terms["loss_sr_photometric"] = (settings.photometric, distance * self._is_shown(fakes))
         if self.perceptual is not None:
             terms["loss_sr_perceptual"] = (settings.perceptual, self.perceptual(image, render.rgb))
         statistics = {name: value.sum() / batch_size for name, (_, value) in terms.items()}
@@ -337,8 +342,7 @@ class GANObjective:
         """Mean |SR(down(x)) - x| per patch x of photographs at high resolution: what GAN training alone leaves open."""
         assert self.ccsr is not None
         assert reals.super_resolution is not None
-        size = self.ccsr.scale * self.patch_size
-        truth = crop_images(reals.images, reals.patches, size, self.interpolation)
+        truth = self._cut_at_full_size(reals)
         image, _ = self.super_resolve(self.ccsr.down(truth), reals.super_resolution.latents, reals.patches)
         return (image - truth).abs().mean((1, 2, 3))
 
@@ -369,6 +373,17 @@ class GANObjective:
         return SurfaceView.from_render(render, poses, patches, self.caster, both)
 
     # ------------------------------------------------------------------------------------------------ shared parts
+
+    def _is_shown(self, fakes: FakeInputs) -> Tensor:
+        """Which generated patches (B,) show the photographs' objects: known instances, all where none has a code."""
+        if self.generator.instances is None:
+            return torch.ones_like(fakes.instance, dtype=torch.bool)
+        return fakes.instance >= 0
+
+    def _cut_at_full_size(self, reals: RealInputs) -> Tensor:
+        """Patches (B, 3, s K, s K) of photographs at the resolution of super-resolution."""
+        assert self.ccsr is not None
+        return crop_images(reals.images, reals.patches, self.ccsr.scale * self.patch_size, self.interpolation)
 
     def _cut_at_render_size(self, reals: RealInputs) -> Tensor:
         """Patches (B, 3, K, K) of photographs at the resolution of renders."""

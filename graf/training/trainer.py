@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -393,6 +393,8 @@ def _read_loss_settings(config: Config, poses_known: bool) -> LossSettings:
     ccsr, training = config.ccsr, config.training
     names = [item.name for item in fields(SuperResolutionLossSettings)]
     super_resolution = SuperResolutionLossSettings(**{name: getattr(ccsr, name) for name in names})
+    if not poses_known:
+        super_resolution = replace(super_resolution, photometric=0.0)
     if training.photometric and not poses_known:
         info_once(f"training.photometric={training.photometric:g} is not used: the photographs' poses are unknown")
     return LossSettings(

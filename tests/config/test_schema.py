@@ -205,6 +205,7 @@ def test_a_refused_value_comes_with_what_is_allowed_and_what_the_key_means():
             "try training.batch_size=10",
         ),
         ({"training": {"photometric": 5}}, "training.photometric=5", "training.match_views=true"),
+        ({"ccsr": {"enabled": True, "photometric": 5}}, "ccsr.photometric=5", "set training.photometric=20"),
         ({"nerf": {"field": "triplane"}}, "nerf.field=triplane", "nerf.bounding_radius"),
         ({"data": {"refine_cameras": True}}, "data.refine_cameras=true", "set training.photometric=20"),
         (

@@ -46,6 +46,7 @@ EVERYTHING = (
 TRIPLANE = (
     *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.plane_channels=4", "nerf.decoder_width=8"),
     *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
+    "ccsr.photometric=10",
 )
 SYNTHESIS = (*TRIPLANE, "nerf.planes=synthesis", "nerf.synthesis_width=4")
 #: and cameras that are learned: gradients that end in the rays

@@ -176,6 +176,7 @@ CASES = {
     "shared fakes": (*EVERY_TERM, "training.share_fakes=true"),
     "checkpointed micro-batches": (*EVERY_TERM, "training.micro_batch_size=1", "training.memory_strategy=checkpoint"),
     "deferred chunks": ("training.memory_strategy=deferred", "training.chunk=256"),
+    "matched views": (*EVERY_TERM, "training.match_views=true", "training.photometric=20", "ccsr.photometric=10"),
     "importance samples and noise": ("nerf.N_importance=4", "nerf.raw_noise_std=1"),
     "discriminator": (
         *("discriminator.class_loss=1", "discriminator.condition_maps=0", "discriminator.spectral_norm=true"),

@@ -33,6 +33,8 @@ TINY = (
     *("nerf.raw_noise_std=0", "nerf.jitter=false", "training.lr_d=5e-4"),
     "ccsr.photographs=0",  # tested on its own
 )
+#: renders that show what the photographs show
+MATCHED = ("training.match_views=true", "training.photometric=20")
 SIDE, SCALE = 16, 2
 
 
@@ -187,6 +189,30 @@ def test_photographs_are_restored_from_their_own_reductions(make_trainer, batche
     for _ in range(40):
         loss = trainer.step(images, labels)["loss_sr_photographs"]
     assert loss < 0.95 * expected
+
+
+def test_super_resolved_renders_learn_from_the_photographs_of_their_objects(smoke_config, make_trainer):
+    """Those of known instances alone, at the places where the photographs' patches lie."""
+    some_known = ("data.synthetic.instances=3", "data.synthetic.known_instances=2", "ccsr.photometric=1", *MATCHED)
+    data = builders.open_photographs(smoke_config(*TINY, *some_known))
+    trainer = make_trainer(*some_known, "ccsr.agreement=0", "ray_sampler.snap=true", data=data)
+    images, labels = map(torch.stack, zip(*(data[index] for index in range(0, len(data), 5)), strict=True))
+    inputs = trainer.inputs.draw(Draws(0, 0, range(len(labels))), images, labels, trainer.settings_at(0))
+    fakes, low = inputs.fakes_g, render(trainer, inputs.fakes_g)
+    known = fakes.instance >= 0
+    assert 0 < int(known.sum()) < len(known)
+    _, terms = trainer.objective.super_resolution_loss(fakes, low, None, inputs.reals, len(labels), 0)
+
+    latents = fakes.super_resolution.latents
+    with torch.no_grad():
+        found = trainer.ccsr(low.rgb, latents, fakes.patches).image
+    distances = []
+    for row in known.nonzero()[:, 0].tolist():
+        truth = crop_images(images[row : row + 1], inputs.reals.patches[row : row + 1], SCALE * SIDE)
+        distances.append((found[row] - truth[0]).square().mean())
+    assert_close(
+        terms["loss_sr_photometric"].detach(), torch.stack(distances).sum() / len(labels), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_unused_latents_stand_still_under_adam_with_momentum(make_trainer, batches, photographs):
@@ -491,7 +517,8 @@ def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
 
 @pytest.mark.parametrize("iteration", [0, 700])
 def test_ccsrs_loss_is_the_weighted_sum_of_its_terms(make_trainer, batches, photographs, iteration):
-    trainer = make_trainer(*("ccsr.adversarial=0.3", "ccsr.agreement=0.7", "ccsr.photographs=11", "ccsr.alpha_init=5"))
+    keys = ("ccsr.adversarial=0.3", "ccsr.agreement=0.7", "ccsr.photographs=11", "ccsr.photometric=7")
+    trainer = make_trainer(*keys, "ccsr.alpha_init=5", *MATCHED)
     trainer.progress.iteration = iteration
     ((images, labels),) = batches(1, size=3, data=photographs)
     fakes, objective = fakes_of(trainer), trainer.objective
@@ -504,6 +531,7 @@ def test_ccsrs_loss_is_the_weighted_sum_of_its_terms(make_trainer, batches, phot
         "loss_sr": 0.3,
         "loss_sr_agreement": 0.7,
         "loss_sr_photographs": 11.0,
+        "loss_sr_photometric": 7.0,
     }
     assert terms.keys() == weights.keys()
     assert_close(loss, sum(weight * terms[name] for name, weight in weights.items()))
