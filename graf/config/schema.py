@@ -277,7 +277,7 @@ class CcsrConfig(Section):
         10.0, ge=0, description="weight of restoring photographs from their own reductions (L1); 0: none"
     )
     photometric: float = Field(
-        0.0, ge=0, description="weight of super-resolved renders' squared distance to photographs of their views; 0: none"
+        0.0, ge=0, description="weight of super-resolved renders' squared distance to photographs they match; 0: none"
     )
     agreement: float = Field(0.3, ge=0, description="weight of the agreement of neighbouring views; 0: none")
     agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
