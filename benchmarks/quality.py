@@ -134,6 +134,9 @@ def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[M
     reached: list[Mark] = []
     due = FIRST_STEP
 
+    def judge(trainer: Trainer) -> Mark:
+        return Mark(measure(trainer, test), *judge_draws(config, test))
+
     def measure(trainer: Trainer, task: ValidationTask) -> Point:
         progress, scores = trainer.progress, task.measure()
         images = progress.iteration * config.training.batch_size
@@ -146,14 +149,14 @@ def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[M
             curve.append(measure(trainer, validation))
             due = max(due * GROWTH, trainer.progress.seconds)
         if trainer.progress.seconds >= mark:
-            reached.append(Mark(measure(trainer, test), *judge_draws(config, test)))
+            reached.append(judge(trainer))
         if len(reached) == len(seconds):
             trainer.stop_reason = "the time is up"
 
     trainer.run(iter(loader), [look])
     if len(reached) < len(seconds):
         curve.append(measure(trainer, validation))
-        reached.append(Mark(measure(trainer, test), *judge_draws(config, test)))
+        reached.append(judge(trainer))
     return curve, reached
 
 
@@ -220,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[180.0], help="of training, at which the test split is measured"
     )
-    parser.add_argument("--datadir", default="data", help="where the toys are kept")
+    parser.add_argument("--datadir", default="data", help="where the toys of the levers are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--config", help="one line: this configuration as it stands, instead of the levers")
     parser.add_argument(
@@ -228,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of every line")
     options = parser.parse_intermixed_args(arguments)
+    if options.config is not None and options.levers is not None:
+        parser.error("--levers are what is done to the toys: leave it out with --config")
 
     seconds = sorted(options.seconds)
     curves, rows = {}, []

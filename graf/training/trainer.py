@@ -393,9 +393,8 @@ def _read_loss_settings(config: Config, poses_known: bool) -> LossSettings:
     ccsr, training = config.ccsr, config.training
     names = [item.name for item in fields(SuperResolutionLossSettings)]
     super_resolution = SuperResolutionLossSettings(**{name: getattr(ccsr, name) for name in names})
-    if not poses_known:
+    if training.photometric and not poses_known:  # without which there is no ccsr.photometric either
         super_resolution = replace(super_resolution, photometric=0.0)
-    if training.photometric and not poses_known:
         info_once(f"training.photometric={training.photometric:g} is not used: the photographs' poses are unknown")
     return LossSettings(
         gan_type=training.gan_type,
