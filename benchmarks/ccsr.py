@@ -32,7 +32,7 @@ from graf.models.ccsr import CCSR, BoxProjection, LatentMixture, SuperResolved, 
 SCALE = 2
 COMMON = (
     "ccsr.enabled=true",
-    "ccsr.every=2",
+    "ccsr.adversarial=0.1",
     "training.fid_every=0",
     "training.sample_every=0",
     "training.print_every=20",
@@ -80,7 +80,7 @@ class Bicubic(CCSR):
         return SuperResolved(self.projection(image, render) if self.project else image, image)
 
 
-def train_variant(name: str, seed: int, iterations: int, imsize: int, folder: Path) -> Path:
+def train_variant(name: str, seed: int, iterations: int, folder: Path) -> Path:
     """Train one variant with one seed; a finished run is left as it is."""
     expname = "".join(letter if letter.isalnum() else "_" for letter in f"{name}_{seed}")
     arguments = [
@@ -90,7 +90,6 @@ def train_variant(name: str, seed: int, iterations: int, imsize: int, folder: Pa
         "--outdir",
         str(folder),
         *COMMON,
-        f"data.imsize={imsize}",
         f"expname={expname}",
     ]
     arguments += [f"seed={seed}", f"training.max_iterations={iterations}", f"ccsr.start_iteration={iterations // 3}"]
@@ -176,13 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=1500, help="length of every run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per variant (default: %(default)s)")
-    parser.add_argument("--imsize", type=int, default=64, help="side of the renders, pixels (default: %(default)s)")
     parser.add_argument("--outdir", type=Path, default=Path("results/ccsr_ablation"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    folder, sizes = options.outdir / str(options.imsize), f"{options.imsize} -> {SCALE * options.imsize} pixels"
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in (WITHOUT, PROJECTED, *VARIANTS)}
     for seed in range(options.seeds):
-        runs = {name: train_variant(name, seed, options.iterations, options.imsize, folder) for name in VARIANTS}
+        runs = {name: train_variant(name, seed, options.iterations, options.outdir) for name in VARIANTS}
         common = open_run(runs[WITHOUT])  # a generator that no module was trained with
         modules: dict[str, tuple[CCSR, str]] = {WITHOUT: (Bicubic(), WITHOUT), PROJECTED: (Bicubic(True), WITHOUT)}
         for name in VARIANTS:
@@ -193,13 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measured[row].append(measure(common, module, runs[trained]))
             print(f"seed {seed}, {row}: {json.dumps(measured[row][-1])}", flush=True)
     text = (
-        f"{options.seeds} seeds, {options.iterations} iterations each, {sizes}, embedded toys, {hardware()}, "
+        f"{options.seeds} seeds, {options.iterations} iterations each, embedded toys, {hardware()}, "
         f"{torch.get_num_threads()} threads. Per seed all rows are measured on the renders of one generator, trained "
         f"without CCSR; mean ± standard deviation over the seeds.\n\n{tabulate(measured)}\n\n"
         f"{compare_pairs(measured)}"
     )
-    command = f"python -m benchmarks.ccsr --iterations {options.iterations} --imsize {options.imsize}"
-    write_section(f"CCSR: what its parts do ({sizes})", command, text)
+    command = f"python -m benchmarks.ccsr --iterations {options.iterations} --seeds {options.seeds}"
+    write_section("CCSR: what its parts do (64 -> 128 pixels)", command, text)
     print(text)
 
 

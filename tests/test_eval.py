@@ -427,9 +427,12 @@ def test_a_wrong_choice_is_one_line(look, arguments, expected):
     assert expected in error_of(look(*arguments))
 
 
-def test_nothing_held_out_is_said(look, copied_run):
+def test_nothing_held_out_is_said(look, copied_run, monkeypatch, smoke_run):
+    monkeypatch.chdir(smoke_run.cwd)
     change_checkpoint(copied_run, "data", heldout_every=0)
-    assert "nothing was held out of this run" in error_of(look("--heldout", run_folder=copied_run))
+    message = error_of(look("--heldout", run_folder=copied_run))
+    assert "data.heldout_every=0 holds nothing out" in message
+    assert "set data.heldout_every to another value, for example 6" in message
 
 
 def test_missing_photographs_stop_the_scores_and_say_so(look, copied_run):

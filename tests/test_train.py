@@ -178,6 +178,37 @@ def test_real_photographs_train(run_program, tmp_path, name, keys):
     assert all(math.isfinite(row["loss_d_class"]) for row in rows)
 
 
+def write_labelled_photographs(folder: Path, splits: dict[int, str]) -> None:
+    """Eight views of a cup; `splits`: azimuth -> what its row of labels.csv says in the column split."""
+    folder.mkdir()
+    rows = ["file,class,height,angle,split"]
+    for angle in range(0, 360, 45):
+        Image.new("RGB", (32, 32), (angle // 2, 50, 50)).save(folder / f"{angle}.png")
+        rows.append(f"{angle}.png,cup,0,{angle},{splits.get(angle, '')}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
+def test_splits_of_labels_csv_choose_the_best_checkpoint_and_are_reported(run_program, tmp_path, capsys):
+    keys = [f"data.datadir={tmp_path / 'cups'}", "data.type=turntable", "data.v_list=[0.3]", "data.heldout_every=0"]
+    keys += ["training.save_best=psnr", "training.sample_every=0", "training.monitoring=[]"]
+    write_labelled_photographs(tmp_path / "cups", {90: "validation", 180: "test", 270: "test"})
+    assert run_program("train.py", "--config", SMOKE, *keys) == 0
+    folder = tmp_path / "results" / "smoke"
+    best = read_checkpoint(folder / "checkpoints" / "model_best.pt")["objects"]["progress"]["best"]
+    rows = read_scores(folder / "scores.jsonl")
+    assert len(rows) == 2
+    assert best["psnr_validation"] == max(row["psnr_validation"] for row in rows)
+    assert run_program("eval.py", "--run", folder, "--heldout") == 0
+    [report] = folder.glob("eval*/heldout*.json")
+    assert json.loads(report.read_text())["objects"][-1]["photographs"] == 2
+
+    write_labelled_photographs(tmp_path / "all_seen", {})
+    capsys.readouterr()
+    keys[0] = f"data.datadir={tmp_path / 'all_seen'}"
+    assert run_program("train.py", "--config", SMOKE, *keys, "expname=unsplit") == 1
+    assert "training.save_best=psnr: there are no photographs to compare with" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- learned cameras
 
 LEARNED = (*BARE, "training.match_views=true", "training.photometric=20", "training.optimizer=adam")

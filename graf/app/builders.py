@@ -224,7 +224,7 @@ def build_validation(config: Config, renderer: Renderer, split: str = "validatio
 
     At most NUM_VALIDATION of them, evenly chosen among those whose object the generator knows.
     """
-    if not config.data.heldout_every or config.data.type == "image_folder":
+    if config.data.type == "image_folder":
         return None
     try:
         photographs = open_photographs(config, split)

@@ -249,8 +249,6 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
         raise ConfigError(
             "--heldout: the views of these photographs are unknown (data.type=image_folder); it needs labels or poses"
         )
-    if not config.data.heldout_every:
-        raise ConfigError("--heldout: nothing was held out of this run; train with data.heldout_every=6, for example")
     training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "test"))
     means, (images, labels) = (
         _stack(builders.real_images(photographs, renderer.ccsr)["render"]) for photographs in (training, heldout)

@@ -18,7 +18,7 @@ from graf.app.builders import DatasetInfo
 from graf.app.refined_cameras import read_refined_cameras
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
 from graf.base.files import write_atomically
-from graf.config import Config
+from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.consistency import ConsistencyTask
 from graf.evaluation.fidelity import is_better, write_scores
@@ -241,6 +241,11 @@ def build_score_hook(
     if renderer.ccsr is not None:
         consistency = builders.build_consistency(config, dataset_info, renderer, range(len(renderer.classes)))
     real, validation = builders.real_images(photographs, renderer.ccsr), builders.build_validation(config, renderer)
+    if validation is None and config.training.save_best == "psnr":
+        raise ConfigError(
+            "training.save_best=psnr: there are no photographs to compare with in the validation split; set "
+            "data.heldout_every=6, say so in a column split of labels.csv, or use save_best=kid"
+        )
     return ScoreHook(task, real, folder, log, checkpoints, checkpoints.caches, consistency, validation)
 
 

@@ -267,6 +267,9 @@ class CcsrConfig(Section):
         None, description="1D weights of the blur before decimation; null: box mean"
     )
     lr: float = Field(5e-4, gt=0, description="learning rate; it falls as training.lr_schedule says")
+    betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.99), description="decay rates where training.optimizer is adam; restoring is regression, hence momentum"
+    )
     alpha_init: float = Field(10.0, ge=0, description="weight of the consistency term at iteration 0")
     alpha_min: float = Field(1.0, ge=0, description="its floor")
     alpha_decay: float = Field(
@@ -521,10 +524,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             "data.refine_cameras=true: learns from the distance of renders to photographs, and training.photometric=0; "
             "set training.photometric=20 and training.match_views=true, or leave it out"
         )
-    if training.save_best == "psnr" and (not data.heldout_every or data.type == "image_folder"):
+    if training.save_best == "psnr" and data.type == "image_folder":
         yield (
-            f"training.save_best=psnr: needs photographs of known views that are held out; data.type={data.type}, "
-            f"data.heldout_every={data.heldout_every}; set data.heldout_every=6, or save_best=fid"
+            "training.save_best=psnr: compares with photographs whose views are known, and data.type=image_folder has "
+            "none; use save_best=kid"
         )
     yield from _ccsr_contradictions(config.ccsr)
     if config.ccsr.enabled and training.reg_type == "wgangp":

@@ -111,12 +111,12 @@ class Trainer:
         self.generator, self.discriminator, self.ccsr = generator, discriminator, ccsr
         training = config.training
         self.average = ModelAverage(generator, training.model_average_beta)
-        self.g = self._make_player("generator", "g", generator, training.lr_g, precision)
-        self.d = self._make_player("discriminator", "d", discriminator, training.lr_d, precision)
+        self.g = self._make_player("generator", "g", generator, training.lr_g, training.betas, precision)
+        self.d = self._make_player("discriminator", "d", discriminator, training.lr_d, training.betas, precision)
         self.sr = self.sr_average = None
         if ccsr is not None:
             self.sr_average = ModelAverage(ccsr, training.model_average_beta)
-            self.sr = self._make_player("ccsr", "sr", ccsr, config.ccsr.lr, precision)
+            self.sr = self._make_player("ccsr", "sr", ccsr, config.ccsr.lr, config.ccsr.betas, precision)
         self.objective = GANObjective(
             generator=generator,
             discriminator=discriminator,
@@ -367,10 +367,18 @@ class Trainer:
         scalars |= {f"lr_{player.suffix}": player.lr_at(iteration) for player in self.players}
         return scalars | {"patch_min_scale": settings.min_scale, "density_noise": settings.density_noise}
 
-    def _make_player(self, name: str, suffix: str, network: nn.Module, lr: float, precision: Precision) -> Player:
+    def _make_player(
+        self,
+        name: str,
+        suffix: str,
+        network: nn.Module,
+        lr: float,
+        betas: tuple[float, float],
+        precision: Precision,
+    ) -> Player:
         training = self.config.training
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(training.optimizer, trainable, lr, training.betas)
+        optimizer = build_optimizer(training.optimizer, trainable, lr, betas)
         schedule = LearningRateSchedule(
             training.lr_schedule,
             training.lr_anneal,
@@ -379,7 +387,7 @@ class Trainer:
             training.lr_decay_start,
             training.lr_warmup,
         )
-        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, training.betas)
+        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, betas)
 
 
 def _choose_placement(config: Config) -> Callable[[Tensor, float, float], Patches]:

@@ -214,7 +214,11 @@ def test_a_refused_value_comes_with_what_is_allowed_and_what_the_key_means():
             "data.type=transforms has its own, so leave it out",
         ),
         ({"data": {"refined_cameras": KNOWN, "type": "image_folder"}}, "data.refined_cameras: ", "leave it out"),
-        ({"training": {"save_best": "psnr"}}, "training.save_best=psnr", "data.heldout_every=6"),
+        (
+            {"training": {"save_best": "psnr"}, "data": {"type": "image_folder"}},
+            "training.save_best=psnr: compares with photographs whose views are known",
+            "use save_best=kid",
+        ),
     ],
 )
 def test_a_contradiction_names_both_sides(values, start, advice):

@@ -216,10 +216,12 @@ def test_super_resolved_renders_learn_from_the_photographs_of_their_objects(smok
 
 
 def test_unused_latents_stand_still_under_adam_with_momentum(make_trainer, batches, photographs):
-    trainer = make_trainer("training.optimizer=adam", "training.betas=[0.9,0.99]", "ccsr.agreement=0")
+    trainer = make_trainer("training.optimizer=adam", "ccsr.agreement=0")
     assert trainer.ccsr is not None
     assert trainer.sr is not None
     first, second, third, fourth = batches(4, size=3, data=photographs)
+    assert trainer.sr.betas == (0.9, 0.99)
+    assert trainer.g.betas == (0.0, 0.99)
     views = trainer.ccsr.latents.views
     for angle, batch in ((45, first), (95, second)):
         generate_from(trainer, angle)
@@ -766,7 +768,7 @@ def test_the_average_follows_ccsr_once_a_step(make_trainer, batches, photographs
 
 
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(make_trainer, batches, photographs, tmp_path):
-    options = ("training.optimizer=adam", "training.betas=[0.5,0.99]", "ccsr.start_iteration=1", "ccsr.every=2")
+    options = ("training.optimizer=adam", "ccsr.betas=[0.5,0.99]", "ccsr.start_iteration=1", "ccsr.every=2")
     unbroken, first, resumed = (make_trainer(*options) for _ in range(3))
     assert set(unbroken.state) >= {"ccsr", "optimizer_sr", "scaler_sr", "ccsr_average", "averages"}
     for batch in batches(4, data=photographs):
