@@ -84,11 +84,13 @@ class Mark:
     """What is measured on the test split at a mark.
 
     point: with z = 0 or the instances' codes; kid: of drawn codes, one for each photograph's view, against the
-    photographs; diversity: root of the mean squared distance between renders of two drawn codes at one view, in [0, 2].
+    photographs; recall: the share of photographs that lie among those renders (graf.evaluation.fidelity); diversity:
+    root of the mean squared distance between renders of two drawn codes at one view, in [0, 2].
     """
 
     point: Point
     kid: float
+    recall: float
     diversity: float
 
 
@@ -107,8 +109,8 @@ def build(config: Config) -> tuple[Trainer, ValidationTask, ValidationTask]:
     return trainer, tasks[0], tasks[1]
 
 
-def judge_draws(config: Config, test: ValidationTask) -> tuple[float, float]:
-    """KID and diversity as in :class:`Mark`."""
+def judge_draws(config: Config, test: ValidationTask) -> tuple[float, float, float]:
+    """KID, recall and diversity as in :class:`Mark`."""
     renderer, views = test.renderer, test.views
     rgb = renderer.render_views(renderer.codes(config.seed, range(len(views))), views).rgb
     pairs = TensorImages(to_uint8(test.images)), TensorImages(to_uint8(rgb))
@@ -120,7 +122,7 @@ def judge_draws(config: Config, test: ValidationTask) -> tuple[float, float]:
         same = views[torch.full((NUM_CODES,), row)]
         rgb = renderer.render_views(renderer.codes(config.seed, range(NUM_CODES)), same).rgb.flatten(1)
         distances.append(torch.pdist(rgb).square().mean() / rgb.shape[1])
-    return scores["kid_offline"], float(torch.stack(distances).mean().sqrt())
+    return scores["kid_offline"], scores["recall_offline"], float(torch.stack(distances).mean().sqrt())
 
 
 def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[Mark]]:
@@ -250,12 +252,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{point.psnr:.2f}",
                     f"{point.ssim:.4f}",
                     f"{mark.kid:.4f}",
+                    f"{mark.recall:.2f}",
                     f"{mark.diversity:.3f}",
                 ]
             )
             print(" | ".join(rows[-1]), flush=True)
     crossed = [f"s to {mark:g} dB" for mark in MARKS]
-    header = ["line", "images/s", *crossed, "after", "test PSNR, dB", "SSIM", "KID of draws", "their diversity"]
+    header = [
+        "line",
+        "images/s",
+        *crossed,
+        "after",
+        "test PSNR, dB",
+        "SSIM",
+        "KID of draws",
+        "their recall",
+        "diversity",
+    ]
     name, command = "Time to a given quality", "python -m benchmarks.quality"
     path = options.results.parent / CURVE.name
     if options.config is not None:
@@ -265,8 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw_curves(curves, path)
     text = (
         f"{hardware()}; one seed, averaged weights. Seconds of training alone; those to a PSNR are read off the "
-        "validation split's curve. PSNR and SSIM with z = 0 or the instances' codes; KID (offline extractor) and "
-        "diversity (RMS distance of two of a class at one view) of drawn codes.\n\n"
+        "validation split's curve. PSNR and SSIM with z = 0 or the instances' codes; KID and recall (offline "
+        "extractor) and diversity (RMS distance of two of a class at one view) of drawn codes.\n\n"
         f"{format_table(header, rows)}\n\n![PSNR over seconds]({path.name})"
     )
     write_section(name, command, text, options.results)

@@ -30,6 +30,7 @@ from graf.runtime.randomness import preserve_rng
 
 Plain = str | int | float | bool | None
 CACHE_FORMAT = 1  # part of every cache name: raise it when the images handed to the extractor change
+NEIGHBOURS = 3  # of precision and recall, as published
 # Scores can be compared only where all of these agree; FID and KID depend on every one of them.
 COMPARABLE = ("extractor", "extractor_hash", "n_real", "n_fake", "resolution", "kid_subset_size")
 
@@ -63,7 +64,8 @@ class FidelityProtocol:
 class Scores:
     """Scores and where they come from.
 
-    values: {"fid", "kid", "kid_std"}, each with the extractor's suffix ("fid_offline"); provenance: plain values.
+    values: {"fid", "kid", "kid_std", "precision", "recall"}, each with the extractor's suffix ("fid_offline");
+    provenance: plain values.
     """
 
     values: dict[str, float]
@@ -145,7 +147,11 @@ def score_images(
     cache_root: str | Path | None = None,
     provenance: Mapping[str, Plain] | None = None,
 ) -> Scores:
-    """Compute FID and KID between two data sets of uint8 (3, H, W) images.
+    """Compute FID and KID between two data sets of uint8 (3, H, W) images, and precision and recall.
+
+    Precision is the share of generated images that lie among the real ones, recall that of real images which lie among
+    the generated ones, and so what of their variety is generated: nearer to some image of the other side than its
+    third neighbour there is (Kynkäänniemi et al., NeurIPS 2019).
 
     `real_cache_name` is a fingerprint of the real images: it keeps their features under `cache_root`, under a name that
     also hashes the extractor's weights and the protocol. Generated images are never cached.
@@ -171,7 +177,7 @@ def score_images(
             "kid_subsets": protocol.kid_subsets,
             "kid_subset_size": subset_size,
         }
-        names = {key: key + extractor.suffix for key in ("fid", "kid", "kid_std")}
+        names = {key: key + extractor.suffix for key in ("fid", "kid", "kid_std", "precision", "recall")}
         extra = _check_provenance(provenance or {}, {*own, *names.values()})
         cache_name = None
         if real_cache_name is not None:
@@ -193,6 +199,8 @@ def score_images(
                 kid=True,
                 kid_subsets=protocol.kid_subsets,
                 kid_subset_size=subset_size,
+                prc=True,
+                prc_neighborhood=min(NEIGHBOURS, n_real - 1, n_fake - 1),
                 feature_extractor=extractor.name,
                 feature_extractor_weights_path=None if extractor.weights_path is None else str(extractor.weights_path),
                 rng_seed=protocol.seed,
@@ -203,6 +211,9 @@ def score_images(
         names["fid"]: float(metrics[torch_fidelity.KEY_METRIC_FID]),
         names["kid"]: float(metrics[torch_fidelity.KEY_METRIC_KID_MEAN]),
         names["kid_std"]: float(metrics[torch_fidelity.KEY_METRIC_KID_STD]),
+        # for torch-fidelity the first data set is the generated one
+        names["precision"]: float(metrics[torch_fidelity.KEY_METRIC_RECALL]),
+        names["recall"]: float(metrics[torch_fidelity.KEY_METRIC_PRECISION]),
     }
     return Scores(values, {**own, **extra})
 

@@ -90,6 +90,30 @@ def test_kid_is_the_unbiased_mmd_of_the_features() -> None:
     assert scores.values["kid_std_offline"] < 1e-5
 
 
+@pytest.mark.parametrize(("n_real", "n_fake", "neighbours"), [(40, 30, 3), (3, 5, 2)])
+def test_precision_and_recall_are_shares_within_the_other_sides_neighbourhoods(
+    n_real: int, n_fake: int, neighbours: int
+) -> None:
+    real, fake = draw_images(n_real, 0), draw_images(n_fake, 1, spread=20)
+    x, y = extract(real), extract(fake)
+
+    def share_among(points: np.ndarray, others: np.ndarray) -> float:
+        radii = [sorted(np.linalg.norm(other - others, axis=1))[neighbours] for other in others]
+        within = [(np.linalg.norm(point - others, axis=1) <= radii).any() for point in points]
+        return float(np.mean(within))
+
+    values = score(real, fake).values
+    assert values["precision_offline"] == pytest.approx(share_among(y, x))
+    assert values["recall_offline"] == pytest.approx(share_among(x, y))
+
+
+def test_half_of_the_real_images_are_precise_and_recall_half() -> None:
+    dark, bright = draw_images(30, 0, spread=60).images, 255 - draw_images(30, 1, spread=60).images
+    values = score(Images(torch.cat([dark, bright])), Images(dark)).values
+    assert values["precision_offline"] == 1
+    assert values["recall_offline"] == 0.5
+
+
 def test_same_images_and_seed_give_equal_scores_and_another_seed_other_subsets() -> None:
     real, fake = draw_images(40, 0), draw_images(30, 1)
     protocol = replace(PROTOCOL, seed=3, kid_subsets=5, kid_subset_size=10)
@@ -110,7 +134,8 @@ def test_kid_subsets_are_as_large_as_both_sides_and_the_limit_allow(n_real: int,
 def test_scores_carry_their_provenance() -> None:
     extra: dict[str, Plain] = {"ema": True, "iteration": 500, "pose_distribution": "labels", "checkpoint": None}
     scores = score(draw_images(6, 0), draw_images(5, 1), provenance=extra)
-    assert set(scores.values) == {"fid_offline", "kid_offline", "kid_std_offline"}
+    names = ("fid", "kid", "kid_std", "precision", "recall")
+    assert set(scores.values) == {f"{name}_offline" for name in names}
     assert scores.provenance == {
         "n_real": 6,
         "n_fake": 5,
