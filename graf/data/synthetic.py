@@ -302,7 +302,6 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
         (folder / name).mkdir(parents=True)
     max_depth = settings.radius + BOUNDING_RADIUS
     intrinsics = Intrinsics.from_fov(settings.imsize, settings.fov)
-    rows: list[tuple[object, ...]] = []
 
     def render(views: list[View]) -> list[tuple[object, ...]]:
         """Write one object's photographs; returns their rows of labels.csv."""
@@ -318,13 +317,14 @@ def _write_set(folder: Path, settings: SyntheticSettings) -> None:
         )
         class_name = CLASS_NAMES[class_idx]
         name = class_name + (f"_i{instance}" if settings.instances > 1 else "")
-        rows: list[tuple[object, ...]] = []
+        written: list[tuple[object, ...]] = []
         for (_, _, height, angle), rgb, depth, mask in zip(views, *pictures, strict=True):
             file = f"{name}_h{height}__{angle}.png"
             _write_view(folder, file, rgb, depth / max_depth, mask)
-            rows.append((file, class_name, height, angle, *settings.instance_and_split(instance)))
-        return rows
+            written.append((file, class_name, height, angle, *settings.instance_and_split(instance)))
+        return written
 
+    rows: list[tuple[object, ...]] = []
     views = choose_views(settings)
     objects = (list(group) for _, group in groupby(views, key=lambda view: view[:2]))
     parts = [some[start : start + VIEWS_AT_ONCE] for some in objects for start in range(0, len(some), VIEWS_AT_ONCE)]
