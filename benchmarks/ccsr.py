@@ -151,7 +151,7 @@ def tabulate(measured: dict[str, list[dict[str, float]]]) -> str:
         for key, factor in COLUMNS.values():
             values = [factor * run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3g}{spread}")
+            cells.append(f"{statistics.mean(values):.4g}{spread}")
         rows.append(cells)
     return format_table(["variant", *COLUMNS], rows)
 
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = (
         f"{options.seeds} seeds, {options.iterations} iterations each, embedded toys, {hardware()}, "
         f"{torch.get_num_threads()} threads. Per seed all rows are measured on the renders of one generator, trained "
-        f"without CCSR; mean ± standard deviation over the seeds.\n\n{tabulate(measured)}\n\n"
+        f"without CCSR; mean (± standard deviation) over the seeds.\n\n{tabulate(measured)}\n\n"
         f"{compare_pairs(measured)}"
     )
     command = f"python -m benchmarks.ccsr --iterations {options.iterations} --seeds {options.seeds}"

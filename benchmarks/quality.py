@@ -258,17 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(" | ".join(rows[-1]), flush=True)
     crossed = [f"s to {mark:g} dB" for mark in MARKS]
-    header = [
-        "line",
-        "images/s",
-        *crossed,
-        "after",
-        "test PSNR, dB",
-        "SSIM",
-        "KID of draws",
-        "their recall",
-        "diversity",
-    ]
+    draws = ("KID of draws", "their recall", "diversity")
+    header = ["line", "images/s", *crossed, "after", "test PSNR, dB", "SSIM", *draws]
     name, command = "Time to a given quality", "python -m benchmarks.quality"
     path = options.results.parent / CURVE.name
     if options.config is not None:
