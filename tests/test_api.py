@@ -181,6 +181,15 @@ def test_codes_may_be_given_instead_of_seeds(renderer):
     assert len(renderer.sample(z=z.repeat(3, 1))) == 3
 
 
+def test_truncation_is_a_factor_on_drawn_codes(run, renderer):
+    truncated = graf.load(run, truncation=0.5)
+    z = 0.5 * renderer.codes(3, range(1))
+    assert torch.equal(truncated.sample(seed=3).rgb, renderer.sample(z=z).rgb)
+    assert torch.equal(truncated.sample(z=z).rgb, renderer.sample(z=z).rgb)
+    with pytest.raises(UserError, match=r"truncation=1.5: expected 0 to 1"):
+        graf.load(run, truncation=1.5)
+
+
 def test_the_default_camera_stands_at_the_median_height_and_the_runs_own_distance(renderer):
     v_list = renderer.cameras.v_list
     degrees = elevation_from_height(v_list[median_height(v_list)])

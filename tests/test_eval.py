@@ -205,12 +205,14 @@ def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
 def test_another_seed_scores_other_objects(look, monkeypatch, smoke_run):
     shutil.rmtree(smoke_run.folder / "eval", ignore_errors=True)
     monkeypatch.chdir(smoke_run.cwd)
-    for seed in ([], ["--seed", 0], ["--seed", 5]):
+    for seed in ([], ["--seed", 0], ["--seed", 5], ["--truncation", 0.5]):
         assert look("--fid_kid", *seed)[0] == 0
-    unasked, zero, five = read_scores(smoke_run.folder / "eval" / "scores.jsonl")
+    unasked, zero, five, truncated = read_scores(smoke_run.folder / "eval" / "scores.jsonl")
     assert unasked == zero
     assert (zero["seed"], five["seed"]) == (0, 5)
     assert zero["fid_offline"] != five["fid_offline"]
+    assert (zero["truncation"], truncated["truncation"]) == (1, 0.5)
+    assert zero["fid_offline"] != truncated["fid_offline"]
 
 
 # ---------------------------------------------------------------- super-resolution
@@ -411,6 +413,7 @@ def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
         (["--views", 0], "--views=0: expected 1 to 360"),
         (["--frames", 1], "--frames=1: expected 2"),
         (["--objects", 0], "--objects=0: expected 1"),
+        (["--truncation", 1.5], "--truncation=1.5: expected 0 to 1"),
         (["--heights", 0.2, 1.5], "--heights=1.5: expected 0 to 1"),
         (["--chunk", 0], "--chunk=0: expected at least 1"),
         (["--fps", 0], "--fps=0: expected 1"),

@@ -22,6 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="seed of the codes (default: 0; of --fid_kid: as in training, evaluation.seed)"
     )
     source.add_argument("--objects", type=int, help="objects (codes) per class (default: %(default)s)")
+    source.add_argument(
+        "--truncation", type=float, help="factor on drawn codes; below 1 surer, less various (default: %(default)s)"
+    )
     source.add_argument("--datadir", help="folder of the photographs (default: as in training, data.datadir)")
     action = parser.add_argument_group("what to do (default: --grid --rotation)")
     for name, (_, text) in ACTIONS.items():

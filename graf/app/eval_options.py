@@ -36,6 +36,7 @@ class EvalOptions:
     classes: Sequence[str] | None = None
     seed: int | None = None
     objects: int = 1
+    truncation: float = 1.0
     sr: bool = False
     views: int = 8
     heights: Sequence[float] | None = None
@@ -54,6 +55,7 @@ class EvalOptions:
             ("frames", 2, 100_000),
             ("seed", 0, 2**31),
             ("objects", 1, 10_000),
+            ("truncation", 0, 1),
             ("resolution", 8, 8192),
             ("fps", 1, 240),
             ("num_images", 2, 10**7),

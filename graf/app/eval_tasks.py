@@ -95,6 +95,7 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
     renderer, config = opened.renderer, opened.renderer.config
     if options.chunk is not None:
         renderer.generator.chunk = options.chunk
+    renderer = replace(renderer, truncation=options.truncation)
     if options.resolution is not None:
         renderer = replace(renderer, resolution=options.resolution)
     if options.datadir is not None:
@@ -284,7 +285,7 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             renderer.device,
             unseen=unseen,
             num_z=NUM_HELDOUT_CODES,
-            provenance={"iteration": evaluation.iteration},
+            provenance={"iteration": evaluation.iteration, "truncation": renderer.truncation},
         )
     shown = photographs.images
     if renderer.ccsr is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from graf.app import builders
 from graf.app.runs import RunFolder
+from graf.base.errors import UserError
 from graf.config import ConfigError, build_config
 from graf.evaluation.renderer import Renderer
 from graf.runtime.amp import choose_precision
@@ -17,12 +18,13 @@ from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
 from graf.runtime.device import pick_device
 
 
-def load(path: str | Path, device: str = "auto") -> Renderer:
+def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Renderer:
     """Open a trained generator: averaged weights, in evaluation mode, with the configuration that they were saved with.
 
     path: a run folder, of which model_best.pt is opened, else the newest checkpoint; or a checkpoint file. The run's
     config.yaml, which may be newer, is not read. device: "auto" (the first of cuda, mps, cpu) | "cpu" | "cuda" |
-    "cuda:1" | "mps". Flags of the whole process, such as TF32, are left as they are.
+    "cuda:1" | "mps". Flags of the whole process, such as TF32, are left as they are. truncation: factor in [0, 1] on
+    drawn codes; below 1 objects are surer and less various.
 
     Raises an error that says what to do: CheckpointError where nothing is there, where the file cannot be read or was
     written by another version; ConfigError where a folder is no run; DeviceError where there is no such device.
@@ -36,7 +38,9 @@ def load(path: str | Path, device: str = "auto") -> Renderer:
     >>> renderer.sample(class_name="mug", azimuth=45, elevation=20).pil()[0].save(run / "mug.png")
     """
     file = RunFolder(Path(path)).choose_checkpoint() if Path(path).is_dir() else Path(path)
-    return open_checkpoint(file, pick_device(device)).renderer
+    if not 0 <= truncation <= 1:
+        raise UserError(f"truncation={truncation}: expected 0 to 1")
+    return replace(open_checkpoint(file, pick_device(device)).renderer, truncation=truncation)
 
 
 @dataclass(frozen=True)

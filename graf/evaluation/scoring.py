@@ -66,7 +66,8 @@ class ScoringTask:
         real images at that resolution; fingerprint: identifies them in the cache; provenance: what else is known of the
         generator.
         """
-        more: dict[str, Plain] = {"output": output, "poses": self.pose_sampler.describe(), **(provenance or {})}
+        more: dict[str, Plain] = {"output": output, "poses": self.pose_sampler.describe()}
+        more |= {"truncation": self.renderer.truncation, **(provenance or {})}
         scores = retry_smaller(
             lambda: self._score(output, photographs, fingerprint, more),
             self._halve_batch,

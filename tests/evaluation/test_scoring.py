@@ -26,6 +26,7 @@ class NoiseRenderer:
     """Stands in for Renderer: image i is noise that depends on (seed, i) alone."""
 
     device = torch.device("cpu")
+    truncation = 1.0
 
     def __init__(self) -> None:
         self.asked: list[int] = []
