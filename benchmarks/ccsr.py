@@ -47,9 +47,9 @@ AGREEING, SHARED = "+ agreement", "one shared latent instead of eight"
 #: trained variants -> their keys; PROJECTED is measured on the runs WITHOUT CCSR
 VARIANTS = {
     WITHOUT: ("ccsr.enabled=false",),
-    RESTORING: ("ccsr.agreement=0",),
-    MATCHED: ("ccsr.agreement=0", "ccsr.photometric=200"),
-    SHARED: ("ccsr.agreement=0", "ccsr.photometric=200", "ccsr.num_views=1"),
+    RESTORING: (),
+    MATCHED: ("ccsr.photometric=200",),
+    SHARED: ("ccsr.photometric=200", "ccsr.num_views=1"),
     AGREEING: ("ccsr.agreement=0.3", "ccsr.photometric=200"),
 }
 #: column -> (key of a measured row, factor)

@@ -53,8 +53,10 @@ LARGEST_MIB, LARGEST_RAYS = 9_000, 8_192
 #: GRAF as published, with R1 per image; CCSR and scores off
 PUBLISHED = ("training.fid_every=0", "training.chunk=auto", "data.imsize=256")
 SMALL = ("nerf.netwidth=64", "nerf.netdepth=4", "nerf.N_samples=16", "training.fid_every=0")
-#: predicted against measured: name -> keys on top of smoke.yaml and SMALL
 TRIPLANE = ("nerf.field=triplane", "training.match_views=true", "training.photometric=20", "training.opacity=0.1")
+#: with the term that takes renders of neighbouring views
+SUPER_RESOLUTION = ("ccsr.enabled=true", "ccsr.agreement=0.3")
+#: predicted against measured: name -> keys on top of smoke.yaml and SMALL
 CONFIGS = {
     "dense": (),
     "dense, 8 chunks": ("training.chunk=64",),
@@ -85,16 +87,16 @@ CONFIGS = {
         "training.batch_size=6",
     ),
     "planes made of the code": (*TRIPLANE, "nerf.planes=synthesis"),
-    "CCSR": ("ccsr.enabled=true",),
+    "CCSR": SUPER_RESOLUTION,
     "CCSR, parts of 2, deferred": (
-        "ccsr.enabled=true",
+        *SUPER_RESOLUTION,
         "training.micro_batch_size=2",
         "training.batch_size=6",
         "training.memory_strategy=deferred",
         "training.chunk=64",
     ),
     "CCSR with RRDB and supervision, shared fakes": (
-        "ccsr.enabled=true",
+        *SUPER_RESOLUTION,
         "ccsr.trunk=rrdb",
         "ccsr.blocks=2",
         "ccsr.features=16",
@@ -123,7 +125,7 @@ CONFIGS = {
 #: configurations whose budgets are tried, as keys on top of smoke.yaml and SMALL
 BUDGETED = {
     "batch 8": ("training.batch_size=8",),
-    "batch 6, CCSR": ("training.batch_size=6", "ccsr.enabled=true"),
+    "batch 6, CCSR": ("training.batch_size=6", *SUPER_RESOLUTION),
     "batch 8, shared fakes, wide D": (
         "training.batch_size=8",
         "training.share_fakes=true",
@@ -139,7 +141,7 @@ CARDS = (4, 8, 12, 24)
 CARD_TASKS = {
     "32 x 32 patches": (32, ("training.use_amp=true",)),
     "64 x 64 patches": (64, ("training.use_amp=true",)),
-    "64 x 64, CCSR x 2": (64, ("training.use_amp=true", "ccsr.enabled=true", "data.imsize=128")),
+    "64 x 64, CCSR x 2": (64, ("training.use_amp=true", *SUPER_RESOLUTION, "data.imsize=128")),
     "whole 256 x 256": (256, ("training.use_amp=true",)),
 }
 

@@ -24,7 +24,8 @@ pytestmark = [
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
 def test_a_run_with_super_resolution_trains_resumes_and_is_shown(run_program, tmp_path, dtype, strategy):
     keys = ["data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "training.micro_batch_size=1"]
-    keys += ["training.chunk=256", f"training.memory_strategy={strategy}", f"training.amp_dtype={dtype}"]
+    keys += ["ccsr.agreement=0.3", "training.chunk=256"]
+    keys += [f"training.memory_strategy={strategy}", f"training.amp_dtype={dtype}"]
     arguments = ["--config", SMOKE, "--use_amp", "--device", "cuda", *keys]
     assert run_program("train.py", *arguments, "--max_iterations", "3") == 0
     assert run_program("train.py", *arguments, "--max_iterations", "6") == 0

@@ -34,6 +34,7 @@ def test_200_steps_with_sampling_scoring_and_checkpoints_leave_nothing_behind(ru
     with LiveTensorMeter() as meter:  # sees what was made in any step, the autograd graph's own tensors too
         keys = (
             "ccsr.enabled=true",
+            "ccsr.agreement=0.3",
             "ccsr.start_iteration=0",
             "training.sample_every=10",
             "training.fid_every=50",

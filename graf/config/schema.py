@@ -282,7 +282,9 @@ class CcsrConfig(Section):
     photometric: float = Field(
         0.0, ge=0, description="weight of super-resolved renders' squared distance to photographs they match; 0: none"
     )
-    agreement: float = Field(0.3, ge=0, description="weight of the agreement of neighbouring views; 0: none")
+    agreement: float = Field(
+        0.0, ge=0, description="weight of the agreement of neighbouring views, which takes a second render; 0: none"
+    )
     agreement_degrees: float = Field(15.0, gt=0, lt=180, description="angle between those neighbouring views, degrees")
     perceptual: float = Field(
         0.0, ge=0, description="weight of LPIPS to the upsampled render, where lpips is installed"

@@ -26,7 +26,7 @@ WEIGHTS = ("discriminator.class_loss=2.5", "training.reg_param=7", "training.reg
 LEARNED_WEIGHTS = {"loss_g": 1.0, "loss_g_class": 2.5, "loss_g_photometric": 20.0, "loss_g_supervision": 0.4}
 SUPER_RESOLUTION = (
     *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=0.4"),
-    *("ccsr.start_iteration=0", "ccsr.every=1"),
+    *("ccsr.start_iteration=0", "ccsr.every=1", "ccsr.agreement=0.3"),
 )
 
 

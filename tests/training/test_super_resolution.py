@@ -31,7 +31,7 @@ from graf.training.trainer import Trainer
 TINY = (
     *("data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "nerf.density_bias=30"),
     *("nerf.raw_noise_std=0", "nerf.jitter=false", "training.lr_d=5e-4"),
-    "ccsr.photographs=0",  # tested on its own
+    *("ccsr.agreement=0.3", "ccsr.photographs=0"),  # the latter is tested on its own
 )
 #: renders that show what the photographs show
 MATCHED = ("training.match_views=true", "training.photometric=20")
