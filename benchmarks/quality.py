@@ -177,7 +177,7 @@ def first_crossing(curve: Sequence[Point], mark: float) -> float | None:
 
 def draw_curves(curves: dict[str, list[Point]], path: Path) -> None:
     """PSNR over seconds, both axes linear, a colour for each curve."""
-    width, height, left, bottom, top = 900, 480, 50, 40, 24
+    width, height, left, right, bottom, top = 1080, 480, 50, 220, 40, 24
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     points = [point for curve in curves.values() for point in curve]
@@ -185,7 +185,7 @@ def draw_curves(curves: dict[str, list[Point]], path: Path) -> None:
     low, high = min(point.psnr for point in points) - 1, max(point.psnr for point in points) + 1
 
     def place(seconds: float, psnr: float) -> tuple[float, float]:
-        x = left + (width - left - 20) * seconds / longest
+        x = left + (width - left - right) * seconds / longest
         return x, top + (height - top - bottom) * (high - psnr) / (high - low)
 
     for level in range(2 * round(low / 2), round(high) + 1, 2):
@@ -198,7 +198,7 @@ def draw_curves(curves: dict[str, list[Point]], path: Path) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         colour = colours[index % len(colours)]
         draw.line([place(point.seconds, point.psnr) for point in curve], fill=colour, width=2)
-        draw.text((width - 220, height - bottom - 20 - 16 * (len(curves) - index)), name, fill=colour)
+        draw.text((width - right + 16, top + 16 * (len(curves) - 1 - index)), name, fill=colour)
     draw.text((left, 6), "PSNR on the validation split, dB, over seconds of training", fill="black")
     image.save(path)
 
