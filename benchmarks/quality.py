@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     name,
                     f"{point.images / point.seconds:.1f}",
                     *("-" if crossing is None else f"{crossing:.0f}" for crossing in crossings),
-                    f"{point.seconds:.0f} s",
+                    f"{point.seconds:.3g} s",
                     f"{point.psnr:.2f}",
                     f"{point.ssim:.4f}",
                     f"{mark.kid:.4f}",
