@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,19 +22,18 @@ from torch.nn import functional
 from benchmarks.results import RESULTS, format_table, write_section
 from graf.data.synthetic import CLASS_NAMES, render_views
 from graf.geometry.cameras import Intrinsics, pose_from_angles
-from graf.geometry.rays import Patches, crop_images, patch_grid
+from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches, place_pixel_patches
 
 #: pixels of a photograph and of a patch, and rays along each side of a pixel
 IMAGE, PATCH, RAYS = 64, 32, 9
-#: how photographs are read -> the side of a patch's cells and where their first one begins, pixels (None: anywhere
-#: inside of the photograph), and the interpolation
-READINGS = {
-    "cells of 1 pixel, on whole pixels": (1, 3.0, "bilinear"),
-    "cells of 1 pixel, anywhere, bilinear": (1, None, "bilinear"),
-    "cells of 1 pixel, anywhere, bicubic": (1, None, "bicubic"),
-    "cells of 2 pixels, on whole pixels": (2, 0.5, "bilinear"),
-    "cells of 2 pixels, between pixels, bilinear": (2, 0.0, "bilinear"),
-    "cells of 2 pixels, between pixels, bicubic": (2, 0.0, "bicubic"),
+#: how photographs are read -> the side of a patch's cells in pixels, how patches are placed, and the interpolation
+READINGS: dict[str, tuple[int, Callable[[Tensor, float, float], Patches], str]] = {
+    "cells of 1 pixel, on whole pixels": (1, partial(place_pixel_patches, size=PATCH, resolution=IMAGE), "bilinear"),
+    "cells of 1 pixel, anywhere, bilinear": (1, place_patches, "bilinear"),
+    "cells of 1 pixel, anywhere, bicubic": (1, place_patches, "bicubic"),
+    "cells of 2 pixels, on whole pixels": (2, partial(place_pixel_patches, size=PATCH, resolution=IMAGE), "bilinear"),
+    "cells of 2 pixels, between pixels, bilinear": (2, place_patches, "bilinear"),
+    "cells of 2 pixels, between pixels, bicubic": (2, place_patches, "bicubic"),
 }
 
 
@@ -66,12 +66,10 @@ def measure(num_views: int) -> dict[str, Sharpness]:
     fine = torch.cat([render_views(toy, poses, intrinsics, supersampling=1)[0] for toy in range(len(CLASS_NAMES))])
     photographs = functional.avg_pool2d(fine, RAYS)
     areas = functional.avg_pool2d(fine, RAYS, stride=1, padding=RAYS // 2, count_include_pad=False)
-    random = torch.rand(len(fine), 2, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(len(fine), 3, generator=torch.Generator().manual_seed(0))
     image, found = torch.arange(len(fine))[:, None, None], {}
-    for name, (cell, first, interpolation) in READINGS.items():
-        begin = random * (IMAGE - cell * PATCH) if first is None else torch.full_like(random, first)
-        scale = torch.full((len(fine),), cell * PATCH / IMAGE)
-        patches = Patches(scale, 2 * begin / IMAGE - 1 + scale[:, None])
+    for name, (cell, place, interpolation) in READINGS.items():
+        patches = place(uniforms, cell * PATCH / IMAGE, cell * PATCH / IMAGE)
         places = (patch_grid(patches, PATCH) + 1) / 2 * RAYS * IMAGE - 0.5
         column, row = places.round().long().clamp(0, RAYS * IMAGE - 1).unbind(-1)
         real = fine_energy(crop_images(photographs, patches, PATCH, interpolation))

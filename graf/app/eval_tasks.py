@@ -236,8 +236,8 @@ def write_consistency(evaluation: Evaluation) -> list[Path]:
     config, dataset_info = evaluation.config, evaluation.dataset_info
     report = builders.build_consistency(config, dataset_info, evaluation.renderer, evaluation.classes).measure()
     print(report.text())
-    content = {"iteration": evaluation.iteration, **report.as_dict()}
-    return [_write_json(evaluation.folder / "consistency.json", content)]
+    own = {"iteration": evaluation.iteration, "truncation": evaluation.renderer.truncation}
+    return [_write_json(evaluation.folder / "consistency.json", own | report.as_dict())]
 
 
 def write_heldout(evaluation: Evaluation) -> list[Path]:

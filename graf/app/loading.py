@@ -10,7 +10,6 @@ from torch import nn
 
 from graf.app import builders
 from graf.app.runs import RunFolder
-from graf.base.errors import UserError
 from graf.config import ConfigError, build_config
 from graf.evaluation.renderer import Renderer
 from graf.runtime.amp import choose_precision
@@ -38,8 +37,6 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Ren
     >>> renderer.sample(class_name="mug", azimuth=45, elevation=20).pil()[0].save(run / "mug.png")
     """
     file = RunFolder(Path(path)).choose_checkpoint() if Path(path).is_dir() else Path(path)
-    if not 0 <= truncation <= 1:
-        raise UserError(f"truncation={truncation}: expected 0 to 1")
     return replace(open_checkpoint(file, pick_device(device)).renderer, truncation=truncation)
 
 

@@ -111,6 +111,10 @@ class Renderer:
     config: Any = field(default=None, repr=False)
     truncation: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.truncation <= 1:
+            raise UserError(f"truncation={self.truncation}: expected 0 to 1")
+
     # ------------------------------------------------------------------------------------------------ for people
 
     def sample(
