@@ -78,6 +78,14 @@ CONFIGS = {
         "training.memory_strategy=checkpoint",
         "training.chunk=100",
     ),
+    "sines": ("nerf.field=siren",),
+    "sines, parts of 2, deferred": (
+        "nerf.field=siren",
+        "training.memory_strategy=deferred",
+        "training.chunk=100",
+        "training.micro_batch_size=2",
+        "training.batch_size=6",
+    ),
     "tri-planes": TRIPLANE,
     "tri-planes, parts of 2, deferred": (
         *TRIPLANE,

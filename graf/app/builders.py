@@ -39,6 +39,7 @@ from graf.models.field import RadianceField
 from graf.models.generator import Generator
 from graf.models.mlp_field import MLPField, MLPShape
 from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
+from graf.models.siren_field import SirenField, SirenShape
 from graf.models.triplane_field import TriplaneField, TriplaneShape
 from graf.runtime.amp import Precision
 from graf.runtime.logs import info_once, warn_once
@@ -271,6 +272,11 @@ def _build_mlp(config: Config, num_classes: int) -> RadianceField:
     return MLPField(_fill_shape(MLPShape, config, num_classes, depth=nerf.netdepth, width=nerf.netwidth))
 
 
+def _build_siren(config: Config, num_classes: int) -> RadianceField:
+    nerf = config.nerf
+    return SirenField(_fill_shape(SirenShape, config, num_classes, depth=nerf.netdepth, width=nerf.netwidth))
+
+
 def _build_triplane(config: Config, num_classes: int) -> RadianceField:
     return TriplaneField(_fill_shape(TriplaneShape, config, num_classes, extent=config.nerf.bounding_radius))
 
@@ -302,7 +308,11 @@ def _build_density_law(config: Config) -> DensityLaw:
 
 
 #: the values of nerf.field
-FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {"mlp": _build_mlp, "triplane": _build_triplane}
+FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {
+    "mlp": _build_mlp,
+    "siren": _build_siren,
+    "triplane": _build_triplane,
+}
 
 
 def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:

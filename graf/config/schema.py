@@ -159,7 +159,9 @@ class NerfConfig(Section):
     """The radiance field and its sampling along rays."""
 
     field: str = Field(
-        "mlp", description="what represents the objects: mlp, GRAF's network, or triplane, features on three planes"
+        "mlp",
+        description="what represents the objects: mlp, GRAF's network; siren, pi-GAN's, of sines that the shape code "
+        "modulates; or triplane, features on three planes",
     )
     planes: Literal["table", "synthesis"] = Field(
         "table", description="triplane: stored for each class, or made of the shape code by a convolutional network"
@@ -173,8 +175,8 @@ class NerfConfig(Section):
     )
     N_samples: int = Field(64, ge=2, description="samples per ray")
     N_importance: int = Field(0, ge=0, description="further samples per ray where the first ones found density")
-    netdepth: int = Field(8, ge=1, description="layers of the density trunk")
-    netwidth: int = Field(256, ge=8, description="units per layer")
+    netdepth: int = Field(8, ge=1, description="mlp, siren: layers of the density trunk")
+    netwidth: int = Field(256, ge=8, description="mlp, siren: units per layer")
     multires: int = Field(10, ge=0, le=16, description="octaves of the positional encoding of points")
     base_frequency: float = Field(
         1.0, gt=0, description="its first angular frequency: pi in the papers, 1 in GRAF's code"
@@ -185,7 +187,7 @@ class NerfConfig(Section):
     raw_noise_std: float = Field(1.0, ge=0, description="standard deviation of the noise on the raw density")
     decrease_noise: bool = Field(True, description="let that noise fall linearly to 0")
     noise_iterations: int = Field(5000, ge=1, description="iterations until it is 0")
-    dim_class: int = Field(32, ge=1, description="length of the class embedding")
+    dim_class: int = Field(32, ge=1, description="mlp, siren: length of the class embedding")
     density: Literal["relu", "softplus"] = Field("relu", description="activation of the raw density")
     density_scale: float = Field(1.0, gt=0, description="factor on the activated density")
     density_bias: float = Field(0.0, description="added to the raw density")

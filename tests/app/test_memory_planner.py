@@ -28,6 +28,8 @@ def small(*overrides: str) -> Config:
         "checkpoint",
         "parts of 3, checkpoint",
         "CCSR, parts of 2, deferred",
+        "sines",
+        "sines, parts of 2, deferred",
         "tri-planes",
         "tri-planes, parts of 2, deferred",
         "planes made of the code",

@@ -19,6 +19,7 @@ from graf.geometry.volume_rendering import (
 from graf.models.density import DensityLaw
 from graf.models.generator import Generator
 from graf.models.mlp_field import MLPField, MLPShape
+from graf.models.siren_field import SirenField, SirenShape
 from graf.models.triplane_field import TriplaneField, TriplaneShape
 from graf.runtime.memory_settings import MemorySettings
 
@@ -31,6 +32,11 @@ PLANES = TriplaneShape(
     extent=0.9, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=5, dim_appearance=3,
     num_classes=2, density=SHAPE.density,
 )  # fmt: skip
+SINES = SirenShape(
+    depth=3, width=16, multires_views=2, base_frequency=math.pi, use_viewdirs=True, dim_shape=5, dim_appearance=3,
+    num_classes=2, dim_class=4, density=SHAPE.density,
+)  # fmt: skip
+FIELDS = [lambda: MLPField(SHAPE), lambda: SirenField(SINES), lambda: TriplaneField(PLANES)]
 SAMPLING = RaySampling(6, 3)
 CASTER = RayCaster(Intrinsics.from_fov(4, 30.0), 2.5, 4.5, 0.7)
 
@@ -88,9 +94,7 @@ def test_a_chunk_counts_rays_over_all_images_of_the_batch():
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
 @pytest.mark.parametrize("importance", [0, 4])
-@pytest.mark.parametrize(
-    "make_field", [lambda: MLPField(SHAPE), lambda: TriplaneField(PLANES)], ids=["mlp", "triplane"]
-)
+@pytest.mark.parametrize("make_field", FIELDS, ids=["mlp", "siren", "triplane"])
 def test_recomputed_chunks_give_the_dense_gradients(strategy, importance, make_field):
     generator = Generator(make_field(), RaySampling(6, importance), learn_background=True, chunk=6).double()
     z, class_idx, rays, noise = draw_inputs(batch=2)

@@ -41,8 +41,9 @@ EVERYTHING = (
     *("ccsr.start_iteration=0", "ccsr.every=1"),
 )
 
-
-#: other fields, and generated patches that show what the photographs show, with instances' codes
+#: another field of layers
+SIREN = ("nerf.field=siren",)
+#: tri-planes, and generated patches that show what the photographs show, with instances' codes
 TRIPLANE = (
     *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.plane_channels=4", "nerf.decoder_width=8"),
     *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
@@ -115,7 +116,9 @@ def gradients_of_a_step(
 @pytest.mark.parametrize("sharing", ["training.share_fakes=false", "training.share_fakes=true"])
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
 @pytest.mark.parametrize(
-    "field", [(), TRIPLANE, SYNTHESIS, REFINED], ids=["mlp", "triplane", "synthesis", "learned cameras"]
+    "field",
+    [(), SIREN, TRIPLANE, SYNTHESIS, REFINED],
+    ids=["mlp", "siren", "triplane", "synthesis", "learned cameras"],
 )
 def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, field, sharing, strategy):
     make_trainer = partial(make_trainer, *field)
