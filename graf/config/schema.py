@@ -177,7 +177,7 @@ class NerfConfig(Section):
     N_importance: int = Field(0, ge=0, description="further samples per ray where the first ones found density")
     netdepth: int = Field(8, ge=1, description="mlp, siren: layers of the density trunk")
     netwidth: int = Field(256, ge=8, description="mlp, siren: units per layer")
-    multires: int = Field(10, ge=0, le=16, description="octaves of the positional encoding of points")
+    multires: int = Field(10, ge=0, le=16, description="mlp: octaves of the positional encoding of points")
     base_frequency: float = Field(
         1.0, gt=0, description="its first angular frequency: pi in the papers, 1 in GRAF's code"
     )

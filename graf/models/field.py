@@ -8,9 +8,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from graf.models.density import DensityLaw
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldShape:
+    """Sizes and output laws that every shipped field has; defaults stand in the configuration (`nerf`, `z_dist`).
+
+    multires_views: octaves of the positional encoding of directions, whose first angular frequency is base_frequency;
+    use_viewdirs: whether colour may depend on the direction. dim_shape, dim_appearance: latent codes; density: how
+    numbers of a network become densities.
+    """
+
+    multires_views: int
+    base_frequency: float
+    use_viewdirs: bool
+    dim_shape: int
+    dim_appearance: int
+    num_classes: int
+    density: DensityLaw
 
 
 class RadianceField(nn.Module, ABC):

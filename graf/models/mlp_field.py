@@ -21,33 +21,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.base.tensors import SHARED, TensorBatch
-from graf.models.density import DensityLaw
 from graf.models.encoding import encoding_size, positional_encoding
-from graf.models.field import RadianceField
+from graf.models.field import FieldShape, RadianceField
 from graf.runtime.amp import at_least_float32, float32_region
 
 
-@dataclass(frozen=True)
-class MLPShape:
-    """Sizes and output laws of :class:`MLPField`; defaults stand in the configuration (`nerf`, `z_dist`).
+@dataclass(frozen=True, kw_only=True)
+class MLPShape(FieldShape):
+    """Sizes of :class:`MLPField`.
 
     depth x width: the density trunk; `skip`: the layer that sees the input again (GRAF: 5 of 8, counted from 0).
-    multires, multires_views: octaves of the positional encoding of points and directions, whose first angular
-    frequency is base_frequency; use_viewdirs: whether colour may depend on the direction. dim_shape, dim_appearance:
-    latent codes; num_classes, dim_class: the class embedding.
+    multires: octaves of the positional encoding of points; dim_class: length of the class embedding.
     """
 
     depth: int
     width: int
     multires: int
-    multires_views: int
-    base_frequency: float
-    use_viewdirs: bool
-    dim_shape: int
-    dim_appearance: int
-    num_classes: int
     dim_class: int
-    density: DensityLaw
 
     @property
     def skip(self) -> int | None:

@@ -21,32 +21,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.base.tensors import TensorBatch
-from graf.models.density import DensityLaw
 from graf.models.encoding import encoding_size, positional_encoding
-from graf.models.field import RadianceField
+from graf.models.field import FieldShape, RadianceField
 from graf.runtime.amp import at_least_float32, float32_region
 
 #: gamma = FREQUENCY + FREQUENCY_RANGE times what the mapping network says (pi-GAN's published code)
 FREQUENCY, FREQUENCY_RANGE = 30, 15
 
 
-@dataclass(frozen=True)
-class SirenShape:
-    """Sizes and output laws of :class:`SirenField`; defaults stand in the configuration (`nerf`, `z_dist`).
-
-    depth x width: the layers of sines. The rest is as in MLPShape.
-    """
+@dataclass(frozen=True, kw_only=True)
+class SirenShape(FieldShape):
+    """Sizes of :class:`SirenField`: depth x width, its layers of sines; dim_class, length of the class embedding."""
 
     depth: int
     width: int
-    multires_views: int
-    base_frequency: float
-    use_viewdirs: bool
-    dim_shape: int
-    dim_appearance: int
-    num_classes: int
     dim_class: int
-    density: DensityLaw
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.base.tensors import TensorBatch
-from graf.models.density import DensityLaw
 from graf.models.encoding import encoding_size, positional_encoding
-from graf.models.field import RadianceField
+from graf.models.field import FieldShape, RadianceField
 from graf.models.plane_sources import PlaneShape, PlaneSynthesis, PlaneTable
 from graf.runtime.amp import at_least_float32, float32_region
 
@@ -34,14 +33,13 @@ PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 PLANE_SOURCES: dict[str, Callable[[PlaneShape], nn.Module]] = {"table": PlaneTable, "synthesis": PlaneSynthesis}
 
 
-@dataclass(frozen=True)
-class TriplaneShape:
-    """Sizes and output laws of :class:`TriplaneField`; defaults stand in the configuration (`nerf`, `z_dist`).
+@dataclass(frozen=True, kw_only=True)
+class TriplaneShape(FieldShape):
+    """Sizes of :class:`TriplaneField`.
 
     planes: "table" or "synthesis", the latter with layers of synthesis_width; plane_resolution^2 features of
     plane_channels numbers on each plane, which cover [-extent, extent] on both axes; decoder_width: its hidden units;
-    colour_components: those that directions and appearance mix, besides one that is always there. The rest is as in
-    MLPShape.
+    colour_components: those that directions and appearance mix, besides one that is always there.
     """
 
     planes: str
@@ -51,13 +49,6 @@ class TriplaneShape:
     decoder_width: int
     colour_components: int
     extent: float
-    multires_views: int
-    base_frequency: float
-    use_viewdirs: bool
-    dim_shape: int
-    dim_appearance: int
-    num_classes: int
-    density: DensityLaw
 
 
 @dataclass(frozen=True)

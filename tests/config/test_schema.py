@@ -179,7 +179,7 @@ def test_a_value_out_of_range_is_named(key, value):
 def test_a_refused_value_comes_with_what_is_allowed_and_what_the_key_means():
     message = error_of({"nerf": {"multires": 99}})
     assert message == (
-        "nerf.multires=99: input should be less than or equal to 16 (octaves of the positional encoding of points)"
+        "nerf.multires=99: input should be less than or equal to 16 (mlp: octaves of the positional encoding of points)"
     )
 
 
