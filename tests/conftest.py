@@ -21,6 +21,10 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 RunProgram = Callable[..., int]
 
 
+torch.set_num_threads(1)  # tests run side by side, one on each core
+os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs that they start
+
+
 @pytest.fixture(autouse=True)
 def _seeded_torch() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +49,6 @@ def start_program(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-W", "error", str(ROOT / program), *rest],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -36,6 +36,7 @@ def test_200_steps_with_sampling_scoring_and_checkpoints_leave_nothing_behind(ru
             "ccsr.enabled=true",
             "ccsr.agreement=0.3",
             "ccsr.start_iteration=0",
+            "data.synthetic.instances=2",  # of one instance the truth would be drawn for minutes
             "training.sample_every=10",
             "training.fid_every=50",
             "training.backup_every=25",
