@@ -19,6 +19,7 @@ from graf.evaluation import renderer
 from graf.evaluation.fidelity import read_scores
 from graf.geometry.cameras import median_height
 from graf.runtime.checkpoint import read_checkpoint, save_checkpoint
+from graf.runtime.sealed_archive import write_sealed
 
 CLASSES = ("car", "duck", "house", "mug")
 KINDS = ("rgb", "depth", "opacity")
@@ -50,7 +51,8 @@ def change_checkpoint(run: Path, section: str, **values: object) -> None:
     file = run / "checkpoints" / "model_best.pt"
     contents = torch.load(file, weights_only=True)
     contents["meta"]["config"][section].update(values)
-    torch.save(contents, file)
+    with open(file, "wb") as stream:
+        write_sealed(stream, contents, {})
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -393,12 +395,15 @@ def test_photographs_without_poses_have_no_held_out_views(look, copied_run):
     file = copied_run / "checkpoints" / "model_best.pt"
     contents = torch.load(file, weights_only=True)
     contents["meta"]["dataset"]["poses_known"] = False
-    torch.save(contents, file)
+    with open(file, "wb") as stream:
+        write_sealed(stream, contents, {})
     assert "--heldout: the views of these photographs are unknown" in error_of(look("--heldout", run_folder=copied_run))
 
 
 def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
     checkpoint = copied_run / "checkpoints" / "model_best.pt"
+    for other in checkpoint.parent.glob("*0*.pt"):
+        other.unlink()
     checkpoint.write_bytes(checkpoint.read_bytes()[:3000])
     assert "cannot be read" in error_of(look(run_folder=copied_run))
     save_checkpoint(checkpoint, {}, {"iteration": 3})

@@ -327,7 +327,7 @@ def test_sigterm_saves_and_the_command_that_it_prints_goes_on_from_there(
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, stderr
+    assert process.returncode == 75, stderr
     last = read_metrics(run)[-1]
     iteration = int(last["iteration"])
     assert f"stopped after iteration {iteration} (SIGTERM); resume with: " in stdout
@@ -348,7 +348,7 @@ def test_sigterm_saves_and_the_command_that_it_prints_goes_on_from_there(
 
 
 def test_max_minutes_stops_saves_shows_and_says_how_to_go_on(train, tmp_path, capsys):
-    assert train("training.fid_every=0", "training.monitoring=[]", "--max_minutes", "1e-6") == 0
+    assert train("training.fid_every=0", "training.monitoring=[]", "--max_minutes", "1e-6") == 75
     assert "stopped after iteration 1 (training.max_minutes=1e-06 have passed)" in (printed := capsys.readouterr().out)
     assert f"resume with: python train.py --config {Path('results', 'smoke', 'config.yaml')}" in printed
     run = tmp_path / "results" / "smoke"

@@ -52,6 +52,8 @@ Settings = TypeVar("Settings")
 
 #: photographs of the validation split that a run is measured on
 NUM_VALIDATION = 48
+#: of the true pictures that renders are compared with: no more memory than for one of 64 x 64
+TRUE_PIXELS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,23 @@ def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
     radius = sum(config.data.radius_range) / 2
     values = config.data.model_dump() | {"radius": radius, "imsize": config.photo_size}
     photographs = open_dataset(DataSettings.from_mapping(values, subset))
+    if photographs.poses is not None:
+        _check_scale(config, photographs.poses)
     if config.ccsr.enabled:
         _check_resolution(config, photographs)
     return photographs
+
+
+def _check_scale(config: Config, poses: Tensor) -> None:
+    """Refuse poses (N, 4, 4) from which no ray is sampled near the origin, where the object has to be."""
+    data, distances = config.data, poses[:, :3, 3].norm(dim=1)
+    seen = ((distances > data.near) & (distances < data.far)).float().mean()
+    if seen < 0.5:
+        raise ConfigError(
+            f"data.near={data.near:g}, data.far={data.far:g}: the cameras stand {distances.min():.3g} to "
+            f"{distances.max():.3g} from the origin, so that most of their rays are not sampled there; scale the "
+            "poses, or set near and far to less and more than these distances"
+        )
 
 
 def _check_resolution(config: Config, photographs: PhotoDataset) -> None:
@@ -208,11 +224,11 @@ def _render_truth(
 
     def render(side: int) -> tuple[Tensor, Tensor, Tensor]:
         intrinsics = Intrinsics.from_fov(side, dataset_info.fov)
-        one_by_one = (  # which needs less memory
-            render_views(toy, pose, intrinsics, seed=known.seed, white_bkgd=config.data.white_bkgd)
-            for pose in views.poses.split(1)
+        few_by_few = (  # which needs less memory
+            render_views(toy, poses, intrinsics, seed=known.seed, white_bkgd=config.data.white_bkgd)
+            for poses in views.poses.split(max(1, TRUE_PIXELS_AT_ONCE // side**2))
         )
-        rgb, depth, mask = (torch.cat(images) for images in zip(*one_by_one, strict=True))
+        rgb, depth, mask = (torch.cat(images) for images in zip(*few_by_few, strict=True))
         return rgb, depth, mask
 
     images, _, _ = render(high)

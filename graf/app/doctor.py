@@ -62,12 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
     options = parser.parse_intermixed_args(arguments)
 
-    def command(errors: ErrorLog) -> None:
+    def command(errors: ErrorLog) -> int:
         setup_console()
         inspection = inspect_data(load_config(options.config, options.overrides))
         print("\n".join(describe(inspection)))
         for path in write_pictures(inspection, Path(options.out)):
             print(f"wrote {path}")
+        return 0
 
     return run_command(command, debug=options.debug, interrupted="interrupted")
 

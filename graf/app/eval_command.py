@@ -56,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
     debug = given.pop("debug")
 
-    def command(errors: ErrorLog) -> None:
+    def command(errors: ErrorLog) -> int:
         from graf.app.eval_tasks import run_evaluation
 
         written = run_evaluation(EvalOptions(**given), errors)
         print("written:", " ".join(str(path) for path in written))
+        return 0
 
     return run_command(command, debug=debug, interrupted="interrupted; what was written before stays")

@@ -87,11 +87,11 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
         run = RunFolder(folder.parent if folder.name == "checkpoints" else folder)
     else:
         run = newest_run(Path(options.outdir))
-    file = Path(options.checkpoint) if options.checkpoint else run.choose_checkpoint()
+    files = [Path(options.checkpoint)] if options.checkpoint else run.best_first()
     prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)
-    opened = open_checkpoint(file, device)
+    opened = open_checkpoint(files, device)
     renderer, config = opened.renderer, opened.renderer.config
     if options.chunk is not None:
         renderer.generator.chunk = options.chunk
@@ -101,7 +101,7 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
     if options.datadir is not None:
         data = config.data.model_copy(update={"datadir": options.datadir})
         config = config.model_copy(update={"data": data})
-    logger.info("%s, iteration %d, on %s", file, opened.iteration, describe_device(device))
+    logger.info("%s, iteration %d, on %s", opened.file, opened.iteration, describe_device(device))
     if options.sr and renderer.ccsr is None:
         raise ConfigError("--sr: this run has no super-resolution; train one with ccsr.enabled=true")
     heights = options.heights or [height_from_elevation(degrees) for degrees in options.elevations or ()]

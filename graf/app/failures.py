@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +33,15 @@ class ErrorLog:
         return f"its traceback is in {file}"
 
 
-def run_command(command: Callable[[ErrorLog], None], *, debug: bool, interrupted: str) -> int:
-    """Run a command; the exit code is 0, or 1 (after Ctrl-C 130) and a last line on stderr that says what is wrong.
+def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted: str) -> int:
+    """Run a command; the exit code is its own, or 1 (after Ctrl-C 130) and a last line on stderr says what is wrong.
 
     debug: print the traceback of a failure too; interrupted: what to say after Ctrl-C.
     """
     log = ErrorLog()
     try:
-        command(log)
+        with _short_thread_failures(debug), _lost_readers():
+            return command(log)
     except KeyboardInterrupt:
         print(f"error: {interrupted}", file=sys.stderr)
         return 130
@@ -51,7 +55,37 @@ def run_command(command: Callable[[ErrorLog], None], *, debug: bool, interrupted
             message = f"unexpected {what} ({where})"
         print(f"error: {message}", file=sys.stderr)
         return 1
-    return 0
+
+
+@contextmanager
+def _lost_readers() -> Iterator[None]:
+    """A program whose output nobody reads any more (`| tee` after Ctrl-C, a closed terminal) ends as any other."""
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # else Python tries it again at its end and exits with 120
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def _short_thread_failures(debug: bool) -> Iterator[None]:
+    """A thread that fails, such as TensorBoard's on a full disk, is one line too; who waits for it has the error."""
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        name = "?" if failure.thread is None else failure.thread.name
+        print(f"warning: {name}: {failure.exc_type.__name__}: {failure.exc_value}", file=sys.stderr)
+
+    former = threading.excepthook
+    if not debug:
+        threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 def explain_failure(error: Exception) -> str | None:

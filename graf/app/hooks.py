@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,12 +27,14 @@ from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
 from graf.evaluation.pictures import save_png
 from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask, ValidationTask
-from graf.runtime.checkpoint import checkpoint_name, prune_checkpoints, save_checkpoint
+from graf.runtime.checkpoint import SaveError, checkpoint_name, prune_checkpoints, save_checkpoint
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
 from graf.runtime.memory import CacheRelease, read_memory
 from graf.training.trainer import Trainer
 
+#: seconds until a checkpoint that could not be written is tried again
+RETRY_AFTER = (1.0, 5.0)
 #: iterations with a sample grid besides the multiples of training.sample_every
 EARLY_SAMPLES = (1, 10, 50, 100, 250)
 
@@ -39,6 +42,15 @@ EARLY_SAMPLES = (1, 10, 50, 100, 250)
 def is_due(iteration: int, every: int) -> bool:
     """Whether something that happens every `every` iterations (0: never) happens after this one."""
     return every > 0 and iteration % every == 0
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether training ends here, by its length or by the clock, so that whatever is asked for has to be done now."""
+    return trainer.progress.iteration >= trainer.config.training.max_iterations or trainer.stop_reason is not None
+
+
+def _grid_name(kind: str, iteration: int) -> str:
+    return f"{kind}_{iteration:08d}.png"
 
 
 @dataclass
@@ -55,8 +67,17 @@ class LogHook:
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         progress, training = trainer.progress, trainer.config.training
         self.caches.after_step(progress.iteration)
-        if not is_due(progress.iteration, training.print_every) and progress.iteration != 1:
-            return
+        if is_due(progress.iteration, training.print_every) or progress.iteration == 1:
+            self._write(trainer, statistics)
+        progress.logged = progress.iteration
+
+    def catch_up(self, trainer: Trainer) -> None:
+        """Write the line that a full or failing disk has refused of the iteration that was reached."""
+        if trainer.progress.logged != trainer.progress.iteration:
+            self(trainer, trainer.latest)
+
+    def _write(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        progress, training = trainer.progress, trainer.config.training
         steps, seconds = progress.iteration - self.since[0], progress.seconds - self.since[1]
         self.since = (progress.iteration, progress.seconds)
         scalars = trainer.scalars_of(statistics)
@@ -90,14 +111,23 @@ class SampleHook:
     _measured: bool = False
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        iteration, every = trainer.progress.iteration, trainer.config.training.sample_every
-        early = every > 0 and iteration in EARLY_SAMPLES and iteration < every
-        if early or is_due(iteration, every):
+        if self._is_due(trainer):
             watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
             with watch, trainer.profiler.phase("sample"):
-                self.write(iteration)
+                self.write(trainer.progress.iteration)
+            trainer.progress.sampled = trainer.progress.iteration
             self._measured = True
             self.caches.after_phase()
+
+    def catch_up(self, trainer: Trainer) -> None:
+        """Draw what an interrupted run has left out of the iteration that it had reached."""
+        if trainer.progress.sampled != trainer.progress.iteration:
+            self(trainer, trainer.latest)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        iteration, training = trainer.progress.iteration, trainer.config.training
+        every, early = training.sample_every, iteration in EARLY_SAMPLES and iteration < training.sample_every
+        return every > 0 and iteration > 0 and (early or is_due(iteration, every) or _is_last(trainer))
 
     def write(self, iteration: int) -> None:
         """Render and save the grids of this iteration."""
@@ -107,7 +137,7 @@ class SampleHook:
         columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
         grids = draw_showcase(rows, self.showcase.columns, caster.near, caster.far, names, columns)
         for name, picture in grids.items():
-            save_png(self.folder.samples / f"{name}_{iteration:08d}.png", picture)
+            save_png(self.folder.samples / _grid_name(name, iteration), picture)
             self.log.image(iteration, f"samples/{name}", picture)
 
 
@@ -127,21 +157,20 @@ class ScoreHook:
     caches: CacheRelease
     consistency: ConsistencyTask | None = None
     validation: ValidationTask | None = None
-    _last: int = -1
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        if is_due(trainer.progress.iteration, trainer.config.training.fid_every):
-            self.write(trainer)
+        iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
+        if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
+            with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("score"):
+                self._score(trainer)
+            trainer.progress.scored = iteration
+            trainer.progress.scoring_batch = self.task.protocol.batch_size
             self.caches.after_phase()
 
-    def write(self, trainer: Trainer) -> None:
-        """Score now, unless this iteration has been scored already."""
-        iteration = trainer.progress.iteration
-        if iteration == self._last:
-            return
-        self._last = iteration
-        with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("score"):
-            self._score(trainer)
+    def catch_up(self, trainer: Trainer) -> None:
+        """Score what an interrupted run has left out of the iteration that it had reached."""
+        if trainer.progress.scored != trainer.progress.iteration:
+            self(trainer, trainer.latest)
 
     def _score(self, trainer: Trainer) -> None:
         iteration = trainer.progress.iteration
@@ -151,7 +180,7 @@ class ScoreHook:
             if output == "render" and self.validation is not None:
                 scores = replace(scores, values=scores.values | self.validation.measure())
             write_scores(self.folder.path, scores)
-            self.log.scalars(iteration, scores.values)
+            self.log.scores(iteration, scores.values)
             text = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
             metric = trainer.config.training.save_best
             if output == "render" and is_better(scores, trainer.progress.best or None, metric):
@@ -163,13 +192,13 @@ class ScoreHook:
             report = self.consistency.measure()
             values = report.as_dict().items()
             numbers = {name: float(value) for name, value in values if name != "objects" and value is not None}
-            self.log.scalars(iteration, {f"consistency_{name}": value for name, value in numbers.items()})
+            self.log.scores(iteration, {f"consistency_{name}": value for name, value in numbers.items()})
             logger.info("iteration %d: %s", iteration, report.text())
 
 
 @dataclass
 class CheckpointHook:
-    """Saves model_XXXXXXXX.pt every save_every seconds and backup_XXXXXXXX.pt every backup_every iterations.
+    """Saves model_XXXXXXXX.pt every save_every seconds and at the end, backup_XXXXXXXX.pt every backup_every steps.
 
     Of the former the last keep_checkpoints stay, the latter all. Learned cameras are also written to the run's
     config.yaml, as data.refined_cameras.
@@ -178,29 +207,41 @@ class CheckpointHook:
     folder: RunFolder
     meta: dict[str, Any]
     caches: CacheRelease
+    log: RunLog
     _last: float = field(default_factory=time.monotonic)
-    _last_iteration: int = -1
+    _saved: tuple[int, ...] = ()
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        iteration = trainer.progress.iteration
-        if time.monotonic() - self._last >= trainer.config.training.save_every:
-            self.save_latest(trainer)
-        if is_due(iteration, trainer.config.training.backup_every):
-            self.save(trainer, checkpoint_name(iteration).replace("model_", "backup_"))
+        training = trainer.config.training
+        if time.monotonic() - self._last >= training.save_every or _is_last(trainer):
+            self.save_reached(trainer)
+        self._save_backup(trainer)
 
-    def save_latest(self, trainer: Trainer) -> None:
-        """Save model_XXXXXXXX.pt of this iteration, unless it exists, and drop the oldest ones."""
-        if trainer.progress.iteration == self._last_iteration:
-            return
-        self.save(trainer, checkpoint_name(trainer.progress.iteration))
-        prune_checkpoints(self.folder.checkpoints, trainer.config.training.keep_checkpoints)
-        self._last, self._last_iteration = time.monotonic(), trainer.progress.iteration
+    def save_reached(self, trainer: Trainer) -> None:
+        """Save model_XXXXXXXX.pt of this iteration, unless it holds all that there is, and drop the oldest ones.
+
+        A backup that is due is saved too, where a stop came before it.
+        """
+        progress = trainer.progress
+        reached = (progress.iteration, progress.logged, progress.sampled, progress.scored)
+        if reached != self._saved:
+            self.save(trainer, checkpoint_name(progress.iteration))
+            prune_checkpoints(self.folder.checkpoints, trainer.config.training.keep_checkpoints)
+            self._last, self._saved = time.monotonic(), reached
+        self._save_backup(trainer)
+
+    def _save_backup(self, trainer: Trainer) -> None:
+        iteration = trainer.progress.iteration
+        name = checkpoint_name(iteration).replace("model_", "backup_")
+        if is_due(iteration, trainer.config.training.backup_every) and not (self.folder.checkpoints / name).exists():
+            self.save(trainer, name)
 
     def save(self, trainer: Trainer, name: str) -> None:
-        """Write one checkpoint file of the whole training state."""
+        """Write one checkpoint file of the whole training state; a disk that refuses is given time to recover."""
         meta = self.meta | {"iteration": trainer.progress.iteration}
+        self.log.flush()
         with trainer.profiler.phase("save"):
-            save_checkpoint(self.folder.checkpoints / name, trainer.state, meta)
+            _save_patiently(self.folder.checkpoints / name, trainer, meta)
             self._write_cameras(trainer)
         self.caches.after_phase()
 
@@ -212,18 +253,27 @@ class CheckpointHook:
             write_atomically(self.folder.config_file, config.model_copy(update={"data": data}).to_yaml())
 
 
+def _save_patiently(file: Path, trainer: Trainer, meta: Mapping[str, Any]) -> None:
+    for wait in RETRY_AFTER:
+        try:
+            return save_checkpoint(file, trainer.state, meta)
+        except SaveError as error:
+            logger.warning("%s; trying again in %g s", error, wait)
+            time.sleep(wait)
+    return save_checkpoint(file, trainer.state, meta)
+
+
 @dataclass
 class StopHook:
-    """Asks the trainer to stop after a signal, or once max_minutes have passed since the program started."""
+    """Leaves after a signal, by Stopped; ends training once max_minutes have passed since the program started."""
 
     request: StopRequest
     started: float
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
+        self.request.leave_if_asked()
         minutes = trainer.config.training.max_minutes
-        if self.request.reason is not None:
-            trainer.stop_reason = self.request.reason
-        elif minutes is not None and time.monotonic() - self.started >= 60 * minutes:
+        if minutes is not None and time.monotonic() - self.started >= 60 * minutes:
             trainer.stop_reason = f"training.max_minutes={minutes:g} have passed"
 
 

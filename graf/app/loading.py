@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from graf.app import builders
-from graf.app.runs import RunFolder
+from graf.app.builders import DatasetInfo
+from graf.app.runs import RunFolder, read_first
 from graf.config import ConfigError, build_config
+from graf.data.errors import DataError
+from graf.data.labels import check_name
 from graf.evaluation.renderer import Renderer
 from graf.runtime.amp import choose_precision
-from graf.runtime.checkpoint import CheckpointError, read_checkpoint, restore
+from graf.runtime.checkpoint import CheckpointError, restore
 from graf.runtime.device import pick_device
 
 
 def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Renderer:
     """Open a trained generator: averaged weights, in evaluation mode, with the configuration that they were saved with.
 
-    path: a run folder, of which model_best.pt is opened, else the newest checkpoint; or a checkpoint file. The run's
-    config.yaml, which may be newer, is not read. device: "auto" (the first of cuda, mps, cpu) | "cpu" | "cuda" |
-    "cuda:1" | "mps". Flags of the whole process, such as TF32, are left as they are. truncation: factor in [0, 1] on
-    drawn codes; below 1 objects are surer and less various.
+    path: a run folder, of which model_best.pt is opened, else the newest checkpoint that can be read; or a checkpoint
+    file. The run's config.yaml, which may be newer, is not read. device: "auto" (the first of cuda, mps, cpu) | "cpu" |
+    "cuda" | "cuda:1" | "mps". Flags of the whole process, such as TF32, are left as they are. truncation: factor in
+    [0, 1] on drawn codes; below 1 objects are surer and less various.
 
     Raises an error that says what to do: CheckpointError where nothing is there, where the file cannot be read or was
     written by another version; ConfigError where a folder is no run; DeviceError where there is no such device.
@@ -36,8 +41,8 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Ren
     16
     >>> renderer.sample(class_name="mug", azimuth=45, elevation=20).pil()[0].save(run / "mug.png")
     """
-    file = RunFolder(Path(path)).choose_checkpoint() if Path(path).is_dir() else Path(path)
-    return replace(open_checkpoint(file, pick_device(device)).renderer, truncation=truncation)
+    files = RunFolder(Path(path)).best_first() if Path(path).is_dir() else [Path(path)]
+    return replace(open_checkpoint(files, pick_device(device)).renderer, truncation=truncation)
 
 
 @dataclass(frozen=True)
@@ -45,26 +50,57 @@ class TrainedGenerator:
     """What a checkpoint holds for rendering, and what it says about its run."""
 
     renderer: Renderer
-    dataset_info: builders.DatasetInfo
+    dataset_info: DatasetInfo
     iteration: int
+    file: Path
 
 
-def open_checkpoint(file: Path, device: torch.device) -> TrainedGenerator:
-    """Rebuild the averaged networks of a checkpoint from its own configuration. Raises CheckpointError."""
-    checkpoint = read_checkpoint(file)
+def read_meta(checkpoint: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The description of a run in its checkpoint. Raises CheckpointError where it is none."""
+    meta = checkpoint["meta"]
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), dict) for key in ("config", "dataset")):
+        raise CheckpointError(
+            f"{file}: has no description of its run (config, dataset); it is not a checkpoint of train.py"
+        )
+    return meta
+
+
+def read_dataset_info(meta: Mapping[str, Any], file: Path) -> DatasetInfo:
+    """What the photographs of a checkpoint's run said about the world. Raises CheckpointError for anything else."""
+    saved = meta["dataset"]
     try:
-        dataset_info = builders.DatasetInfo(**checkpoint["meta"]["dataset"])
-        iteration = int(checkpoint["meta"]["iteration"])
-        config = build_config(checkpoint["meta"]["config"])
+        names = [check_name(name, "class", str(file)) for name in saved["class_names"]]
+        heights, fov = [float(height) for height in saved["v_list"]], float(saved["fov"])
+        instances = [str(name) for name in saved.get("instance_names", ())]
+        if not names or not heights or not 0 < fov < 180 or not all(0 <= height <= 1 for height in heights):
+            raise ValueError(f"classes {names}, heights {heights}, field of view {fov}")
+        return DatasetInfo(tuple(names), tuple(heights), fov, bool(saved["poses_known"]), tuple(instances))
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        raise CheckpointError(
+            f"{file}: what it says of its photographs cannot be used ({error}); it is not a checkpoint of train.py"
+        ) from error
+
+
+def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGenerator:
+    """Rebuild averaged networks from the first checkpoint that can be read, with its own configuration.
+
+    Raises CheckpointError.
+    """
+    file, checkpoint = read_first(files)
+    meta = read_meta(checkpoint, file)
+    dataset_info = read_dataset_info(meta, file)
+    try:
+        iteration = int(meta["iteration"])
+        config = build_config(meta["config"])
     except ConfigError as error:
         reasons = "; ".join(str(error).splitlines())
         raise CheckpointError(
             f"{file}: was saved with a configuration that this version does not take ({reasons}); use the version that "
             "wrote it"
         ) from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: has no description of its run ({error}); it is not a checkpoint of train.py"
+            f"{file}: does not tell its iteration ({error!r}); it is not a checkpoint of train.py"
         ) from error
     generator = builders.build_generator(config, dataset_info).to(device)
     ccsr = builders.build_ccsr(config, pretrained=False)
@@ -76,4 +112,4 @@ def open_checkpoint(file: Path, device: torch.device) -> TrainedGenerator:
         network.eval().requires_grad_(False)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     renderer = builders.build_renderer(config, dataset_info, precision, device, generator, ccsr)
-    return TrainedGenerator(renderer, dataset_info, iteration)
+    return TrainedGenerator(renderer, dataset_info, iteration, file)

@@ -6,13 +6,13 @@ It knows no network and no image.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graf.config import Config, ConfigError
-from graf.runtime.checkpoint import CheckpointError, read_checkpoint
+from graf.runtime.checkpoint import CheckpointError, read_checkpoint, read_iteration
 from graf.runtime.logs import logger, warn_once
 
 BEST_CHECKPOINT = "model_best.pt"
@@ -45,24 +45,25 @@ class RunFolder:
         """What eval.py writes."""
         return self.path / "eval"
 
-    def choose_checkpoint(self) -> Path:
-        """The best checkpoint, else the newest one."""
-        best = self.checkpoints / BEST_CHECKPOINT
-        chosen = best if best.is_file() else self.newest_checkpoint()
-        if chosen is None and not self.config_file.is_file():
+    def best_first(self) -> list[Path]:
+        """The checkpoints to show something with: the best one, then from the newest to the oldest."""
+        best, newest = self.checkpoints / BEST_CHECKPOINT, self.newest_first()
+        if not newest and not self.config_file.is_file():
             raise ConfigError(f"{self.path}: no run is there (no config.yaml); train one with train.py --config ...")
-        if chosen is None:
+        if not newest:
             raise CheckpointError(
                 f"{self.path}: the run has no checkpoint yet; let train.py run until it saves one (training.save_every)"
             )
-        return chosen
+        return sorted(newest, key=lambda file: file != best)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest iteration, whether timed, backup or best: each holds the whole state.
+    def newest_first(self) -> list[Path]:
+        """The checkpoints by iteration, whether timed, backup or best, highest first: each holds the whole state.
 
-        A folder holds one course of training (`choose_run_folder` sees to it), so that one was also written last.
+        A folder holds one course of training (`choose_run_folder` sees to it), so the first one was also written last.
         """
-        return max(self.saved(), key=lambda file: (_iteration(file), file.stat().st_mtime_ns, file.name), default=None)
+        return sorted(
+            self.saved(), key=lambda file: (_iteration(file), file.stat().st_mtime_ns, file.name), reverse=True
+        )
 
     def saved(self) -> list[Path]:
         """Every checkpoint of the run, in no order."""
@@ -70,14 +71,45 @@ class RunFolder:
         return [file for file in files if file.name == BEST_CHECKPOINT or _NUMBERED.fullmatch(file.name)]
 
 
+def read_first(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first of several checkpoints that can be read, and its contents; every one before it is reported.
+
+    Raises the CheckpointError of the first one where none can be read.
+    """
+    failures: list[CheckpointError] = []
+    for file in files:
+        try:
+            contents = read_checkpoint(file)
+        except CheckpointError as error:
+            failures.append(error)
+            continue
+        for failure in failures:
+            warn_once(str(failure))
+        if failures:
+            warn_once(f"{file} is used instead")
+        return file, contents
+    raise failures[0]
+
+
+def set_aside(refused: Sequence[Path]) -> None:
+    """Rename checkpoints that cannot be read, so that none of them is kept in the place of a good one."""
+    for file in refused:
+        renamed = file.with_name(f"{file.name}.refused")
+        file.replace(renamed)
+        logger.warning("%s is kept as %s", file, renamed.name)
+
+
 def _iteration(file: Path) -> int:
-    """The iteration of a checkpoint: in its name, else inside; -1 where it cannot be read."""
+    """The iteration of a checkpoint: in its name, its seal, else inside; -1 where it cannot be read."""
     numbered = _NUMBERED.fullmatch(file.name)
     if numbered:
         return int(numbered[1])
+    sealed = read_iteration(file)
+    if sealed is not None:
+        return sealed
     try:
         return int(read_checkpoint(file)["meta"]["iteration"])
-    except (CheckpointError, KeyError, TypeError) as error:
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
         warn_once(f"{error}" if isinstance(error, CheckpointError) else f"{file}: does not tell its iteration")
         return -1
 
@@ -92,8 +124,8 @@ def newest_run(results: Path) -> RunFolder:
     return max(runs, key=lambda run: max((file.stat().st_mtime for file in run.checkpoints.glob("*.pt")), default=0.0))
 
 
-def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | None]:
-    """The folder to train in and the checkpoint to continue from, if any.
+def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, list[Path]]:
+    """The folder to train in and the checkpoints to continue from: the first one that can be read.
 
     resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh; anything else is the
     path of a checkpoint. What would mix with, or overwrite, what a run in outdir/expname has made goes beside it, to
@@ -101,19 +133,19 @@ def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, Path | No
     """
     folder = RunFolder(config.run_folder)
     if resume == "auto":
-        return folder, folder.newest_checkpoint()
+        return folder, folder.newest_first()
     if resume == "none":
-        return _free_folder(config), None
+        return _free_folder(config), []
     file = Path(resume)
     if not file.is_file():
         raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
-    newest = folder.newest_checkpoint()
+    newest = next(iter(folder.newest_first()), None)
     inside = file.resolve().parent == folder.checkpoints.resolve()
     if newest is None or (inside and _iteration(file) >= _iteration(newest)):
-        return folder, file
+        return folder, [file]
     free = _free_folder(config)
     logger.info("%s holds a run up to %s; what follows %s goes to %s", folder.path, newest.name, file, free.path)
-    return free, file
+    return free, [file]
 
 
 def _free_folder(config: Config) -> RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,12 +19,12 @@ def replace_file(
     """Open a temporary file beside `path`; when the block ends it is synced and takes the place of `path`.
 
     Folders on the way are made. Where the block fails or is interrupted nothing of it is left and `path` is untouched.
-    mode and options: as for :func:`open`. temporary_name: by default one for each file, so that a killed process
-    leaves at most one behind. Raises OSError.
+    mode and options: as for :func:`open`. temporary_name: by default one that no other process has; what a killed
+    process leaves of it, `remove_leftovers` finds. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(temporary_name or f".{path.name}.saving")
+    temporary = path.with_name(temporary_name or f".{path.name}.{secrets.token_hex(4)}.saving")
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -40,6 +41,14 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
     """Replace a file by `content`, text in UTF-8. Raises OSError."""
     with replace_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed processes left of `replace_file` in a folder, when no other process writes there."""
+    found = list(folder.glob(".*.saving"))
+    for file in found:
+        file.unlink(missing_ok=True)
+    return found
 
 
 def sync_folder(folder: Path) -> None:

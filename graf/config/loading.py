@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from graf.base.errors import UserError
-from graf.config.schema import Config, YamlLoader
+from graf.config.schema import Config
+from graf.config.yaml_dialect import YamlProblem, load_yaml
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _INSTALLED = _PACKAGE / "configs"
@@ -63,9 +63,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not separator or not key:
             raise ConfigError(f"override {override!r}: expected section.key=value, as in training.batch_size=4")
         try:
-            value = yaml.load(text, Loader=YamlLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({_one_line(error)})") from error
+            value = load_yaml(text)
+        except YamlProblem as error:
+            raise ConfigError(f"override {override[:200]!r}: the value is not YAML ({_one_line(error)})") from error
         _set(values, key.strip().split("."), value, override)
     return build_config(values)
 
@@ -107,8 +107,8 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _seen:
         raise ConfigError(f"{path}: inherit_from goes in a circle: {' -> '.join(map(str, (*_seen, path)))}")
     try:
-        values = yaml.load(path.read_text(), Loader=YamlLoader) or {}
-    except yaml.YAMLError as error:
+        values = load_yaml(path.read_text(encoding="utf-8")) or {}
+    except YamlProblem as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from error

@@ -15,15 +15,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from graf.config.yaml_dialect import YamlDumper
+
 PATCH_SIZES = (16, 32, 64, 128, 256)
 FRAMING_TERMS = 7
 
 #: rays per chunk where neither chunk nor memory_budget say otherwise
 DEFAULT_CHUNK = 4096
 
-_LIST = "tag:yaml.org,2002:seq"
 _BYTES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 2**10, "m": 2**20, "g": 2**30}
 _BYTES |= {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 
 #: a decay rate of Adam
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
@@ -122,6 +124,9 @@ class DataConfig(Section):
     )
     refined_cameras: RefinedCameras | None = Field(
         None, description="what a run has learned of them: where refine_cameras starts, or what is used without it"
+    )
+    max_megapixels: float = Field(
+        100.0, gt=0, le=178, description="larger photographs are skipped and reported; decoding takes 4 bytes a pixel"
     )
     strict: bool = Field(False, description="an unusable file is an error instead of a report")
     cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
@@ -326,6 +331,9 @@ class TrainingConfig(Section):
     memory_budget: str | None = Field(
         None, description="8GiB, or auto (what is free): choose what is auto of the three keys above; null: no limit"
     )
+    deterministic: bool = Field(
+        False, description="CUDA: sums in one order where torch can, slower; on a CPU every run is deterministic"
+    )
     use_amp: bool = Field(False, description="mixed precision where the device gains from it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="its half-precision type")
     gan_type: Literal["standard", "hinge", "wgan"] = Field("standard", description="loss of the game")
@@ -426,13 +434,15 @@ class EvaluationConfig(Section):
     kid_subset_size: int = Field(1000, ge=2, description="images per KID subset, at most those on either side")
     kid_subsets: int = Field(100, ge=1, description="KID subsets")
     batch_size: int = Field(32, ge=1, description="images per pass of the extractor")
-    seed: int = Field(0, ge=0, description="seed of the codes and labels of generated images")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the codes and labels of generated images")
 
 
 class Config(Section):
     """Everything about one run."""
 
-    expname: str = Field("default", min_length=1, pattern=r"^\w[\w.\-]*$", description="name of the run's folder")
+    expname: str = Field(
+        "default", min_length=1, max_length=100, pattern=r"^\w[\w.\-]*$", description="name of the run's folder"
+    )
     seed: int = Field(0, ge=0, description="every random number of the run derives from it")
     data: DataConfig = DataConfig()
     nerf: NerfConfig = NerfConfig()
@@ -442,6 +452,13 @@ class Config(Section):
     ccsr: CcsrConfig = CcsrConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("expname")
+    @classmethod
+    def _is_a_folder_everywhere(cls, value: str) -> str:
+        if value.endswith(".") or value.partition(".")[0].upper() in _DEVICES:
+            raise ValueError("Windows has no such folder: it ends in a dot, or is the name of a device; choose another")
+        return value
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Config:
@@ -560,7 +577,7 @@ def _ccsr_contradictions(ccsr: CcsrConfig) -> Iterator[str]:
 def parse_bytes(text: str) -> int:
     """Bytes of "8GiB", "800 MiB", "1.5G" (GiB) or "8GB" (10^9). Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
-    if match is None or match.group(2).lower() not in _BYTES or float(match.group(1)) == 0:
+    if match is None or match.group(2).lower() not in _BYTES or not 0 < float(match.group(1)) < 1e12:
         raise ValueError("expected a number above 0 with a unit, as in 8GiB or 800MiB, or auto, or null")
     return round(float(match.group(1)) * _BYTES[match.group(2).lower()])
 
@@ -570,22 +587,4 @@ def batch_too_large(batch_size: int, num_images: int) -> str:
     return (
         f"training.batch_size={batch_size}: the data set has {num_images} images, so with training.drop_last=true no "
         f"batch is ever complete; try training.batch_size={num_images} or training.drop_last=false"
-    )
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML takes `5e-4` (no dot) for a string."""
-
-
-class YamlDumper(yaml.SafeDumper):
-    """Puts quotes around strings that `YamlLoader` would read as floats, and each list on one line."""
-
-
-YamlDumper.add_representer(list, lambda dumper, values: dumper.represent_sequence(_LIST, values, flow_style=True))
-
-for _resolver in (YamlLoader, YamlDumper):
-    _resolver.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
     )

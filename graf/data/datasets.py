@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ class DataSettings:
     every k-th of the sorted distinct label angles, beginning with the first (turntable, synthetic), or every k-th
     photograph (transforms, image_folder); of these the first, third, ... are the test split, by which a run is
     reported, the others the validation split, by which choices are made. Photographs to which labels.csv gives a split
-    belong there instead. `strict` turns skipped photographs into a DataError. `crop` is the side of the central square
-    that is used, in pixels, where it is not the largest one. Sets that fit `cache_mib` MiB as uint8 are decoded when
+    belong there instead. Larger photographs than `max_megapixels` are skipped. `strict` turns skipped photographs into
+    a DataError. `crop` is the side of the central square that is used, in pixels, where it is not the largest one. Sets
+    that fit `cache_mib` MiB as uint8 are decoded when
     they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the synthetic_* fields act on
     the synthetic set only.
     """
@@ -54,6 +56,7 @@ class DataSettings:
     file_pattern: str | None
     classes: tuple[str, ...] | None
     heldout_every: int
+    max_megapixels: float
     strict: bool
     cache_mib: float
     radius: float
@@ -158,10 +161,15 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
             return None
 
     def fingerprint(self) -> str:
-        """Hash of file names and sizes, labels, poses, image size, crop and background: the same for equal data."""
+        """Hash of these photographs as images of their size: of :meth:`identity`, image size, crop and background."""
         settings = self.settings
         how = f"{settings.imsize} {settings.crop} {settings.white_bkgd}"
-        digest = hashlib.sha256(f"{how} {self.class_names} {self.v_list}".encode())
+        return hashlib.sha256(f"{how} {self.identity}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of file names and sizes, labels, heights and poses, when first asked: same for equal data."""
+        digest = hashlib.sha256(f"{self.v_list}".encode())
         poses = self.poses if self.poses is not None else [None] * len(self)
         for name, path, label, pose in zip(self.index.names(), self.paths, self.labels.tolist(), poses, strict=True):
             digest.update(f"{name} {path.stat().st_size} {label} {None if pose is None else pose.tolist()}\n".encode())
@@ -244,7 +252,7 @@ def _read_photographs(index: PhotoIndex, settings: DataSettings) -> tuple[list[i
 
     def read(number: int) -> tuple[int, int] | UnreadableImage:
         try:
-            size = read_image_size(index.paths[number])
+            size = read_image_size(index.paths[number], settings.max_megapixels)
             if cache is not None:
                 cache[number] = _read_pixels(index.paths[number], settings)
         except UnreadableImage as error:
@@ -272,7 +280,7 @@ def _read_pixels(path: Path, settings: DataSettings) -> Tensor:
 
 def _log_report(index: PhotoIndex, strict: bool) -> None:
     problems = index.report.problems()
-    if not problems and not index.report.not_images:
+    if not index.report.lines():
         return
     summary = f"{index.root}: using {len(index.paths) - len(index.report.unreadable)} photographs; " + "; ".join(
         index.report.lines()

@@ -4,6 +4,7 @@ Whatever the file holds ends as 8-bit RGB: EXIF orientation applied, alpha compo
 palette expanded, 16 bit scaled by 1/257, centre-cropped to a square and resized with antialiasing.
 """
 
+import math
 import struct
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
+#: the decoders that files may reach, whatever their names are: some of Pillow's others start programs
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 # What Pillow raises for damaged files, depending on the format and on where the damage is.
 DECODER_ERRORS = (
@@ -49,15 +52,21 @@ def quiet_decoders() -> Iterator[None]:
 @contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             yield image
     except DECODER_ERRORS as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
-def read_image_size(path: Path) -> tuple[int, int]:
-    """Width and height after EXIF orientation, from the header alone. Raises UnreadableImage."""
+def read_image_size(path: Path, max_megapixels: float = math.inf) -> tuple[int, int]:
+    """Width and height after EXIF orientation, from the header alone.
+
+    Raises UnreadableImage, also for an image of more pixels than allowed.
+    """
     with _open_image(path) as image:
+        megapixels = image.width * image.height / 1e6
+        if megapixels > max_megapixels:
+            raise UnreadableImage(f"{megapixels:.4g} megapixels, more than data.max_megapixels={max_megapixels:g}")
         # Where a PNG's header has no EXIF, getexif() would decode the whole file to look behind the pixels.
         exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
         sideways = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)

@@ -22,6 +22,7 @@ from graf.data.labels import (
     LABELS_FILE,
     LabelRow,
     check_heights,
+    check_name,
     compile_file_pattern,
     natural_key,
     number_labels,
@@ -42,6 +43,7 @@ class LoadReport:
     unlabelled: list[str] = field(default_factory=list)  # images outside of the pattern, labels.csv or class folders
     missing: list[str] = field(default_factory=list)  # labelled, but no such file
     not_images: list[str] = field(default_factory=list)  # other files; harmless, so not an error even when strict
+    outside: list[str] = field(default_factory=list)  # used, but links or paths lead out of the folder to them
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the usable photographs
 
     def problems(self) -> list[tuple[str, list[str]]]:
@@ -54,9 +56,13 @@ class LoadReport:
         return [(what, names) for what, names in kinds if names]
 
     def lines(self) -> list[str]:
-        """One line for each kind of skipped or ignored file: count and first names."""
-        ignored = [("files that are not images", self.not_images)] if self.not_images else []
-        return [f"{len(names)} {what}: {_list_names(names)}" for what, names in self.problems() + ignored]
+        """One line for each kind of skipped, ignored or distant file: count and first names."""
+        harmless = [
+            ("files that are not images", self.not_images),
+            ("photographs outside of the folder, by links or paths", self.outside),
+        ]
+        noted = self.problems() + [(what, names) for what, names in harmless if names]
+        return [f"{len(names)} {what}: {_list_names(names)}" for what, names in noted]
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,7 @@ def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
             f"{transforms_path}: none of its {len(frames)} photographs is there ({_list_names(report.missing)}); "
             f"expected them relative to {root}, with or without suffix"
         )
+    _note_outside(root, paths, report)
     poses = torch.stack(matrices)
     u, v = angles_from_pose(poses)
     heights = tuple(v_list or derive_heights(v))
@@ -231,9 +238,19 @@ def index_image_folder(root: Path, v_list: Sequence[float] | None) -> PhotoIndex
 
 def _index_rows(root: Path, rows: Sequence[LabelRow], v_list: Sequence[float], report: LoadReport) -> PhotoIndex:
     class_names = sorted({row.class_name for row in rows}, key=natural_key)
+    for name in class_names:
+        check_name(name, "class", str(root))
     labels, instance_names = number_labels(rows, class_names)
     paths, splits = [root / row.file for row in rows], [row.split for row in rows]
+    _note_outside(root, paths, report)
     return PhotoIndex(root, paths, labels, class_names, instance_names, splits, tuple(v_list), report)
+
+
+def _note_outside(root: Path, paths: Sequence[Path], report: LoadReport) -> None:
+    inside = root.resolve()
+    report.outside += [
+        os.path.relpath(path, root).replace(os.sep, "/") for path in paths if inside not in path.resolve().parents
+    ]
 
 
 def _check_folder(root: Path, expected: str) -> None:
@@ -257,8 +274,13 @@ def _list_images(root: Path, report: LoadReport) -> list[str]:
 
 
 def _list_files(root: Path) -> list[str]:
-    files = []
-    for folder, _, names in os.walk(root, followlinks=True):
+    files, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
         inside = Path(folder).relative_to(root)
         files += [(inside / name).as_posix() for name in names]
     return sorted(files, key=natural_key)
@@ -306,7 +328,7 @@ def _find_transforms(path: Path) -> Path:
 def _read_transforms(path: Path) -> tuple[float, list[Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); expected NeRF's camera_angle_x and frames") from error
     keys = list(content) if isinstance(content, dict) else [type(content).__name__]
     frames = content.get("frames") if isinstance(content, dict) else None
@@ -324,7 +346,7 @@ def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:
         raise DataError(f"{where}: expected an object with file_path and transform_matrix")
     try:
         matrix = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{where}: transform_matrix is not a matrix of numbers; expected 4 x 4") from error
     if matrix.shape != (4, 4) or not torch.isfinite(matrix).all():
         raise DataError(f"{where}: transform_matrix has shape {tuple(matrix.shape)}; expected 4 x 4 finite numbers")

@@ -21,6 +21,7 @@ LABELS_FILE = "labels.csv"
 LABELS_HEADER = ("file", "class", "height", "angle")
 OPTIONAL_COLUMNS = ("instance", "split")
 SPLITS = ("train", "validation", "test")
+MAX_NAME = 100
 DEFAULT_FILE_PATTERN = r"(?P<class>.+?)(?:_h(?P<height>\d+))?__(?P<angle>-?\d+(?:\.\d+)?)\.\w+"
 
 
@@ -39,10 +40,24 @@ class LabelRow:
     split: str = ""
 
 
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that orders numbers inside names by value: obj5 before obj14."""
-    parts = re.split(r"(\d+)", text)
-    return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part)
+def natural_key(text: str) -> tuple[tuple[int, int, str, str], ...]:
+    """Sort key that orders numbers inside names by value, of any length: obj5 before obj14."""
+    parts = [part for part in re.split(r"([0-9]+)", text) if part]
+    digits = [part.lstrip("0") if part.isascii() and part.isdecimal() else None for part in parts]
+    return tuple(
+        (1, 0, part, "") if number is None else (0, len(number), number, part)
+        for part, number in zip(parts, digits, strict=True)
+    )
+
+
+def check_name(name: str, what: str, where: str) -> str:
+    """A name that may become part of a file name; raises DataError for one that could lead out of a folder."""
+    if name in (".", "..") or len(name) > MAX_NAME or any(sign in "/\\" or not sign.isprintable() for sign in name):
+        raise DataError(
+            f"{where}: {what} {name[:MAX_NAME]!r}; expected a name of at most {MAX_NAME} printable characters without "
+            "slashes, for files are named after it"
+        )
+    return name
 
 
 def wrap_angle(degrees: float) -> int:

@@ -1,17 +1,30 @@
-"""Batches in an order that depends on seed and epoch alone: a resumed run sees what an unbroken one would have seen."""
+"""Batches in an order that depends on seed and epoch alone: a resumed run sees what an unbroken one would have seen.
+
+The processes that load them live and die with :class:`Batches`; signals to stop are their parent's business.
+"""
+
+from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from graf.data.errors import DataError
+from graf.runtime.interrupt import STOP_SIGNALS
 from graf.runtime.randomness import derive_seed, seed_everything
 
 MAX_WORKERS = 4
+#: seconds for worker processes to end by themselves
+GRACE = 2.0
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -68,9 +81,97 @@ def count_usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def seed_worker(worker_id: int, seed: int) -> None:
-    """Seed Python, NumPy and torch in a loader worker from (seed, worker_id)."""
+def start_worker(worker_id: int, seed: int) -> None:
+    """Seed Python, NumPy and torch in a loader worker from (seed, worker_id), and leave signals to its parent.
+
+    Schedulers, terminals and `timeout` send theirs to every process of a program: the parent, which has something to
+    save, needs its workers until then.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     seed_everything(derive_seed(seed, "worker", index=worker_id))
+
+
+class Batches:
+    """The batches of a loader, one after another; a context manager, whose end is the end of its processes.
+
+    A batch that does not come raises what went wrong with its photographs, or a DataError about the process.
+    """
+
+    def __init__(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> None:
+        with _starting_workers() if loader.num_workers else nullcontext():
+            self._iterator: Any = iter(loader)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        try:
+            return next(self._iterator)  # type: ignore[no-any-return]
+        except (RuntimeError, OSError, EOFError) as error:  # what the end of a worker looks like from here
+            exitcode = self._find_exitcode()
+            if exitcode is None:
+                raise
+            raise DataError(_describe_death(exitcode, len(self._workers))) from error
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes, those that do not listen too; calling it again changes nothing."""
+        workers = self._workers
+        if workers:
+            timer = threading.Timer(GRACE, lambda: [worker.kill() for worker in workers])
+            timer.start()
+            self._iterator._shutdown_workers()
+            timer.cancel()
+            timer.join()
+        for worker in workers:
+            worker.join()
+
+    def _find_exitcode(self) -> int | None:
+        """How a worker has ended, if one has; the system may need a moment to say so."""
+        deadline = time.monotonic() + 0.5
+        while self._workers and time.monotonic() < deadline:
+            for worker in self._workers:
+                if worker.exitcode is not None:
+                    return int(worker.exitcode)
+            time.sleep(0.05)
+        return None
+
+    @property
+    def _workers(self) -> list[Any]:
+        return list(getattr(self._iterator, "_workers", ()))
+
+
+@contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Signals to stop wait meanwhile, and for ever in the processes that are started, from their first moment on."""
+    child_signal, blocks = getattr(signal, "SIGCHLD", None), hasattr(signal, "pthread_sigmask")
+    former = None if child_signal is None else signal.getsignal(child_signal)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if blocks else set()
+    try:
+        yield
+    finally:
+        if child_signal is not None:
+            # torch's handler raises wherever the program is when a worker dies; without it the next batch raises
+            is_torchs = getattr(former, "__module__", "").startswith("torch.")
+            signal.signal(child_signal, signal.SIG_DFL if former is None or is_torchs else former)
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _describe_death(exitcode: int, workers: int) -> str:
+    cause = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with exit code {exitcode}"
+    hint = {"SIGKILL": ": the system does that when memory runs out", "SIGBUS": ": shared memory is too small"}
+    reason = next((text for name, text in hint.items() if name in cause), "")
+    return (
+        f"a process that loads photographs {cause}{reason}; set training.nworkers to less than {workers}; 0 loads them "
+        "in the program itself"
+    )
 
 
 def make_loader(
@@ -99,7 +200,7 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=partial(seed_worker, seed=seed),
+        worker_init_fn=partial(start_worker, seed=seed),
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(derive_seed(seed, "loader")),  # else iter() draws from the global one
     )

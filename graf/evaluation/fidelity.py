@@ -6,12 +6,12 @@ provenance (how many images, of what size, through which extractor) means nothin
 """
 
 import csv
-import hashlib
 import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,12 +24,12 @@ from torch.utils.data import Dataset
 from graf.base.errors import UserError
 from graf.base.files import replace_file
 from graf.evaluation.extractor import Extractor, hash_file
+from graf.evaluation.feature_cache import FeatureCache
 from graf.evaluation.pictures import to_uint8
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.randomness import preserve_rng
 
 Plain = str | int | float | bool | None
-CACHE_FORMAT = 1  # part of every cache name: raise it when the images handed to the extractor change
 NEIGHBOURS = 3  # of precision and recall, as published
 # Scores can be compared only where all of these agree; FID and KID depend on every one of them.
 COMPARABLE = ("extractor", "extractor_hash", "n_real", "n_fake", "resolution", "kid_subset_size")
@@ -90,15 +90,20 @@ class TensorImages(Dataset[Tensor]):
 
 
 class ImagesAsUint8(Dataset[Tensor]):
-    """A data set of (float (3, H, W) in [-1, 1], label) as uint8 (3, H, W) images without labels."""
+    """A data set of (float (3, H, W) in [-1, 1], label) as uint8 (3, H, W) images without labels.
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    before_image: is called before each; it may raise, to end a long piece of work.
+    """
+
+    def __init__(self, dataset: Dataset[Any], before_image: Callable[[], None] | None = None) -> None:
+        self.dataset, self.before_image = dataset, before_image
 
     def __len__(self) -> int:
         return len(cast(Any, self.dataset))
 
     def __getitem__(self, index: int) -> Tensor:
+        if self.before_image is not None:
+            self.before_image()
         return to_uint8(self.dataset[index][0])
 
 
@@ -153,8 +158,8 @@ def score_images(
     the generated ones, and so what of their variety is generated: nearer to some image of the other side than its
     third neighbour there is (Kynkäänniemi et al., NeurIPS 2019).
 
-    `real_cache_name` is a fingerprint of the real images: it keeps their features under `cache_root`, under a name that
-    also hashes the extractor's weights and the protocol. Generated images are never cached.
+    `real_cache_name` is a fingerprint of the real images: with `cache_root` it keeps their features there, under a name
+    that also hashes the extractor's weights and the protocol. Generated images are never cached.
     `provenance` adds fields of the caller (EMA, pose distribution, checkpoint, iteration). No global random state is
     advanced. The extractor runs on `device` where that is CUDA, else on the CPU (torch-fidelity knows no other).
 
@@ -179,20 +184,21 @@ def score_images(
         }
         names = {key: key + extractor.suffix for key in ("fid", "kid", "kid_std", "precision", "recall")}
         extra = _check_provenance(provenance or {}, {*own, *names.values()})
-        cache_name = None
-        if real_cache_name is not None:
-            cache_name = _cache_name(real_cache_name, n_real, resolution, extractor, protocol)
+        cache = None
+        if real_cache_name is not None and cache_root is not None:
+            parts = [real_cache_name, n_real, resolution, extractor.name, extractor.hash, asdict(protocol)]
+            cache = FeatureCache(cache_root, parts)
         _verify_weights(extractor)
-        with warnings.catch_warnings():
+        with nullcontext() if cache is None else cache.lend() as private, warnings.catch_warnings():
             # torch's own pinning thread, https://github.com/pytorch/pytorch/issues/174546
             warnings.filterwarnings("ignore", message=".*pin_memory", category=DeprecationWarning)
             warnings.filterwarnings("ignore", message=".*pin memory thread", category=DeprecationWarning)
             metrics = torch_fidelity.calculate_metrics(
                 input1=real,
                 input2=fake,
-                input1_cache_name=cache_name,
-                cache=cache_name is not None,
-                cache_root=None if cache_root is None else str(cache_root),
+                input1_cache_name=None if cache is None else cache.name,
+                cache=cache is not None,
+                cache_root=None if private is None else str(private),
                 cuda=device.type == "cuda",
                 batch_size=protocol.batch_size,
                 fid=True,
@@ -239,16 +245,6 @@ def _check_provenance(extra: Mapping[str, Plain], taken: set[str]) -> dict[str, 
         if value is not None and not isinstance(value, str | int | float | bool):
             raise FidelityError(f"provenance field {key!r} is a {type(value).__name__}: expected a plain value")
     return dict(extra)
-
-
-def _cache_name(
-    fingerprint: str, n_real: int, resolution: str, extractor: Extractor, protocol: FidelityProtocol
-) -> str:
-    """Name the cached features by everything they depend on; torch-fidelity itself looks at nothing but the name."""
-    parts = json.dumps(
-        [CACHE_FORMAT, fingerprint, n_real, resolution, extractor.name, extractor.hash, asdict(protocol)]
-    )
-    return f"graf-{hashlib.sha256(parts.encode()).hexdigest()[:32]}"
 
 
 def _verify_weights(extractor: Extractor) -> None:
@@ -312,10 +308,10 @@ def write_scores(folder: str | Path, scores: Scores) -> None:
 def read_scores(path: str | Path) -> list[dict[str, Plain]]:
     """Read the rows of a scores.jsonl, oldest first; a line that is no JSON object is reported and left out."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             rows.append(row)

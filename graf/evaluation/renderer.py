@@ -6,7 +6,7 @@ It opens no files: `graf.load` makes a Renderer of a trained run.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -92,7 +92,8 @@ class Renderer:
     uniform_z: the distribution of the codes, uniform in [-1, 1] instead of normal; sampling: samples per ray, None for
     as many as in training; config: the configuration that the networks were trained with; truncation: factor in [0, 1]
     on drawn codes, as the truncation trick of Brock et al. (ICLR 2019) limits them: nearer to the mean object, which
-    z = 0 stands for, renders are surer and less various.
+    z = 0 stands for, renders are surer and less various; before_image: is called before each image; it may raise, to
+    end a long piece of work.
 
     Every method works in eval mode and without gradients, in chunks that are halved where memory runs out, and returns
     float32 tensors on the CPU. Arguments that cannot be used raise UserError.
@@ -110,6 +111,7 @@ class Renderer:
     sampling: RaySampling | None = None
     config: Any = field(default=None, repr=False)
     truncation: float = 1.0
+    before_image: Callable[[], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.truncation <= 1:
@@ -334,6 +336,8 @@ class Renderer:
         """One image; where memory runs out, with fewer rays or rows at once, now and from then on."""
         if super_resolve and self.ccsr is None:
             raise UserError("super_resolve=True: this run has no super-resolution; train one with ccsr.enabled=true")
+        if self.before_image is not None:
+            self.before_image()
         view = view.to(self.device)
         colours = retry_smaller(
             lambda: self._cast(z, view), self.generator.halve_chunk, self.device, "lower --resolution or data.imsize"

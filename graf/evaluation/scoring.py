@@ -88,7 +88,7 @@ class ScoringTask:
                 return self._render(output, range(indices[0], indices[-1] + 1))
 
             return score_images(
-                ImagesAsUint8(photographs),
+                ImagesAsUint8(photographs, self.renderer.before_image),
                 RenderedImages(render, self.num_images, RENDER_BATCH),
                 self.extractor,
                 self.protocol,

@@ -1,13 +1,14 @@
 """Named stateful objects in one file: written atomically, read without running pickled code, found by name.
 
-A file is {"format": 2, "meta": plain values, "objects": {name: state_dict}}. One process writes to a folder at a time.
+A file is a sealed archive of {"format": 3, "meta": plain values, "objects": {name: state_dict}}, whose seal tells the
+iteration. One process writes to a folder at a time.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,11 +21,13 @@ from graf.base.files import replace_file
 from graf.runtime.amp import Scaler
 from graf.runtime.logs import info_once
 from graf.runtime.memory import MIB, is_out_of_memory
+from graf.runtime.sealed_archive import load_sealed, read_seal, write_sealed
 
-FORMAT = 2
+#: 3 has a seal, and these objects, which take an empty state for that of a new run; 2 had none; 1 had other names
+FORMAT = 3
+_NEW_IN_3: dict[str, Any] = {"limits": {}, "statistics": {}}
 
 _NUMBERED = re.compile(r"model_(\d{8,})\.pt")
-_TEMPORARY = ".checkpoint.saving"  # one name per folder: a killed process leaves at most one, the next save reuses it
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -39,11 +42,15 @@ class CheckpointError(UserError):
     """A checkpoint could not be written, read or used; the message is one line that says what to do."""
 
 
+class SaveError(CheckpointError):
+    """The system could not write a checkpoint, for a reason that may pass."""
+
+
 def save_checkpoint(path: Path | str, objects: Mapping[str, Stateful], meta: Mapping[str, Any]) -> None:
     """Write the objects' states and `meta` (plain Python values) to `path`, wholly or not at all.
 
-    A crash, a kill or a full disk leaves the file that was there. Raises `CheckpointError` when writing fails, and
-    before writing when a value could not be read back with `weights_only=True`.
+    A crash, a kill or a full disk leaves the file that was there. Raises `SaveError` when writing fails, and
+    `CheckpointError` before writing when a value could not be read back with `weights_only=True`.
     """
     path = Path(path)
     contents = {
@@ -54,13 +61,26 @@ def save_checkpoint(path: Path | str, objects: Mapping[str, Stateful], meta: Map
     _require_loadable(contents["meta"], "meta", with_tensors=False)
     _require_loadable(contents["objects"], "objects", with_tensors=True)
     try:
-        with replace_file(path, temporary_name=_TEMPORARY) as file:
-            torch.save(contents, file)
+        with replace_file(path) as file:
+            write_sealed(file, contents, {"format": FORMAT, "iteration": meta.get("iteration")})
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: the checkpoint could not be written ({_find_reason(error)}; {_count_free_mib(path)} free there); "
-            "the previous checkpoint is intact. Free some space or choose another output folder, then resume"
+        cause = _find_os_error(error)
+        if cause is None:  # a device that failed while its tensors were read is not the disk's fault
+            raise
+        is_full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "Free some space" if is_full else "See to that disk"
+        reason = cause.strerror or _first_line(cause)
+        raise SaveError(
+            f"{path}: the checkpoint could not be written ({reason}; {_count_free_mib(path)} free there); "
+            f"the previous checkpoint is intact. {advice} or choose another output folder, then resume"
         ) from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a description holds nothing but what YAML or JSON could."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, _PLAIN)
 
 
 def _require_loadable(value: Any, where: str, with_tensors: bool) -> None:
@@ -81,14 +101,14 @@ def _require_loadable(value: Any, where: str, with_tensors: bool) -> None:
         )
 
 
-def _find_reason(error: BaseException) -> str:
-    """The operating system's own words: torch reports a full disk as an internal check that failed."""
+def _find_os_error(error: BaseException) -> OSError | None:
+    """What the operating system said: torch reports a failing disk as an internal check that failed."""
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
+        if isinstance(link, OSError):
+            return link
         link = link.__cause__ or link.__context__
-    return _first_line(error)
+    return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -109,9 +129,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; {_suggest_other(path)}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch explains foreign pickles in warnings; the error below does it once
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents, seal = load_sealed(path)
     except Exception as error:  # which one a foreign file raises depends on its first bytes: KeyError, EOFError, ...
         if is_out_of_memory(error):
             raise
@@ -119,15 +137,41 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
             f"{path}: cannot be read: it is cut short or not a checkpoint of this program "
             f"({type(error).__name__}: {_first_line(error)}); {_suggest_other(path)}"
         ) from error
-    if not isinstance(contents, dict) or not {"format", "meta", "objects"} <= contents.keys():
+    if not _is_checkpoint(contents):
         raise CheckpointError(f"{path}: is not a checkpoint of this program; {_suggest_other(path)}")
+    written = contents["format"]
     if contents["format"] == 1:
-        contents = _from_format_1(contents)
+        try:
+            contents = _from_format_1(contents)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: is not a checkpoint of this program; {_suggest_other(path)}") from error
+    if contents["format"] == 2:
+        contents = {"format": 3, "meta": contents["meta"], "objects": {**_NEW_IN_3, **contents["objects"]}}
     if contents["format"] != FORMAT:
         raise CheckpointError(
-            f"{path}: has format {contents['format']!r}, this version reads 1 and {FORMAT}; use the one that wrote it"
+            f"{path}: has format {written!r}, this version reads 1 to {FORMAT}; use the one that wrote it"
         )
+    if written == FORMAT and seal is None:
+        raise CheckpointError(f"{path}: has lost its seal, so its end is damaged; {_suggest_other(path)}")
     return contents
+
+
+def _is_checkpoint(contents: Any) -> bool:
+    """Whether this has the form of what :func:`save_checkpoint` writes; its objects are compared on loading."""
+    if not isinstance(contents, dict) or not {"format", "meta", "objects"} <= contents.keys():
+        return False
+    is_whole = isinstance(contents["format"], int) and isinstance(contents["objects"], dict)
+    return is_whole and isinstance(contents["meta"], dict) and _is_plain(contents["meta"])
+
+
+def read_iteration(path: Path | str) -> int | None:
+    """The iteration that a file says it was saved at, without loading it; None where it does not say."""
+    try:
+        seal = read_seal(path)
+    except OSError:
+        return None
+    iteration = None if seal is None else seal.get("iteration")
+    return iteration if isinstance(iteration, int) else None
 
 
 def _from_format_1(contents: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +192,7 @@ def _from_format_1(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suggest_other(path: Path) -> str:
-    others = [other for other in list_checkpoints(path.parent) if other != path]
+    others = [other for other in list_checkpoints(path.parent) or sorted(path.parent.glob("*.pt")) if other != path]
     return f"try {others[-1]}" if others else "there is no other checkpoint in that folder: start a new run"
 
 
@@ -170,7 +214,10 @@ def restore(
             where = "this run has it, the checkpoint does not" if name in objects else "the checkpoint alone has it"
             raise _mismatch(path, f"object {name!r}: {where}")
     for name, stateful in objects.items():
-        difference = _find_difference(stateful, saved[name])
+        try:
+            difference = _find_difference(stateful, saved[name])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            difference = "its state is not of the form that such objects have"
         if difference is not None:
             raise _mismatch(path, f"object {name!r}: {difference}")
     for name, stateful in objects.items():
@@ -180,7 +227,7 @@ def restore(
             continue
         try:
             stateful.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise _mismatch(path, f"object {name!r}: {_first_line(error)}") from error
 
 

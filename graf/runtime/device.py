@@ -5,6 +5,7 @@ A device is a `torch.device` with an explicit index on CUDA (`cuda:0`), so that 
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from itertools import accumulate
@@ -57,7 +58,7 @@ def _explain_absence(request: str) -> str:
     return ", or check the driver with nvidia-smi: this build of torch has CUDA but finds no usable GPU."
 
 
-def configure_backends(device: torch.device) -> None:
+def configure_backends(device: torch.device, deterministic: bool = False) -> None:
     """Set the process-wide flags that make `device` fast; call it before the first computation.
 
     CUDA: TF32 matrix products and convolutions (float32's range with a 10-bit mantissa, several times faster; what
@@ -68,12 +69,20 @@ def configure_backends(device: torch.device) -> None:
     CPU: denormals are flushed to zero. Densities and Adam's moments decay through the denormal range, where one
     operation costs on the order of a hundred cycles. The flag belongs to a thread, and worker threads inherit it when
     the first parallel operation starts them: hence before the first computation.
+
+    deterministic: on CUDA, algorithms whose sums have one order, so that two runs agree bit for bit. torch has none for
+    some, such as the backward pass of grid_sample, by which planes are read; it warns of each once. On a CPU every run
+    is deterministic.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            torch.backends.cudnn.deterministic = True
+            torch.use_deterministic_algorithms(True, warn_only=True)
     elif device.type == "cpu":
         # Older NumPy warns when it first measures a float type while denormals are flushed: measure them now.
         for dtype in (np.float32, np.float64):

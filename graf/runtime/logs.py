@@ -12,7 +12,8 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from graf.base.files import write_atomically
 logger = logging.getLogger("graf")
 
 METRICS_FILE = "metrics.jsonl"
+#: names of a row that are no scalars
+RESERVED = {"iteration", "time", "kind"}
 MONITORS = ("tensorboard", "wandb", "jsonl")
 
 _said: set[str] = set()
@@ -41,6 +44,30 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _Unread:
+    """A stream that may lose its reader, as with a closed terminal or `| tee` after Ctrl-C: no bar ends a program."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # by which tqdm.write finds the bars that it must not write into
+        return other is self or other is self.stream
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
+
+
 def setup_console() -> None:
     """Show the "graf" logger's INFO lines and above on the console; calling it again changes nothing."""
     logger.setLevel(logging.INFO)
@@ -50,7 +77,8 @@ def setup_console() -> None:
 
 def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A tqdm bar that disappears when it is done, and that writes one line per 10 seconds where stderr is a file."""
-    return tqdm(items, leave=False, mininterval=0.1 if sys.stderr.isatty() else 10.0, **options)
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(items, file=_Unread(sys.stderr), leave=False, mininterval=interval, **options)
 
 
 def warn_once(message: str, key: str | None = None) -> None:
@@ -74,22 +102,34 @@ class RunLog:
 
     `start` is the last iteration already done (0 for a new run) and `total` the last one to do. metrics.jsonl is
     always written, one JSON object a line: `iteration`, `time` (seconds since 1970) and the scalars, where a number
-    that is not finite is a string ("nan", "inf", "-inf"). A resumed run continues the file after dropping what an
-    earlier attempt wrote past `start`. `monitoring` adds "tensorboard" and "wandb"; a missing one is reported once.
+    that is not finite is a string ("nan", "inf", "-inf"); rows of :meth:`scores` have "kind": "scores" besides. A
+    resumed run continues the file after dropping what an earlier attempt wrote past `start`, and scores past `scored`
+    (default: `start`). `monitoring` adds "tensorboard" and "wandb"; a missing or failing one is reported once.
     """
 
     def __init__(
-        self, folder: Path, *, total: int, start: int, monitoring: Sequence[str] = (), progress: bool = True
+        self,
+        folder: Path,
+        *,
+        total: int,
+        start: int,
+        scored: int | None = None,
+        monitoring: Sequence[str] = (),
+        progress: bool = True,
     ) -> None:
         unknown = [name for name in monitoring if name not in MONITORS]
         if unknown:
             raise ValueError(f"monitoring: {unknown[0]!r} is unknown; expected some of {', '.join(MONITORS)}")
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics_path = folder / METRICS_FILE
-        drop_rows_after(self._metrics_path, start)
-        self._tensorboard = _open_tensorboard(folder, start) if "tensorboard" in monitoring else None
+        scored = start if scored is None else scored
+        drop_rows_after(self._metrics_path, start, scored)
+        self._tensorboard = None
+        if "tensorboard" in monitoring:
+            self._tensorboard = _open_tensorboard(folder, start, self._metrics_path if scored < start else None)
         self._wandb = _open_wandb(folder) if "wandb" in monitoring else None
         self._bar = tqdm(
+            file=_Unread(sys.stderr),
             total=total,
             initial=start,
             unit="it",
@@ -99,19 +139,41 @@ class RunLog:
         )
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Record named numbers at `iteration`; "iteration" and "time" are taken. Raises OSError on a full disk."""
-        reserved = {"iteration", "time"} & values.keys()
+        """Record named numbers at `iteration`; names of RESERVED are taken. Raises OSError on a full disk."""
+        self._record(iteration, values, {})
+
+    def scores(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Record what has been measured on the state of `iteration`, which may come after its scalars."""
+        self._record(iteration, values, {"kind": "scores"})
+
+    def flush(self) -> None:
+        """Hand TensorBoard's records to the system, as lines of metrics.jsonl are when they are written."""
+        self._write_events(lambda writer: writer.flush())
+
+    def _record(self, iteration: int, values: Mapping[str, float], more: Mapping[str, str]) -> None:
+        reserved = RESERVED & values.keys()
         if reserved:
             raise ValueError(f"scalar {min(reserved)!r}: the name is taken by {METRICS_FILE}; use another")
         numbers = {name: float(value) for name, value in values.items()}
-        line = {"iteration": iteration, "time": round(time.time(), 3)}
-        line |= {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}  # type: ignore[misc]
+        line: dict[str, Any] = {"iteration": iteration, "time": round(time.time(), 3), **more}
+        line |= {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         _append_line(self._metrics_path, json.dumps(line, allow_nan=False))
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+        self._write_events(lambda writer: [writer.add_scalar(*number, iteration) for number in numbers.items()])
         if self._wandb is not None:
             self._wandb.log(numbers, step=iteration)
+
+    def _write_events(self, write: Callable[[Any], object]) -> None:
+        """Do something with TensorBoard's writer; a run does not end because its disk is full, the record is a copy."""
+        if self._tensorboard is None:
+            return
+        try:
+            write(self._tensorboard)
+        except OSError as error:
+            self._tensorboard = None
+            warn_once(
+                f"monitoring: TensorBoard cannot write ({error.strerror or error}); the run goes on without it, "
+                f"{METRICS_FILE} has everything"
+            )
 
     def progress(self, iteration: int, status: str | Mapping[str, float]) -> None:
         """Move the bar to `iteration` and show `status` (text, or numbers by name) behind the time left."""
@@ -123,8 +185,7 @@ class RunLog:
         """Show a picture (uint8, H x W x 3) in TensorBoard and W&B."""
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"image {tag!r}: found {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
-        if self._tensorboard is not None:
-            self._tensorboard.add_image(tag, pixels, iteration, dataformats="HWC")
+        self._write_events(lambda writer: writer.add_image(tag, pixels, iteration, dataformats="HWC"))
         if self._wandb is not None:
             import wandb
 
@@ -133,8 +194,7 @@ class RunLog:
     def close(self) -> None:
         """Finish all records; calling it again changes nothing."""
         self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._write_events(lambda writer: writer.close())
         if self._wandb is not None:
             self._wandb.finish()
         self._tensorboard = self._wandb = None
@@ -154,27 +214,42 @@ def _append_line(path: Path, line: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def drop_rows_after(path: Path, iteration: int) -> None:
-    """Remove from a .jsonl of rows with an iteration those past `iteration`, and any cut short by a kill; log it."""
+def drop_rows_after(path: Path, iteration: int, scored: int | None = None) -> None:
+    """Remove from a .jsonl of rows with an iteration those past `iteration`, and any cut short by a kill; log it.
+
+    scored: the limit of rows whose kind is "scores", where it is another one.
+    """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _is_row_until(line, iteration)]
-    if len(kept) == len(lines):
+    content = path.read_bytes()
+    lines = content.decode("utf-8", errors="replace").splitlines()
+    limits = {"scores": iteration if scored is None else scored}
+    kept = [
+        line for line in lines if (row := _read_row(line)) and row["iteration"] <= limits.get(row["kind"], iteration)
+    ]
+    if len(kept) == len(lines) and content.endswith(b"\n" if lines else b""):
         return
     write_atomically(path, "".join(f"{line}\n" for line in kept))
-    logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
+    if len(kept) < len(lines):
+        logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
 
 
-def _is_row_until(line: str, iteration: int) -> bool:
+def _read_row(line: str) -> dict[str, Any] | None:
+    """A row with its iteration and kind; None where the line is none."""
     try:
-        return bool(json.loads(line)["iteration"] <= iteration)
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        return None
+    return {**row, "kind": str(row.get("kind", ""))}
 
 
-def _open_tensorboard(folder: Path, start: int) -> Any:
-    """A SummaryWriter that hides events past `start`, or None with a message when TensorBoard is not installed."""
+def _open_tensorboard(folder: Path, start: int, rows: Path | None) -> Any:
+    """A SummaryWriter that hides events past `start`, or None with a message when TensorBoard is not installed.
+
+    rows: hide those of `start` too and write again what these rows have of it; the rest is going to be written again.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside TensorBoard's and protobuf's own modules
@@ -182,7 +257,16 @@ def _open_tensorboard(folder: Path, start: int) -> Any:
     except ImportError as error:
         warn_once(f"monitoring: TensorBoard is not installed ({error}); run pip install tensorboard, or leave it out")
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    if rows is None or not start:
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+    for line in rows.read_text(encoding="utf-8").splitlines() if rows.exists() else ():
+        row = _read_row(line)
+        if row is not None and row["iteration"] == start:
+            for name in row.keys() - RESERVED:
+                with suppress(TypeError, ValueError):  # no number: not written by this program
+                    writer.add_scalar(name, float(row[name]), start)
+    return writer
 
 
 def _open_wandb(folder: Path) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -44,18 +44,52 @@ from graf.training.players import Player
 
 @dataclass
 class Progress:
-    """How far a run has come: completed iterations, seconds spent training, and the best scores so far."""
+    """How far a run has come: completed iterations, seconds spent training, and the best scores so far.
+
+    logged, sampled, scored: the last iteration whose line has been written, whose grids have been drawn, whose scores
+    have been computed, -1 for none; scoring_batch: images per pass of the feature extractor that memory has turned out
+    to have room for, 0 where that is not known yet.
+    """
 
     iteration: int = 0
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
+    logged: int = -1
+    sampled: int = -1
+    scored: int = -1
+    scoring_batch: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"iteration": self.iteration, "seconds": self.seconds, "best": dict(self.best)}
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"best": dict(self.best)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iteration, self.seconds = int(state["iteration"]), float(state["seconds"])
         self.best = dict(state["best"])
+        for name in ("logged", "sampled", "scored"):  # older checkpoints were saved after all of it
+            setattr(self, name, int(state.get(name, self.iteration)))
+        self.scoring_batch = int(state.get("scoring_batch", 0))
+
+
+@dataclass
+class LearnedLimits:
+    """What a run has learned about its machine and its losses, as a part of its state.
+
+    The sizes that fit into memory decide how sums are rounded, and the updates skipped in a row when to give up.
+    """
+
+    trainer: Trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        skipped = {player.suffix: player.skipped for player in self.trainer.players}
+        chunk = self.trainer.averaged_networks[0].chunk
+        return {"memory": asdict(self.trainer.memory), "render_chunk": chunk, "skipped": skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "memory" in state:
+            self.trainer.use(MemorySettings(**state["memory"]))
+            self.trainer.averaged_networks[0].chunk = int(state["render_chunk"])
+        for player in self.trainer.players:
+            player.skipped = int(state.get("skipped", {}).get(player.suffix, 0))
 
 
 @dataclass
@@ -71,6 +105,19 @@ class SuperResolutionRenders(TensorBatch):
 
     render: Render
     neighbours: Render | None
+
+
+@dataclass
+class LatestStatistics:
+    """The latest value of every statistic: some are not computed in every step, and the next line shows them all."""
+
+    trainer: Trainer
+
+    def state_dict(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.trainer.latest.items()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.trainer.latest = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
 
 
 Result = TypeVar("Result")
@@ -148,6 +195,8 @@ class Trainer:
         self._watched: set[tuple[bool, bool]] = set()
         self.progress = Progress()
         self.stop_reason: str | None = None
+        self.in_step = False
+        self.latest: Statistics = {}
 
     def use(self, memory: MemorySettings) -> None:
         """Train, and render with the averaged weights, with these settings from now on."""
@@ -158,7 +207,9 @@ class Trainer:
     @property
     def state(self) -> dict[str, Stateful]:
         """Every stateful object by name: what a checkpoint holds."""
-        state: dict[str, Stateful] = {"progress": self.progress, "averages": UpdateCounts(self.averages)}
+        state: dict[str, Stateful] = {"progress": self.progress, "limits": LearnedLimits(self)}
+        state["statistics"] = LatestStatistics(self)
+        state["averages"] = UpdateCounts(self.averages)
         state |= {f"{name}_average": average.module for name, average in self.averages.items()}
         for player in self.players:
             state |= {
@@ -193,18 +244,20 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], hooks: Sequence[Hook]) -> None:
-        """Step until max_iterations, or until a hook or a signal sets `stop_reason`.
+        """Step until max_iterations, or until a hook sets `stop_reason` or raises Stopped.
 
-        Hooks get every statistic's latest value: some are not computed in every step.
+        Hooks get every statistic's latest value: some are not computed in every step. Where something raises, `in_step`
+        tells whether the state is that of half a step, or whole and worth saving.
         """
-        latest: Statistics = {}
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
             images, labels = next(batches)
-            latest |= self.step(images, labels)
+            self.in_step = True
+            self.latest |= self.step(images, labels)
+            self.in_step = False
             self.progress.seconds += time.monotonic() - started
             for hook in hooks:
-                hook(self, latest)
+                hook(self, self.latest)
 
     def step(self, images: Tensor, labels: Tensor) -> Statistics:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 4)."""
@@ -276,8 +329,8 @@ class Trainer:
         smaller = self.memory.shrink(batch_size, renders=phase != "sr")
         if smaller is None:
             return None
-        change, self.memory = self.memory.describe_change(smaller), smaller
-        self.generator.use(smaller)
+        change = self.memory.describe_change(smaller)
+        self.use(smaller)
         return f"phase {phase}: {change}"
 
     def _render_shared(self, inputs: StepInputs, parts: list[slice], shared: SharedRender) -> Render | None:

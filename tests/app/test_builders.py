@@ -110,7 +110,7 @@ def test_without_poses_or_named_heights_grids_stand_in_the_middle_of_the_range()
 def test_photographs_smaller_than_super_resolved_images_are_counted_and_refused_if_all_are(
     sizes, message, monkeypatch, caplog
 ):
-    photographs = SimpleNamespace(report=SimpleNamespace(sizes=Counter(sizes)))
+    photographs = SimpleNamespace(report=SimpleNamespace(sizes=Counter(sizes)), poses=None)
     monkeypatch.setattr(builders, "open_dataset", lambda settings: photographs)
     config = configure(data={"imsize": 32}, ccsr={"enabled": True, "scale": 4})
     if len(sizes) == 1:

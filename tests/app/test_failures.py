@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 import graf
-from graf.app import builders
+from graf.app import builders, training_run
 from graf.app.failures import ErrorLog, explain_failure, run_command
 from graf.base.errors import UserError
 from graf.models.generator import Generator
-from graf.runtime import device, logs
+from graf.runtime import logs
 from graf.runtime.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -269,10 +269,10 @@ def test_a_checkpoint_of_another_network_is_refused_before_it_is_loaded(train, r
     assert (tmp_path / "results" / "smoke" / "config.yaml").read_text() == config
 
 
-def test_a_checkpoint_that_was_cut_short_names_the_one_before_it(train, read_error, tmp_path):
+def test_checkpoints_that_are_all_cut_short_are_one_line(train, read_error, tmp_path):
     assert train(*BARE, "training.save_every=1e-9", "--max_iterations", "2") == 0
-    newest = tmp_path / "results" / "smoke" / "checkpoints" / "model_00000002.pt"
-    newest.write_bytes(newest.read_bytes()[:5000])
+    for file in (tmp_path / "results" / "smoke" / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:5000])
     assert train(*BARE, "--max_iterations", "3") == 1
     error = read_error()
     assert "model_00000002.pt: cannot be read" in error
@@ -282,7 +282,7 @@ def test_a_checkpoint_that_was_cut_short_names_the_one_before_it(train, read_err
 def test_a_folder_that_cannot_be_written_is_one_line(train, read_error, tmp_path):
     (tmp_path / "taken").write_text("")
     assert train(*BARE, "--outdir", "taken") == 1
-    assert "taken" in read_error()
+    assert read_error().startswith("error: taken/smoke: cannot be written (Not a directory); choose another folder")
 
 
 # ---------------------------------------------------------------- what nobody foresaw
@@ -300,7 +300,7 @@ def test_what_nobody_foresaw_is_one_line_and_keeps_its_traceback_in_the_run_fold
 
 
 def test_before_the_run_folder_is_known_debug_shows_the_traceback(train, read_error, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(device, "pick_device", lambda *_: 1 / 0)
+    monkeypatch.setattr(training_run, "pick_device", lambda *_: 1 / 0)
     assert train() == 1
     assert read_error().endswith("division by zero (run again with --debug for its traceback)")
     assert train("--debug") == 1
@@ -331,7 +331,7 @@ def test_a_full_disk_under_the_logs_is_one_line_and_not_called_foreseen(train, r
 
 
 def test_a_traceback_that_cannot_be_written_either_is_still_one_line(train, read_error, monkeypatch, tmp_path):
-    (tmp_path / "results").write_text("a file where the run folder should be")
+    (tmp_path / "results" / "smoke" / "error.log").mkdir(parents=True)
     monkeypatch.setattr(builders, "build_pose_sampler", lambda *_: 1 / 0)
     assert train() == 1
     error = read_error()
@@ -361,7 +361,8 @@ def test_every_error_of_the_project_is_a_user_error_but_those_that_never_leave_t
             if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__.startswith("graf."):
                 errors[name] = kind
     assert len(errors) > 10
-    assert {name for name, kind in errors.items() if not issubclass(kind, UserError)} <= {"UnreadableImage"}
+    stay_inside = {"BrokenSeal", "UnreadableImage", "YamlProblem"}
+    assert {name for name, kind in errors.items() if not issubclass(kind, UserError)} == stay_inside
 
 
 @pytest.mark.parametrize("nworkers", [0, 1])

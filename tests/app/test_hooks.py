@@ -11,7 +11,7 @@ import torch
 from graf.app import hooks
 from graf.app.runs import RunFolder
 from graf.config import Config
-from graf.runtime.interrupt import StopRequest
+from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog
 from graf.runtime.memory import CacheRelease
 from graf.runtime.memory_profiler import MemoryProfiler
@@ -72,7 +72,7 @@ def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
     hook = hooks.SampleHook(*[None] * 4, CacheRelease("never", CPU))  # type: ignore[arg-type]
     monkeypatch.setattr(hook, "write", drawn.append)
     for iteration in range(1, 1001):
-        hook(trainer_at(iteration, sample_every=every), {})
+        hook(trainer_at(iteration, sample_every=every, max_iterations=2000), {})
     assert drawn == expected
 
 
@@ -80,17 +80,18 @@ def test_a_checkpoint_is_saved_when_its_time_has_come_and_once_an_iteration(tmp_
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
     run = RunFolder(tmp_path)
-    hook = hooks.CheckpointHook(run, {}, CacheRelease("never", CPU), _last=clock.now)
+    log = RunLog(tmp_path, total=30, start=0, progress=False)
+    hook = hooks.CheckpointHook(run, {}, CacheRelease("never", CPU), log, _last=clock.now)
     settings = {"save_every": 10, "backup_every": 4, "keep_checkpoints": 2}
     for iteration in range(1, 10):
         clock.now += 4
         hook(trainer_at(iteration, **settings), {})
-    hook.save_latest(trainer_at(9, **settings))
+    hook.save_reached(trainer_at(9, **settings))
     saved = sorted(path.name for path in run.checkpoints.iterdir())
     backups = ["backup_00000004.pt", "backup_00000008.pt"]
     assert saved == [*backups, "model_00000006.pt", "model_00000009.pt"]  # 3, 6 and 9 were due, two are kept
     before = (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns
-    hook.save_latest(trainer_at(9, **settings))
+    hook.save_reached(trainer_at(9, **settings))
     assert (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns == before
 
 
@@ -106,8 +107,8 @@ def test_the_trainer_is_asked_to_stop_by_a_signal_or_by_the_clock(monkeypatch):
     hook(trainer, {})
     assert trainer.stop_reason == "training.max_minutes=2 have passed"
     request.reason = "SIGTERM"
-    hook(trainer, {})
-    assert trainer.stop_reason == "SIGTERM"
+    with pytest.raises(Stopped, match="SIGTERM"):
+        hook(trainer, {})
     unlimited = trainer_at(1)
     hooks.StopHook(StopRequest(), started=0.0)(unlimited, {})
     assert unlimited.stop_reason is None

@@ -1,6 +1,10 @@
 """Image order and the loader's promises."""
 
+import multiprocessing
+import os
 import random
+import signal
+import time
 from itertools import chain, islice
 
 import numpy as np
@@ -9,7 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from graf.data.errors import DataError
-from graf.data.loader import BatchOrder, make_loader, seed_worker
+from graf.data.loader import Batches, BatchOrder, make_loader, start_worker
+from graf.runtime.interrupt import STOP_SIGNALS
 
 
 class Numbers(Dataset):
@@ -96,11 +101,14 @@ def test_workers_are_seeded():
 def test_workers_of_one_loader_draw_different_numbers():
     states = []
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for worker in range(2):
-        seed_worker(worker, seed=0)
+        start_worker(worker, seed=0)
         states.append((random.random(), np.random.rand(), torch.rand(()).item()))
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert all(a != b for a, b in zip(*states, strict=True))
 
 
@@ -123,3 +131,70 @@ def test_batch_larger_than_the_set_is_an_error_that_says_what_to_do():
         make_loader(Numbers(8), 9, nworkers=0, drop_last=True, seed=0)
     images, _ = next(iter(make_loader(Numbers(8), 9, nworkers=0, drop_last=False, seed=0)))
     assert len(images) == 8
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+class Slow(Numbers):
+    """Some of its photographs never come."""
+
+    def __getitem__(self, index):
+        if index % 3 == 0:
+            time.sleep(3600)
+        return super().__getitem__(index)
+
+
+def open_batches(dataset) -> Batches:
+    return Batches(make_loader(dataset, 2, nworkers=2, drop_last=True, seed=0))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_to_stop_leave_the_workers_at_work_from_their_first_moment_on(number):
+    with open_batches(Numbers(64)) as batches:
+        for worker in batches._workers:
+            os.kill(worker.pid, number)
+        next(batches)
+        for worker in batches._workers:
+            os.kill(worker.pid, number)
+        for _ in range(40):
+            next(batches)
+        assert [worker.exitcode for worker in batches._workers] == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_that_dies_is_told_by_the_next_batch_and_interrupts_nothing_before():
+    with open_batches(Numbers(64)) as batches:
+        next(batches)
+        victim = batches._workers[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:  # a handler of SIGCHLD would raise in here
+            time.sleep(0.01)
+        expected = r"was killed by SIGKILL: the system does that when memory runs out; set training.nworkers to less"
+        with pytest.raises(DataError, match=expected):
+            take(batches, 40)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_end_of_the_batches_is_the_end_of_their_workers_and_of_their_shared_memory():
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    with open_batches(Slow(64)) as batches:
+        workers = batches._workers
+        started = time.monotonic()
+    assert time.monotonic() - started < 8
+    assert all(worker.exitcode is not None for worker in workers)
+    assert not multiprocessing.active_children()
+    if os.path.isdir("/dev/shm"):
+        assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_what_a_photograph_raises_is_passed_on():
+    class Rotten(Numbers):
+        def __getitem__(self, index):
+            raise DataError("a.png: is rotten")
+
+    loader = make_loader(Rotten(8), 2, nworkers=0, drop_last=True, seed=0)
+    with Batches(loader) as batches, pytest.raises(DataError, match=r"a\.png: is rotten"):
+        next(batches)

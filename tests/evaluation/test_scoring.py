@@ -29,6 +29,7 @@ class NoiseRenderer:
     truncation = 1.0
 
     def __init__(self) -> None:
+        self.before_image = lambda: None
         self.asked: list[int] = []
         self.seeds: set[int] = set()
 

@@ -26,6 +26,7 @@ from graf.runtime.checkpoint import (
     list_checkpoints,
     prune_checkpoints,
     read_checkpoint,
+    read_iteration,
     restore,
     save_checkpoint,
 )
@@ -98,7 +99,7 @@ def test_objects_and_meta_come_back_equal(tmp_path: Path) -> None:
     saved, fresh = make_objects(seed=2), make_objects(seed=7)
     save_checkpoint(path, saved, META)
     contents = read_checkpoint(path)
-    assert contents["format"] == 2
+    assert contents["format"] == 3
     assert contents["meta"] == META
     restore(contents, fresh, path)
     for name in saved:
@@ -240,15 +241,17 @@ def test_an_interrupt_while_writing_passes_through_and_leaves_no_half_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_save_leaves_one_file_at_most_whatever_the_iteration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as if killed: nothing is cleaned up
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    for iteration in (1, 2):
-        with pytest.raises(CheckpointError):
-            save_checkpoint(tmp_path / checkpoint_name(iteration), {}, {})
-    assert [file.name for file in tmp_path.iterdir()] == [".checkpoint.saving"]
+def test_what_killed_saves_leave_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # as if killed: nothing is cleaned up
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        for _ in range(2):
+            with pytest.raises(CheckpointError):
+                save_checkpoint(tmp_path / checkpoint_name(1), {}, {})
+    save_checkpoint(tmp_path / checkpoint_name(2), {}, {})
+    assert len(list(tmp_path.iterdir())) == 3, "two processes never share a temporary file"
+    assert len(files.remove_leftovers(tmp_path)) == 2
+    assert [file.name for file in tmp_path.iterdir()] == [checkpoint_name(2)]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -355,15 +358,48 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 3, "meta": {}, "objects": {}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="has format 3, this version reads 1 and 2"):
+    torch.save({"format": 4, "meta": {}, "objects": {}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="has format 4, this version reads 1 to 3"):
         read_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_file_of_format_2_which_has_no_seal_is_read(tmp_path: Path) -> None:
+    torch.save({"format": 2, "meta": {"iteration": 5}, "objects": {}}, tmp_path / "a.pt")
+    objects = {"limits": {}, "statistics": {}}  # new in format 3; empty states stand for those of a new run
+    assert read_checkpoint(tmp_path / "a.pt") == {"format": 3, "meta": {"iteration": 5}, "objects": objects}
+    assert read_iteration(tmp_path / "a.pt") is None
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"layer": torch.nn.Linear(2, 2)}, {"iteration": 5})
+    assert read_iteration(path) == 5
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 13):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"cannot be read|lost its seal"):
+            read_checkpoint(path)
+
+
+def test_a_device_that_fails_while_saving_is_not_blamed_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="CUDA error") as caught:
+        save_checkpoint(tmp_path / "a.pt", {}, {})
+    assert not isinstance(caught.value, CheckpointError)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_format_1_is_read_as_one_of_today() -> None:
-    """FORMAT_1 was written by the version before format 2."""
+    """FORMAT_1 was written by the version before format 2, without a seal."""
     raw, contents = torch.load(FORMAT_1, weights_only=True), read_checkpoint(FORMAT_1)
-    assert (raw["format"], contents["format"]) == (1, 2)
+    assert (raw["format"], contents["format"]) == (1, 3)
     old, new = raw["objects"], contents["objects"]
     assert new["averages"] == {"generator": 6, "ccsr": 6}
     today = {"field.density.weight": "field.raw_density.weight", "field.density.bias": "field.raw_density.bias"}
@@ -374,7 +410,7 @@ def test_a_file_of_format_1_is_read_as_one_of_today() -> None:
     assert_equal_states(new["generator_average"], dict(old["average"]["module"]))
     assert_equal_states(new["ccsr_average"], old["average_ccsr"]["module"])
     kept = old.keys() - {"average", "average_ccsr"}
-    assert new.keys() == kept | {"generator_average", "ccsr_average", "averages"}
+    assert new.keys() == kept | {"generator_average", "ccsr_average", "averages", "limits", "statistics"}
     for name in kept:
         assert_equal_states(new[name], old[name])
     assert contents["meta"]["dataset"] == raw["meta"]["scene"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,6 +87,26 @@ def test_denormals_are_flushed_on_the_cpu_only_after_configuring() -> None:
     assert (smallest_normal / 4 > 0).all(), "torch keeps denormals by default"
     configure_backends(torch.device("cpu"))
     assert (smallest_normal / 4 == 0).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_cuda_sums_have_one_order_when_asked(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    """The flags that torch documents for reproducibility, without a GPU to try them on."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    flags, precision = (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32), torch.get_float32_matmul_precision()
+    try:
+        configure_backends(torch.device("cuda", 0), deterministic)
+        assert cudnn.benchmark is not deterministic
+        assert cudnn.deterministic is deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_describe_names_the_processor_and_its_threads() -> None:

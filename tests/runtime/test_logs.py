@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -190,6 +191,43 @@ def test_tensorboard_gets_scalars_and_images_and_hides_what_a_resume_repeats(tmp
         log.scalars(30, {"loss/g": 2.0})
     assert read_events(tmp_path, "loss/g") == [(10, 1.0), (20, 1.0), (30, 2.0)]
     assert read_events(tmp_path, "samples") == [(20, 6)]
+
+
+def test_tensorboard_has_every_step_once_where_a_kill_came_between_a_line_and_its_scores(tmp_path: Path) -> None:
+    """The scores of the iteration that was reached had been written, but not saved: they are measured again."""
+    pytest.importorskip("tensorboard")
+    with make_log(tmp_path, monitoring=["tensorboard"]) as log:
+        for iteration in (10, 20):
+            log.scalars(iteration, {"loss/g": iteration})
+            log.scores(iteration, {"fid": iteration})
+        log.scalars(30, {"loss/g": 30})
+    with make_log(tmp_path, start=20, scored=10, monitoring=["tensorboard"]) as log:
+        log.scores(20, {"fid": 20})
+        log.scalars(30, {"loss/g": 30})
+    assert read_events(tmp_path, "loss/g") == [(10, 10), (20, 20), (30, 30)]
+    assert read_events(tmp_path, "fid") == [(10, 10), (20, 20)]
+    rows = [(row["iteration"], row.get("kind")) for row in read_lines(tmp_path)]
+    assert rows == [(10, None), (10, "scores"), (20, None), (20, "scores"), (30, None)]
+
+
+def test_a_tensorboard_that_cannot_write_is_said_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with make_log(tmp_path, monitoring=["tensorboard"]) as log:
+        log.scalars(1, {"loss": 1.0})
+        log.flush()
+        monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+        for iteration in (2, 3):
+            log.scalars(iteration, {"loss": 1.0})
+        log.flush()
+    assert caplog.text.count("TensorBoard cannot write (No space left on device)") == 1
+    assert [row["iteration"] for row in read_lines(tmp_path)] == [1, 2, 3]
 
 
 class FakeWandb(types.ModuleType):
