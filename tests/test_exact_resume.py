@@ -34,7 +34,9 @@ EVERYTHING = (
     *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.N_importance=4", "data.refine_cameras=true"),
     *("ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.agreement=1", "ccsr.photometric=10"),
     *("ccsr.start_iteration=3", "ccsr.every=2", "discriminator.spectral_norm=true"),
-    *("data.synthetic.count=24", "data.synthetic.instances=2"),  # of one instance the truth would be drawn for minutes
+    # of one instance the truth would be drawn for minutes
+    *("data.synthetic.instances=2", "data.synthetic.count=48", "data.classes=[car,duck]"),
+    *("training.sample_objects=2", "training.empty_cache=never"),
 )
 #: what measures time, or the machine
 TIMES = ("time", "images_per_second", "seconds", "memory_", "iterations_per")

@@ -36,11 +36,12 @@ def test_200_steps_with_sampling_scoring_and_checkpoints_leave_nothing_behind(ru
             "ccsr.enabled=true",
             "ccsr.agreement=0.3",
             "ccsr.start_iteration=0",
+            "data.classes=[car,duck]",
             "data.synthetic.instances=2",  # of one instance the truth would be drawn for minutes
-            "training.sample_every=10",
-            "training.fid_every=50",
+            "training.sample_every=20",
+            "training.fid_every=100",
             "training.backup_every=25",
-            "training.save_every=1",
+            "training.save_every=3",
             "training.keep_checkpoints=2",
             "training.print_every=10",
         )

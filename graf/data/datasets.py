@@ -41,9 +41,8 @@ class DataSettings:
     reported, the others the validation split, by which choices are made. Photographs to which labels.csv gives a split
     belong there instead. Larger photographs than `max_megapixels` are skipped. `strict` turns skipped photographs into
     a DataError. `crop` is the side of the central square that is used, in pixels, where it is not the largest one. Sets
-    that fit `cache_mib` MiB as uint8 are decoded when
-    they are opened; larger ones when an image is asked for. `radius`, `fov` (degrees) and the synthetic_* fields act on
-    the synthetic set only.
+    that fit `cache_mib` MiB as uint8 are decoded when they are opened; larger ones when an image is asked for.
+    `radius`, `fov` (degrees) and the synthetic_* fields act on the synthetic set only.
     """
 
     type: str
@@ -161,7 +160,7 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
             return None
 
     def fingerprint(self) -> str:
-        """Hash of these photographs as images of their size: of :meth:`identity`, image size, crop and background."""
+        """Hash of these photographs as images of their size: of `identity`, image size, crop and background."""
         settings = self.settings
         how = f"{settings.imsize} {settings.crop} {settings.white_bkgd}"
         return hashlib.sha256(f"{how} {self.identity}".encode()).hexdigest()[:16]

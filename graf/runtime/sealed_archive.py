@@ -64,7 +64,7 @@ def load_sealed(path: Path | str) -> tuple[Any, dict[str, Any] | None]:
     """The contents of an archive, on the CPU, and its seal; None for archives that were written without one.
 
     Raises `BrokenSeal` for a file that does not match its seal or is no archive of torch.save: pickles, tar files,
-    TorchScript and packed entries are refused unread. Raises what torch.load and reading raise.
+    TorchScript and packed entries are refused unread. Raises what zipfile, torch.load and reading raise besides.
     """
     with open(path, "rb") as file:
         sealed_size, seal = _find_seal(file)
@@ -117,7 +117,7 @@ def _require_tensors(file: IO[bytes]) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error) as error:
+    except zipfile.BadZipFile as error:
         raise BrokenSeal(f"it is cut short or damaged: {error}") from error
     names = [entry.filename.partition("/")[2] for entry in entries]
     if "data.pkl" not in names:

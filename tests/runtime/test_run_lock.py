@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,13 @@ def test_a_second_process_stops_at_once_and_is_told_who_is_there(tmp_path, holde
     with pytest.raises(LockedError, match=expected), RunLock(tmp_path):
         pass
     assert time.monotonic() - started < 1
+
+
+def assert_can_be_taken(folder: Path) -> None:
+    """The lock is ours, and its note says so."""
+    with RunLock(folder) as lock:
+        note = json.loads(lock.file.read_text())
+        assert (note["pid"], note["host"]) == (os.getpid(), socket.gethostname())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -113,8 +121,7 @@ def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path):
 def test_without_locks_of_the_system_the_note_of_a_dead_process_on_this_host_is_stale(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(run_lock, "fcntl", None)
     write_note(tmp_path, **{"pid": os.getppid()} | changes)
-    with RunLock(tmp_path):
-        pass
+    assert_can_be_taken(tmp_path)
 
 
 def test_without_locks_of_the_system_the_note_of_a_living_process_counts(tmp_path, monkeypatch):
@@ -127,12 +134,10 @@ def test_without_locks_of_the_system_the_note_of_a_living_process_counts(tmp_pat
 def test_another_hosts_note_is_stale_after_a_while_without_a_sign_of_life(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run_lock, "GONE_AFTER", 3)
     write_note(tmp_path, age=4, host="elsewhere", boot="another")
-    with RunLock(tmp_path):
-        pass
+    assert_can_be_taken(tmp_path)
     assert "finding out" not in caplog.text
     write_note(tmp_path, age=2, host="elsewhere", boot="another")
-    with RunLock(tmp_path):
-        pass
+    assert_can_be_taken(tmp_path)
     assert "finding out whether process" in caplog.text
 
 
@@ -146,16 +151,14 @@ def test_another_host_that_renews_its_note_is_at_work(tmp_path, monkeypatch):
 def test_another_host_that_ends_meanwhile_is_not_at_work(tmp_path, monkeypatch):
     file = write_note(tmp_path, age=1, host="elsewhere", boot="another")
     monkeypatch.setattr(time, "sleep", lambda seconds: file.write_bytes(b""))
-    with RunLock(tmp_path):
-        pass
+    assert_can_be_taken(tmp_path)
 
 
 @pytest.mark.skipif(run_lock.fcntl is None or not run_lock._boot(), reason="needs locks and a boot id")
 def test_a_container_of_this_machine_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
     write_note(tmp_path, age=1, host="0a1b2c3d4e5f")
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
-    with RunLock(tmp_path):
-        pass
+    assert_can_be_taken(tmp_path)
 
 
 def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
@@ -171,5 +174,4 @@ def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"{}", b'{"pid": "x"}' * 1000])
 def test_a_note_that_is_none_is_nobodys(tmp_path, content):
     (tmp_path / run_lock.NAME).write_bytes(content)
-    with RunLock(tmp_path):
-        pass
+    assert_can_be_taken(tmp_path)
