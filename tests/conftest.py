@@ -21,8 +21,13 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 RunProgram = Callable[..., int]
 
 
-torch.set_num_threads(1)  # tests run side by side, one on each core
+torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs that they start
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are cores: some tests wait, for a signal, a disk or a lock."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)

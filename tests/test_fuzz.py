@@ -43,6 +43,7 @@ CASES = [25, pytest.param(250, marks=pytest.mark.long)]
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _watched: list[tuple[Path, list[str]]] = []  # the folder that may be written to, and what was written elsewhere
+_ends = {"success": 0, "refusal": 0}
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -73,7 +74,9 @@ def only_for_people(allowed: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+        _ends["success"] += 1
     except UserError as error:
+        _ends["refusal"] += 1
         has_text = bool(str(error).strip())
     finally:
         _watched.pop()
@@ -82,12 +85,16 @@ def only_for_people(allowed: Path) -> Iterator[None]:
     assert found == []
 
 
-def try_cases(cases: int, strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
-    """Call `check` with so many values."""
+def try_cases(
+    cases: int, strategy: st.SearchStrategy[Any], check: Callable[[Any], None], ends: tuple[str, ...] = tuple(_ends)
+) -> None:
+    """Call `check` with so many values, among which each of these ends must occur: a claim about none says nothing."""
+    _ends.update(success=0, refusal=0)
     relaxed = settings(
         max_examples=cases, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
     relaxed(given(strategy)(lambda value: check(value)))()
+    assert all(_ends[end] for end in ends), _ends
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +115,7 @@ TEXT = st.text(max_size=40)
 PATHS = ("", " ", ".", "..", "../../x", "/etc/passwd", "a/b", "a\\b", "con", "x\n", "\x00", "\u202e", "é" * 90)
 VALUES = ("9" * 5000, "nan", "-inf", "1e400", "0x10", "2024-01-01", "1:2:3", "null", "~", "[]", "{}", "[[1]]", "*a")
 NASTY = st.sampled_from([*PATHS, *VALUES, "&a 1", "!!int 3"])
+SAME = object()  # stands for what is there already
 NUMBERS = st.one_of(st.integers(), st.floats(), st.just(float("nan")), st.just(10**400))
 PLAIN = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXT, NASTY),
@@ -150,12 +158,15 @@ KEYS = st.sampled_from([*(f"{name}.{key}" for name, values in SECTIONS.items() f
 @pytest.mark.parametrize("cases", CASES)
 def test_overrides(cases, inside):
     value = st.one_of(TEXT, NASTY, PLAIN.map(lambda plain: json.dumps(plain, default=str)))
+    good = st.sampled_from(
+        [(f"{name}.{key}", json.dumps(now)) for name in SECTIONS for key, now in SECTIONS[name].items()]
+    )
 
     def check(overrides):
         with only_for_people(inside):
             load_config(SMOKE, [f"{key}={text}" for key, text in overrides])
 
-    try_cases(cases, st.lists(st.tuples(KEYS, value), min_size=1, max_size=3), check)
+    try_cases(cases, st.lists(st.one_of(good, st.tuples(KEYS, value)), min_size=1, max_size=3), check)
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -247,7 +258,7 @@ def test_images(cases, inside):
         with only_for_people(inside):
             open_folder(inside, "image_folder", "data.heldout_every=0")
 
-    try_cases(cases, images, check)
+    try_cases(cases, images, check, ends=("success",))  # a bad one is skipped, and said
 
 
 def test_images_of_other_formats_and_sizes_are_reported_and_never_decoded(inside, caplog):
@@ -315,17 +326,23 @@ def test_label_tables(cases, inside):
 @pytest.mark.parametrize("cases", CASES)
 def test_transforms_files(cases, inside):
     image = encode("PNG")
-    pose = [[1, 0, 0, 0], [0, 0, -1, -3.5], [0, 1, 0, 0], [0, 0, 0, 1]]
-    good = {"camera_angle_x": 0.6, "frames": [{"file_path": "a", "transform_matrix": pose}] * 2}
-    entry = st.one_of(PLAIN, st.just(pose), st.lists(st.lists(NUMBERS, min_size=4, max_size=4), min_size=4, max_size=4))
+
+    def placed(distance: float) -> list[list[float]]:
+        return [[1, 0, 0, 0], [0, 0, -1, distance], [0, 1, 0, 0], [0, 0, 0, 1]]
+
+    def described(poses: list[Any]) -> dict[str, Any]:
+        return {"camera_angle_x": 0.6, "frames": [{"file_path": "a", "transform_matrix": pose} for pose in poses]}
+
+    good = described([placed(-3.5), placed(-3.5)])
+    numbers = st.lists(st.lists(NUMBERS, min_size=4, max_size=4), min_size=4, max_size=4)
+    entry = st.one_of(PLAIN, st.sampled_from([-3.5, 0.5, 20.0, 1e3]).map(placed), numbers)
+    path = st.one_of(st.just("a"), NASTY)
     frames = st.lists(
-        st.one_of(
-            PLAIN, st.fixed_dictionaries({"file_path": st.one_of(st.just("a"), NASTY), "transform_matrix": entry})
-        ),
-        max_size=3,
+        st.one_of(PLAIN, st.fixed_dictionaries({"file_path": path, "transform_matrix": entry})), max_size=3
     )
     contents = st.one_of(
         damaged(json.dumps(good).encode()),
+        st.lists(st.floats(-4, -3).map(placed), min_size=2, max_size=4).map(described),
         st.fixed_dictionaries({"camera_angle_x": st.one_of(st.just(0.6), PLAIN), "frames": frames}),
         PLAIN,
     )
@@ -354,7 +371,7 @@ def test_checkpoints(cases, inside, smoke_run):
         with only_for_people(inside):
             graf.load(file, device="cpu")
 
-    try_cases(cases, damaged(whole), check)
+    try_cases(cases, damaged(whole), check, ends=("refusal",))
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -376,13 +393,13 @@ def test_checkpoints_of_strangers(cases, inside, smoke_run):
             target = contents
             for key in path[:-1]:
                 target = target[key] if isinstance(target, dict) and key in target else {}
-            if isinstance(target, dict):
+            if isinstance(target, dict) and value is not SAME:
                 target[path[-1]] = value
         torch.save(contents, file)
         with only_for_people(inside):
             graf.load(file, device="cpu")
 
-    values = st.one_of(PLAIN, tensors)
+    values = st.one_of(st.just(SAME), PLAIN, tensors)
     try_cases(cases, st.lists(st.tuples(st.sampled_from(places), values), min_size=1, max_size=3), check)
 
 
@@ -405,14 +422,16 @@ def test_checkpoints_of_strangers_that_training_goes_on_from(cases, inside, smok
         objects = {name: dict(state) for name, state in whole["objects"].items()}
         for path, value in changes:
             target = objects if len(path) == 1 else objects[path[0]]
-            if isinstance(target, dict):
+            if isinstance(target, dict) and value is not SAME:
                 target[path[-1]] = value
         with open(file, "wb") as stream:
             write_sealed(stream, {"format": written, "meta": whole["meta"], "objects": objects}, {})
         with only_for_people(inside):
             restore(read_checkpoint(file), trainer.state, file)
 
-    changes = st.lists(st.tuples(st.sampled_from(places), st.one_of(PLAIN, tensors)), min_size=1, max_size=3)
+    changes = st.lists(
+        st.tuples(st.sampled_from(places), st.one_of(st.just(SAME), PLAIN, tensors)), min_size=1, max_size=3
+    )
     try_cases(cases, st.tuples(st.sampled_from([1, 2, 3]), changes), check)
 
 

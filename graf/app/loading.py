@@ -57,8 +57,8 @@ class TrainedGenerator:
 
 def read_meta(checkpoint: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """The description of a run in its checkpoint. Raises CheckpointError where it is none."""
-    meta = checkpoint["meta"]
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), dict) for key in ("config", "dataset")):
+    meta: dict[str, Any] = checkpoint["meta"]
+    if not all(isinstance(meta.get(key), dict) for key in ("config", "dataset")):
         raise CheckpointError(
             f"{file}: has no description of its run (config, dataset); it is not a checkpoint of train.py"
         )

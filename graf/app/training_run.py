@@ -66,7 +66,7 @@ def train(
         errors.folder = folder.path
         if resume == "auto":  # another process may have saved something until now
             checkpoints = folder.newest_first()
-        for place in (folder.path, folder.checkpoints, folder.samples):
+        for place in (folder.path, folder.checkpoints, folder.samples, folder.path / "feature_cache"):
             remove_leftovers(place)
         run = open_run(config, folder, checkpoints, accept_new_data, plan_again, device, precision)
         if run.is_complete:

@@ -44,7 +44,7 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class _Unread:
+class _ForgivingStream:
     """A stream that may lose its reader, as with a closed terminal or `| tee` after Ctrl-C: no bar ends a program."""
 
     def __init__(self, stream: Any) -> None:
@@ -78,7 +78,7 @@ def setup_console() -> None:
 def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A tqdm bar that disappears when it is done, and that writes one line per 10 seconds where stderr is a file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, file=_Unread(sys.stderr), leave=False, mininterval=interval, **options)
+    return tqdm(items, file=_ForgivingStream(sys.stderr), leave=False, mininterval=interval, **options)
 
 
 def warn_once(message: str, key: str | None = None) -> None:
@@ -129,7 +129,7 @@ class RunLog:
             self._tensorboard = _open_tensorboard(folder, start, self._metrics_path if scored < start else None)
         self._wandb = _open_wandb(folder) if "wandb" in monitoring else None
         self._bar = tqdm(
-            file=_Unread(sys.stderr),
+            file=_ForgivingStream(sys.stderr),
             total=total,
             initial=start,
             unit="it",
