@@ -19,6 +19,11 @@ LAW = {
     "models": {"base", "runtime", "geometry"},
     "training": {"base", "runtime", "geometry", "data", "models"},
     "evaluation": {"base", "runtime", "geometry", "data", "models"},
+    "mesh": {"base", "runtime", "geometry", "models", "evaluation"},
+    "capture": {"base", "runtime", "geometry", "data"},
+    "inversion": {"base", "runtime", "geometry", "data", "models", "training", "evaluation"},
+    "sharing": {"base", "runtime", "geometry", "models", "evaluation", "mesh"},
+    "viewer": {"base", "runtime", "geometry", "data", "models", "evaluation", "mesh"},
 }
 #: the room that holds the commands and their parts, and so may join all others; only graf/__init__.py imports it
 COMPOSITION_ROOM = "app"

@@ -15,6 +15,13 @@ CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
 
 #: packages that are imported by another name than the one that is declared
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity", "imageio_ffmpeg": "imageio"}
+#: the same for what extras bring
+OPTIONAL_DISTRIBUTIONS = {
+    "skimage": "scikit-image",
+    "cv2": "opencv-python-headless",
+    "pillow_heif": "pillow-heif",
+    "huggingface_hub": "huggingface_hub",
+}
 #: imported where they are installed, and said to be missing where they are not
 OPTIONAL = {"lpips", "wandb"}
 
@@ -40,6 +47,28 @@ def test_every_package_that_is_imported_is_declared(project):
     foreign = imported - {*sys.stdlib_module_names, "graf", *OPTIONAL}
     assert {"torch", "numpy", "PIL"} <= foreign
     assert {DISTRIBUTIONS.get(name, name) for name in foreign} <= declared
+
+
+def test_every_extra_is_installed_for_the_tests_and_part_of_all(project):
+    extras = project["project"]["optional-dependencies"]
+    whole = extras.pop("all")
+    assert whole == [f"graf-ccsr[{','.join(name for name in extras if name != 'docs')}]"]
+    development = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").split()
+    assert {line for name, lines in extras.items() if name != "docs" for line in lines} <= set(development)
+
+
+def test_every_optional_import_names_an_extra_that_brings_it(project):
+    extras = project["project"]["optional-dependencies"]
+    found = set()
+    for path in (ROOT / "graf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_optional":
+                module, extra = (argument.value for argument in node.args)
+                package = module.partition(".")[0]
+                brought = {re.match(r"[\w-]+", line)[0] for line in extras[extra]}
+                assert OPTIONAL_DISTRIBUTIONS.get(package, package.replace("_", "-")) in brought, f"{path}: {module}"
+                found.add(package)
+    assert found
 
 
 def test_pre_commit_runs_the_checks_of_ci():

@@ -19,7 +19,7 @@ from graf.app import builders
 from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog
 from graf.app.loading import open_checkpoint
-from graf.app.runs import RunFolder, newest_run
+from graf.app.runs import find_run
 from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
 from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
@@ -80,14 +80,9 @@ def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
 def open_evaluation(options: EvalOptions) -> Evaluation:
     """Find run and checkpoint and open the averaged generator."""
     setup_console()
-    if options.run:
-        run = RunFolder(Path(options.run))
-    elif options.checkpoint:
-        folder = Path(options.checkpoint).resolve().parent
-        run = RunFolder(folder.parent if folder.name == "checkpoints" else folder)
-    else:
-        run = newest_run(Path(options.outdir))
-    files = [Path(options.checkpoint)] if options.checkpoint else run.best_first()
+    run, files = find_run(options.run or options.checkpoint, options.outdir)
+    if options.checkpoint:
+        files = [Path(options.checkpoint)]
     prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)

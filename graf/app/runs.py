@@ -16,6 +16,7 @@ from graf.runtime.checkpoint import CheckpointError, read_checkpoint, read_itera
 from graf.runtime.logs import logger, warn_once
 
 BEST_CHECKPOINT = "model_best.pt"
+WEIGHT_SUFFIXES = (".pt", ".safetensors")
 _NUMBERED = re.compile(r"(?:model|backup)_(\d+)\.pt")
 
 
@@ -119,9 +120,23 @@ def newest_run(results: Path) -> RunFolder:
     runs = [RunFolder(config_file.parent) for config_file in results.glob("*/config.yaml")]
     if not runs:
         raise ConfigError(
-            f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one with --run"
+            f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one"
         )
     return max(runs, key=lambda run: max((file.stat().st_mtime for file in run.checkpoints.glob("*.pt")), default=0.0))
+
+
+def find_run(path: str | None, outdir: str = "results") -> tuple[RunFolder, list[Path]]:
+    """The run that a run folder or a file of weights names, and its checkpoints, those to show something with first.
+
+    None: the run under `outdir` that saved last.
+    """
+    if path is None:
+        run = newest_run(Path(outdir))
+        return run, run.best_first()
+    if Path(path).suffix not in WEIGHT_SUFFIXES:
+        return RunFolder(Path(path)), RunFolder(Path(path)).best_first()
+    folder = Path(path).resolve().parent
+    return RunFolder(folder.parent if folder.name == "checkpoints" else folder), [Path(path)]
 
 
 def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, list[Path]]:

@@ -1,0 +1,95 @@
+"""What commands about one object of a trained run share: its arguments, and how it is opened."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is imported when a run is opened, so that --help answers at once
+    from torch import Tensor
+
+    from graf.app.loading import TrainedGenerator
+    from graf.app.runs import RunFolder
+    from graf.evaluation.renderer import Renderer
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, --truncation, --device and --debug."""
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", help="run folder or checkpoint file (default: the newest run under results/)"
+    )
+    parser.add_argument(
+        "--truncation", type=float, default=1.0, help="factor on drawn codes; below 1 surer, less various (default: 1)"
+    )
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+def add_object_arguments(parser: argparse.ArgumentParser) -> None:
+    """--class and --seed, or --instance."""
+    parser.add_argument("--class", dest="class_name", help="name or index of the class (default: the first)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--seed", type=int, default=0, help="names a drawn object (default: %(default)s)")
+    which.add_argument("--instance", help="name or number of an object that training knows, instead of a drawn one")
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A trained generator and the folder of its run, into whose `evaluation` commands write where no --out is given."""
+
+    trained: TrainedGenerator
+    folder: RunFolder
+
+    @property
+    def renderer(self) -> Renderer:
+        return self.trained.renderer
+
+
+def open_run(run: str | None, device: str, truncation: float) -> OpenedRun:
+    """Open the best checkpoint of a run folder, or a checkpoint file; None: of the newest run under results/.
+
+    Raises ConfigError, CheckpointError, DeviceError and, for a truncation out of range, UserError.
+    """
+    from graf.app.loading import open_checkpoint
+    from graf.app.runs import find_run
+    from graf.runtime.device import configure_backends, describe_device, pick_device
+    from graf.runtime.logs import logger, setup_console
+    from graf.runtime.memory import prepare_allocator
+
+    setup_console()
+    folder, files = find_run(run)
+    prepare_allocator()
+    picked = pick_device(device)
+    configure_backends(picked)
+    trained = open_checkpoint(files, picked)
+    trained = replace(trained, renderer=replace(trained.renderer, truncation=truncation))
+    logger.info("%s, iteration %d, on %s", trained.file, trained.iteration, describe_device(picked))
+    return OpenedRun(trained, folder)
+
+
+def object_code(trained: TrainedGenerator, given: dict[str, Any]) -> tuple[str, Tensor, str]:
+    """The object that --class, --seed and --instance name: its class, its code z (dim_z,), and a name for files.
+
+    Raises UserError for an unknown class or instance.
+    """
+    from graf.base.errors import UserError
+
+    renderer, instances = trained.renderer, trained.dataset_info.instance_names
+    class_name = renderer.classes[renderer.class_index(0 if given["class_name"] is None else given["class_name"])]
+    if given["instance"] is None:
+        return class_name, renderer.codes(given["seed"], range(1))[0], f"{class_name}_{given['seed']}"
+    name = given["instance"]
+    if renderer.generator.instances is None or name not in (*instances, *map(str, range(len(instances)))):
+        known = ", ".join(instances) or "none"
+        raise UserError(f"--instance {name}: expected one of the objects that this run knows: {known}")
+    number = instances.index(name) if name in instances else int(name)
+    return class_name, renderer.instance_codes([number])[0], f"{class_name}_{name}".replace("/", "_")
+
+
+def output_path(given: str | None, opened: OpenedRun, name: str) -> Path:
+    """Where a command writes: --out, else `name` in the run's eval/ folder; its folder is made."""
+    path = opened.folder.evaluation / name if given is None else Path(given)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
