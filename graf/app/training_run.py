@@ -173,7 +173,7 @@ class TrainingRun:
             "machine": {
                 "device": describe_device(self.device),
                 "precision": self.precision.describe(),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
             },
         }
         caches = CacheRelease(training.empty_cache, self.device)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graf.base.errors import UserError
-from graf.base.files import write_atomically
+from graf.base.files import create_folder, write_atomically
 from graf.evaluation.pictures import Picture, save_png
 from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import elevation_from_height, height_from_elevation, ring
@@ -58,20 +56,11 @@ def write_transforms(
     provenance: plain values, kept under "graf", which readers pass over. The folder appears when it is whole. Raises
     UserError where something is there already, OSError where it cannot be written.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already; remove it, or choose another folder with --out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".saving", dir=folder.parent))
-    try:
+    with create_folder(folder) as making:
         names = _write_pictures(making, renderer, z, views)
         poses, focal = _true_cameras(renderer, views)
         content = _describe(renderer.resolution, focal, names, poses) | {"graf": dict(provenance or {})}
         write_atomically(making / FILE_NAME, json.dumps(content, indent=1) + "\n")
-        making.chmod(0o755)  # mkdtemp's is for its maker alone
-        making.rename(folder)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
     return [folder / FILE_NAME, *(folder / name for name in names)]
 
 

@@ -31,7 +31,7 @@ def write_weights(path: Path | str, objects: Mapping[str, Mapping[str, Tensor]],
     The file is made in memory, so it takes the weights' size once more. Raises OSError, and MissingExtra where
     safetensors is not installed.
     """
-    safetensors = import_optional("safetensors.torch", "export")
+    safetensors = import_optional("safetensors.torch", "share")
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
         for name, state in objects.items()
@@ -51,7 +51,7 @@ def read_weights(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file of weights; graf export --to safetensors writes one")
-    safetensors, loader = import_optional("safetensors", "export"), import_optional("safetensors.torch", "export")
+    safetensors, loader = import_optional("safetensors", "share"), import_optional("safetensors.torch", "share")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
