@@ -117,4 +117,8 @@ def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOp
     views = views_around(renderer, renderer.class_index(class_name), pictures.count, pictures.elevations)
     provenance = {"class": class_name, "object": name, "iteration": opened.trained.iteration, "graf": __version__}
     write_transforms(folder, renderer, z, views, provenance | {"truncation": renderer.truncation})
-    return f"wrote {folder}; train on it with data.type=transforms data.datadir={folder}"
+    keys = f"data.type=transforms data.datadir={folder} data.imsize={renderer.resolution}"
+    keys += (
+        f" data.radius={renderer.cameras.radius:g} data.near={renderer.caster.near:g} data.far={renderer.caster.far:g}"
+    )
+    return f"wrote {folder}; to train on it: graf train --config toys expname={name} {keys}"

@@ -28,9 +28,9 @@ data:
   datadir: photos
 ```
 
-Any key can be given on the command line too: `graf train --config default training.batch_size=2`. A wrong key is answered
-with the nearest right one, a value out of range with the range, before anything is read. `graf train` writes the resolved
-configuration to `config.yaml` in the run's folder. The shipped files, in `configs/`, are examples that work.
+Any key can be given on the command line too: `graf train --config default training.batch_size=2`. A wrong key is
+answered with the nearest right one, a value out of range with the range, before anything is read. `graf train` writes
+the resolved configuration to `config.yaml` in the run's folder. The shipped files, in `configs/`, are working examples.
 
 This page is made by `python -m graf.config.reference > docs/configuration.md` out of `graf/config/schema.py`.
 """
@@ -41,17 +41,24 @@ def write_reference() -> str:
     return "\n".join([_TITLE, *_describe_section(Config, "")]).rstrip() + "\n"
 
 
-def _describe_section(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    """A heading, what the section is about, and a table of its own keys; then the sections inside it."""
+def _describe_section(section: type[BaseModel], prefix: str, note: str = "") -> Iterator[str]:
+    """A heading, what the section is about, a note, and a table of its own keys; then the sections inside it."""
     inner = {name: kind for name, info in section.model_fields.items() if (kind := _section_of(info)) is not None}
     yield f"## {prefix.rstrip('.') or 'Top level'}\n"
     yield f"{' '.join((section.__doc__ or '').split())}\n"
+    if note:
+        yield f"{note}\n"
     rows = [_describe_key(prefix + name, info) for name, info in section.model_fields.items() if name not in inner]
     if rows:
         yield "| key | type | default | meaning |\n| --- | --- | --- | --- |"
         yield "\n".join(rows) + "\n"
     for name, kind in inner.items():
-        yield from _describe_section(kind, f"{prefix}{name}.")
+        info = section.model_fields[name]
+        is_mapping = get_origin(info.annotation) is dict
+        note = f"A mapping, {info.description}." if is_mapping else ""
+        note = f"Null, or: {info.description}." if info.default is None else note
+        place = f"{prefix}{name}.<name>." if is_mapping else f"{prefix}{name}."
+        yield from _describe_section(kind, place, note)
 
 
 def _section_of(info: FieldInfo) -> type[BaseModel] | None:
@@ -75,42 +82,34 @@ def _describe_type(annotation: Any, constraints: list[Any]) -> str:
     if origin is Literal:
         return " or ".join(f"`{_spell(value)}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        kinds = [kind for kind in arguments if kind is not type(None)]
-        words = [_describe_type(kind, constraints if kind in (int, float) else []) for kind in kinds]
-        others = constraints if not any(kind in (int, float) for kind in kinds) and len(kinds) == 1 else []
-        if others:
-            words = [_describe_type(kinds[0], others)]
-        return " or ".join([*words, *(["null"] if type(None) in arguments else [])])
+        return " or ".join("null" if kind is type(None) else _describe_type(kind, constraints) for kind in arguments)
     if origin is tuple:
         return _describe_tuple(arguments, constraints)
-    if origin is dict:
-        return f"mapping of {_describe_type(arguments[1], [])}"
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation))) + _describe_range(constraints)
 
 
 def _describe_tuple(arguments: tuple[Any, ...], constraints: list[Any]) -> str:
-    lengths = [(getattr(item, "min_length", None), getattr(item, "max_length", None)) for item in constraints]
-    shortest = next((low for low, _ in lengths if low is not None), None)
-    longest = next((high for _, high in lengths if high is not None), None)
     if arguments[-1] is not Ellipsis:
         return f"list of {len(arguments)}: " + ", ".join(_describe_type(kind, []) for kind in arguments)
-    count = f"{shortest} " if shortest is not None and shortest == longest else ""
-    return f"list of {count}{_describe_type(arguments[0], [])}s".replace("`s", "`")
+    lengths = [getattr(item, name, None) for item in constraints for name in ("min_length", "max_length")]
+    known = [length for length in lengths if length is not None]
+    exact = f"{known[0]} times " if len(known) == 2 and known[0] == known[1] else ""
+    shortest = "at least one " if known == [1] else ""
+    return f"list of {exact}{shortest}{_describe_type(arguments[0], [])}"
 
 
 def _describe_range(constraints: list[Any]) -> str:
-    """ ", at least 1, below 5" and the like."""
-    words = []
-    for item in _flatten(constraints):
-        for name, text in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-            if getattr(item, name, None) is not None:
-                words.append(f"{text} {getattr(item, name):g}")
-        if getattr(item, "max_length", None) is not None:
-            words.append(f"at most {item.max_length} characters")
-        if getattr(item, "pattern", None) is not None:
-            words.append(f"matching `{item.pattern}`")
-    return "".join(f", {word}" for word in words)
+    """What a value may be, in brackets: " (at least 1, below 5)"."""
+    names = (("ge", "at least {}"), ("gt", "above {}"), ("le", "at most {}"), ("lt", "below {}"))
+    texts = (("max_length", "at most {} characters"), ("pattern", "matching `{}`"))
+    words = [
+        text.format(f"{value:g}" if isinstance(value, float) else value)
+        for item in _flatten(constraints)
+        for name, text in (*names, *texts)
+        if (value := getattr(item, name, None)) is not None
+    ]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _flatten(constraints: Any) -> Iterator[Any]:
