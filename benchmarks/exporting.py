@@ -1,21 +1,22 @@
 """How far exported programs are from the field that they were made of, and how large and how fast each form is.
 
 Run with `python -m benchmarks.exporting [RUN ...]`: every kind of field at the sizes of a shipped configuration, with
-new weights whose densities are those of trained ones, and the runs that are named. Prints a section for RESULTS.md.
+new weights, and the trained runs that are named.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import graf
-from benchmarks.results import format_table, hardware
+from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.app import builders
 from graf.app.builders import DatasetInfo
 from graf.app.export_tasks import PROGRAMS
@@ -85,20 +86,26 @@ def measure(name: str, field: RadianceField, num_classes: int, folder: Path) -> 
             yield [name, kind, *differences_text, f"{size:.1f}", f"{took:.1f}", f"{speed:.1f}", f"{own:.1f}"]
 
 
-def main(runs: list[str]) -> None:
-    """Print the section."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="trained runs to measure besides")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        fields = (*new_fields(), *trained_fields(runs))
+        fields = (*new_fields(), *trained_fields(options.runs))
         rows = [row for field in fields for row in measure(*field, Path(folder))]
-    batch, number, samples = TIMED_SIZE
-    print("## Exported programs\n\n`python -m benchmarks.exporting`\n")
-    print(
-        f"{hardware(torch.device('cpu'))}. Largest differences from the field at four sizes of batch, rays and samples,"
+    batch, rays, samples = TIMED_SIZE
+    header = ("field", "form", "rgb", "density", "MiB", "s to export", "ms a call", "the field's ms")
+    text = (
+        f"{hardware(torch.device('cpu'))}. The largest differences from the field at four sizes of batch, rays and "
+        "samples, density relative to max(1, density); beyond 1e-5 nothing is written. One call is on "
+        f"{batch} x {rays} rays x {samples} samples; the last column is the field's own time.\n\n"
+        f"{format_table(header, rows)}"
     )
-    print("density relative to max(1, density); beyond 1e-5 nothing is written. Time of one call on")
-    print(f"{batch} x {number} rays x {samples} samples, beside the field's own.\n")
-    print(format_table(("field", "form", "rgb", "density", "MiB", "s to export", "ms a call", "the field's ms"), rows))
+    write_section("Exported programs", "python -m benchmarks.exporting", text, options.results)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

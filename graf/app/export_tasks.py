@@ -118,7 +118,6 @@ def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOp
     provenance = {"class": class_name, "object": name, "iteration": opened.trained.iteration, "graf": __version__}
     write_transforms(folder, renderer, z, views, provenance | {"truncation": renderer.truncation})
     keys = f"data.type=transforms data.datadir={folder} data.imsize={renderer.resolution}"
-    keys += (
-        f" data.radius={renderer.cameras.radius:g} data.near={renderer.caster.near:g} data.far={renderer.caster.far:g}"
-    )
+    near, far = renderer.caster.near, renderer.caster.far
+    keys += f" data.radius={renderer.cameras.radius:g} data.near={near:g} data.far={far:g}"
     return f"wrote {folder}; to train on it: graf train --config toys expname={name} {keys}"

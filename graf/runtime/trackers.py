@@ -131,7 +131,7 @@ class Trackio:
         """Trackio's own thread writes all the time."""
 
     def close(self) -> None:
-        self._run.finish()
+        self._trackio.finish()  # not the run's own, after which Trackio would finish it once more at the program's end
 
 
 #: values of training.monitoring -> what each is called, and how it is opened: (folder, start, rows) -> a tracker
