@@ -23,7 +23,7 @@ OPTIONAL_DISTRIBUTIONS = {
     "huggingface_hub": "huggingface_hub",
 }
 #: imported where they are installed, and said to be missing where they are not
-OPTIONAL = {"lpips", "wandb"}
+OPTIONAL = {"lpips"}
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Ren
     """Open a trained generator: averaged weights, in evaluation mode, with the configuration that they were saved with.
 
     path: a run folder, of which model_best.pt is opened, else the newest checkpoint that can be read; or a checkpoint
-    file. The run's config.yaml, which may be newer, is not read. device: "auto" (the first of cuda, mps, cpu) | "cpu" |
-    "cuda" | "cuda:1" | "mps". Flags of the whole process, such as TF32, are left as they are. truncation: factor in
-    [0, 1] on drawn codes; below 1 objects are surer and less various.
+    file; or a .safetensors file of `graf export`. The run's config.yaml, which may be newer, is not read. device:
+    "auto" (the first of cuda, mps, cpu) | "cpu" | "cuda" | "cuda:1" | "mps". Flags of the whole process, such as TF32,
+    are left as they are. truncation: factor in [0, 1] on drawn codes; below 1 objects are surer and less various.
 
     Raises an error that says what to do: CheckpointError where nothing is there, where the file cannot be read or was
     written by another version; ConfigError where a folder is no run; DeviceError where there is no such device.
@@ -47,12 +47,16 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Ren
 
 @dataclass(frozen=True)
 class TrainedGenerator:
-    """What a checkpoint holds for rendering, and what it says about its run."""
+    """What a checkpoint holds for rendering, and what it says about its run.
+
+    machine: what it was trained on (device, precision, torch); empty where an older version wrote the checkpoint.
+    """
 
     renderer: Renderer
     dataset_info: DatasetInfo
     iteration: int
     file: Path
+    machine: Mapping[str, str]
 
 
 def read_meta(checkpoint: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -79,6 +83,12 @@ def read_dataset_info(meta: Mapping[str, Any], file: Path) -> DatasetInfo:
         raise CheckpointError(
             f"{file}: what it says of its photographs cannot be used ({error}); it is not a checkpoint of train.py"
         ) from error
+
+
+def read_machine(meta: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint says of the machine that trained it; empty where it says nothing."""
+    saved = meta.get("machine")
+    return {str(name): str(value) for name, value in saved.items()} if isinstance(saved, Mapping) else {}
 
 
 def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGenerator:
@@ -112,4 +122,4 @@ def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGener
         network.eval().requires_grad_(False)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     renderer = builders.build_renderer(config, dataset_info, precision, device, generator, ccsr)
-    return TrainedGenerator(renderer, dataset_info, iteration, file)
+    return TrainedGenerator(renderer, dataset_info, iteration, file, read_machine(meta))

@@ -14,9 +14,11 @@ from typing import Any
 from graf.config import Config, ConfigError
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, read_iteration
 from graf.runtime.logs import logger, warn_once
+from graf.sharing.weights import read_weights
 
 BEST_CHECKPOINT = "model_best.pt"
-WEIGHT_SUFFIXES = (".pt", ".safetensors")
+WEIGHTS_ALONE = ".safetensors"  # averaged weights, which can be rendered but not trained on
+WEIGHT_SUFFIXES = (".pt", WEIGHTS_ALONE)
 _NUMBERED = re.compile(r"(?:model|backup)_(\d+)\.pt")
 
 
@@ -80,7 +82,7 @@ def read_first(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     failures: list[CheckpointError] = []
     for file in files:
         try:
-            contents = read_checkpoint(file)
+            contents = read_weights(file) if file.suffix == WEIGHTS_ALONE else read_checkpoint(file)
         except CheckpointError as error:
             failures.append(error)
             continue
@@ -152,6 +154,10 @@ def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, list[Path
     if resume == "none":
         return _free_folder(config), []
     file = Path(resume)
+    if file.suffix == WEIGHTS_ALONE:
+        raise CheckpointError(
+            f"--resume {resume}: holds averaged weights for rendering; training goes on from a checkpoint, a .pt file"
+        )
     if not file.is_file():
         raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
     newest = next(iter(folder.newest_first()), None)

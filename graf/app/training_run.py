@@ -170,6 +170,11 @@ class TrainingRun:
             "config": config.model_dump(mode="json"),
             "dataset": asdict(info),
             "photographs": resuming.describe_photographs(self.photographs),
+            "machine": {
+                "device": describe_device(self.device),
+                "precision": self.precision.describe(),
+                "torch": str(torch.__version__),
+            },
         }
         caches = CacheRelease(training.empty_cache, self.device)
         save = hooks.CheckpointHook(self.folder, meta, caches, log)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+from graf.base.errors import UserError
 
 
 @contextmanager
@@ -43,9 +47,38 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+@contextmanager
+def create_folder(path: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its name when the block ends, so that it appears when it is whole.
+
+    Folders on the way are made; an empty one at `path` is taken over. Where the block fails or is interrupted nothing
+    is left. Raises UserError where something is at `path` already, and OSError.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; remove it, or choose another folder with --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".saving", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_read_umask())  # mkdtemp's is for its maker alone
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt too
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _read_umask() -> int:
+    """Which permissions new files do not get; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what killed processes left of `replace_file` in a folder, when no other process writes there."""
-    found = list(folder.glob(".*.saving"))
+    found = [path for path in folder.glob(".*.saving") if not path.is_dir()]
     for file in found:
         file.unlink(missing_ok=True)
     return found

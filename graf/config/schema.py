@@ -373,8 +373,8 @@ class TrainingConfig(Section):
     grad_clip: Literal["none", "norm", "value"] = Field("none", description="gradient clipping, after unscaling")
     grad_clip_at: float = Field(1.0, gt=0, description="the largest norm or value")
     model_average_beta: float = Field(0.999, ge=0, lt=1, description="EMA of the generator's weights; 0: none")
-    monitoring: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="where scalars go besides metrics.jsonl"
+    monitoring: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="where scalars and sample grids go besides metrics.jsonl"
     )
     print_every: int = Field(10, ge=1, description="iterations between log lines")
     sample_every: int = Field(500, ge=0, description="iterations between sample grids (denser at the start); 0: none")

@@ -83,7 +83,7 @@ class PlaneSynthesis(nn.Module):
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
         style = self.mapping(torch.cat([shape_code, self.class_embedding(class_idx)], dim=1))
-        hidden = self.constant.expand(len(style), -1, -1, -1)
+        hidden = self.constant.expand(style.shape[0], -1, -1, -1)
         for side, layer in zip(self.sides, self.layers, strict=True):
             if hidden.shape[-1] != side:
                 hidden = functional.interpolate(hidden, size=(side, side), mode="bilinear")

@@ -95,7 +95,7 @@ class SirenField(RadianceField):
         with float32_region(z.device.type):
             shape_code, appearance_code = z.split([self.dim_shape, self.dim_appearance], dim=1)
             embedding = self.class_embedding(class_idx)
-            mapped = self.mapping(torch.cat([shape_code, embedding], dim=1)).view(len(z), 2, self.shape.depth, -1)
+            mapped = self.mapping(torch.cat([shape_code, embedding], dim=1)).view(z.shape[0], 2, self.shape.depth, -1)
             gamma = FREQUENCY + FREQUENCY_RANGE * mapped[:, 0]
             view = self.view_codes(torch.cat([appearance_code, embedding], dim=1)) + self.view.bias
             return SirenCodes(

@@ -93,7 +93,7 @@ class TriplaneField(RadianceField):
 
     def prepare(self, z: Tensor, class_idx: Tensor) -> TriplaneCodes:
         """The planes of z (B, dim_shape + dim_appearance) and the classes class_idx (B,), and the decoder of z."""
-        batch, width = len(z), self.shape.decoder_width
+        batch, width = z.shape[0], self.shape.decoder_width  # len() would fix torch.export's batch
         with float32_region(z.device.type):
             shape_code, appearance_code = z.split([self.dim_shape, self.dim_appearance], dim=1)
             scale, shift = self.modulation(shape_code)[:, None].chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""What a run reports: console lines, a progress bar, metrics.jsonl, TensorBoard and Weights & Biases.
+"""What a run reports: console lines, a progress bar, metrics.jsonl, and trackers (graf.runtime.trackers).
 
 The logger is "graf"; rooms that may not import this one use its children (`logging.getLogger("graf.base")`).
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import secrets
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ import numpy as np
 from tqdm import tqdm
 
 from graf.base.files import write_atomically
+from graf.runtime.trackers import RESERVED, TRACKERS, Trackers
 
 logger = logging.getLogger("graf")
 
 METRICS_FILE = "metrics.jsonl"
-#: names of a row that are no scalars
-RESERVED = {"iteration", "time", "kind"}
-MONITORS = ("tensorboard", "wandb", "jsonl")
+#: what `monitoring` may name; metrics.jsonl is always written
+MONITORS = (*TRACKERS, "jsonl")
 
 _said: set[str] = set()
 
@@ -104,7 +102,7 @@ class RunLog:
     always written, one JSON object a line: `iteration`, `time` (seconds since 1970) and the scalars, where a number
     that is not finite is a string ("nan", "inf", "-inf"); rows of :meth:`scores` have "kind": "scores" besides. A
     resumed run continues the file after dropping what an earlier attempt wrote past `start`, and scores past `scored`
-    (default: `start`). `monitoring` adds "tensorboard" and "wandb"; a missing or failing one is reported once.
+    (default: `start`). `monitoring` adds names of MONITORS; a missing or failing one is reported once.
     """
 
     def __init__(
@@ -124,10 +122,8 @@ class RunLog:
         self._metrics_path = folder / METRICS_FILE
         scored = start if scored is None else scored
         drop_rows_after(self._metrics_path, start, scored)
-        self._tensorboard = None
-        if "tensorboard" in monitoring:
-            self._tensorboard = _open_tensorboard(folder, start, self._metrics_path if scored < start else None)
-        self._wandb = _open_wandb(folder) if "wandb" in monitoring else None
+        wanted = [name for name in monitoring if name in TRACKERS]
+        self._trackers = Trackers(wanted, folder, start, self._metrics_path if scored < start else None, warn_once)
         self._bar = tqdm(
             file=_ForgivingStream(sys.stderr),
             total=total,
@@ -147,8 +143,8 @@ class RunLog:
         self._record(iteration, values, {"kind": "scores"})
 
     def flush(self) -> None:
-        """Hand TensorBoard's records to the system, as lines of metrics.jsonl are when they are written."""
-        self._write_events(lambda writer: writer.flush())
+        """Hand the trackers' records to the system, as lines of metrics.jsonl are when they are written."""
+        self._trackers.flush()
 
     def _record(self, iteration: int, values: Mapping[str, float], more: Mapping[str, str]) -> None:
         reserved = RESERVED & values.keys()
@@ -158,22 +154,7 @@ class RunLog:
         line: dict[str, Any] = {"iteration": iteration, "time": round(time.time(), 3), **more}
         line |= {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         _append_line(self._metrics_path, json.dumps(line, allow_nan=False))
-        self._write_events(lambda writer: [writer.add_scalar(*number, iteration) for number in numbers.items()])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=iteration)
-
-    def _write_events(self, write: Callable[[Any], object]) -> None:
-        """Do something with TensorBoard's writer; a run does not end because its disk is full, the record is a copy."""
-        if self._tensorboard is None:
-            return
-        try:
-            write(self._tensorboard)
-        except OSError as error:
-            self._tensorboard = None
-            warn_once(
-                f"monitoring: TensorBoard cannot write ({error.strerror or error}); the run goes on without it, "
-                f"{METRICS_FILE} has everything"
-            )
+        self._trackers.scalars(iteration, numbers)
 
     def progress(self, iteration: int, status: str | Mapping[str, float]) -> None:
         """Move the bar to `iteration` and show `status` (text, or numbers by name) behind the time left."""
@@ -182,22 +163,15 @@ class RunLog:
         self._bar.update(iteration - self._bar.n)
 
     def image(self, iteration: int, tag: str, pixels: np.ndarray) -> None:
-        """Show a picture (uint8, H x W x 3) in TensorBoard and W&B."""
+        """Show a picture (uint8, H x W x 3) in the trackers."""
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"image {tag!r}: found {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
-        self._write_events(lambda writer: writer.add_image(tag, pixels, iteration, dataformats="HWC"))
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({tag: wandb.Image(pixels)}, step=iteration)
+        self._trackers.image(iteration, tag, pixels)
 
     def close(self) -> None:
         """Finish all records; calling it again changes nothing."""
         self._bar.close()
-        self._write_events(lambda writer: writer.close())
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._tensorboard = self._wandb = None
+        self._trackers.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -243,46 +217,3 @@ def _read_row(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
         return None
     return {**row, "kind": str(row.get("kind", ""))}
-
-
-def _open_tensorboard(folder: Path, start: int, rows: Path | None) -> Any:
-    """A SummaryWriter that hides events past `start`, or None with a message when TensorBoard is not installed.
-
-    rows: hide those of `start` too and write again what these rows have of it; the rest is going to be written again.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside TensorBoard's and protobuf's own modules
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        warn_once(f"monitoring: TensorBoard is not installed ({error}); run pip install tensorboard, or leave it out")
-        return None
-    if rows is None or not start:
-        return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-    for line in rows.read_text(encoding="utf-8").splitlines() if rows.exists() else ():
-        row = _read_row(line)
-        if row is not None and row["iteration"] == start:
-            for name in row.keys() - RESERVED:
-                with suppress(TypeError, ValueError):  # no number: not written by this program
-                    writer.add_scalar(name, float(row[name]), start)
-    return writer
-
-
-def _open_wandb(folder: Path) -> Any:
-    """A W&B run that a resumed run continues, or None with a message when W&B is not installed or cannot start."""
-    try:
-        import wandb
-    except ImportError as error:
-        warn_once(f"monitoring: W&B is not installed ({error}); run pip install wandb, or leave it out")
-        return None
-    id_file = folder / "wandb_id.txt"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8), encoding="ascii")
-    try:
-        return wandb.init(
-            project="graf", name=folder.name, dir=str(folder), id=id_file.read_text(encoding="ascii"), resume="allow"
-        )
-    except Exception as error:  # W&B's own error types vary over versions: no login, no network, no disk
-        warn_once(f"monitoring: W&B could not start ({error}); the run goes on without it")
-        return None

@@ -1,0 +1,130 @@
+"""`graf export` on a trained run: weights render as their checkpoint does, bit for bit, and errors are one line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import graf
+from graf.app import export_tasks
+from graf.app.command_line import main
+from graf.app.loading import open_checkpoint
+from graf.runtime.checkpoint import CheckpointError
+from graf.sharing.weights import write_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("restored_process")
+
+
+@pytest.fixture
+def trained(smoke_run):
+    return open_checkpoint([next(smoke_run.folder.glob("checkpoints/model_0*.pt"))], torch.device("cpu"))
+
+
+def test_weights_render_as_their_run_does_bit_for_bit(smoke_run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("safetensors")
+    assert main(["export", str(smoke_run.folder), "--to", "safetensors", "--out", str(tmp_path / "m.safetensors")]) == 0
+    assert "opens it" in capsys.readouterr().out
+    expected = graf.load(smoke_run.folder, device="cpu").sample(seed=[0, 5], class_name=["car", "mug"])
+
+    def refuse(*_, **__):
+        raise AssertionError("a pickle was read")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    renderer = graf.load(tmp_path / "m.safetensors", device="cpu")
+    found = renderer.sample(seed=[0, 5], class_name=["car", "mug"])
+    for name in ("rgb", "depth", "opacity"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert main(["eval", "--checkpoint", str(tmp_path / "m.safetensors"), "--grid", "--views", "2"]) == 0
+    assert (tmp_path / "eval" / "grid_car_rgb.png").is_file()
+
+
+def test_the_description_holds_the_resolved_config_and_no_place_of_this_machine(smoke_run, trained):
+    config = trained.renderer.config
+    data = config.data.model_copy(update={"datadir": "/home/someone/photos"})
+    moved = replace(trained, renderer=replace(trained.renderer, config=config.model_copy(update={"data": data})))
+    found = export_tasks.describe_trained(moved)
+    assert "someone" not in json.dumps(found)
+    assert found["config"] == config.model_dump(mode="json") | {
+        "data": config.data.model_dump(mode="json") | {"datadir": "photos"}
+    }
+    assert found["iteration"] == trained.iteration
+    assert found["machine"].keys() == {"device", "precision", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda states, meta: states["generator_average"].popitem(), "missing in the checkpoint"),
+        (lambda states, meta: states.pop("generator_average"), "object 'generator_average'"),
+        (lambda states, meta: meta["config"]["nerf"].update(netwidth=24), "of shape"),
+        (lambda states, meta: meta["config"]["nerf"].update(nowhere=1), "does not take"),
+        (lambda states, meta: meta.pop("config"), "no description of its run"),
+        (lambda states, meta: meta.update(iteration="many"), "does not tell its iteration"),
+        (lambda states, meta: meta["dataset"].update(class_names=["../../etc"]), "what it says of its photographs"),
+    ],
+)
+def test_a_whole_file_with_wrong_contents_is_one_line(trained, tmp_path, change, expected):
+    pytest.importorskip("safetensors")
+    states, meta = export_tasks.averaged_states(trained), export_tasks.describe_trained(trained)
+    change(states, meta)
+    write_weights(tmp_path / "m.safetensors", states, meta)
+    with pytest.raises(CheckpointError) as caught:
+        graf.load(tmp_path / "m.safetensors", device="cpu")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_is_exported_by_the_command_with_what_rendering_it_takes(smoke_run, tmp_path, capsys):
+    path = tmp_path / "field.pt2"
+    assert main(["export", str(smoke_run.folder), "--to", "pt2", "--out", str(path)]) == 0
+    assert "largest difference rgb 0.0e+00" in capsys.readouterr().out
+    extra = {"graf.json": ""}
+    torch.export.load(path, extra_files=extra)
+    assert json.loads(extra["graf.json"])["classes"] == list(graf.load(smoke_run.folder, device="cpu").classes)
+
+
+def test_pictures_of_an_object_by_name(smoke_run, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "set"), "--resolution", "8"]
+    assert main(["export", str(smoke_run.folder), "--transforms", "3", "--class", "duck", "--seed", "2", *out]) == 0
+    assert "data.type=transforms" in capsys.readouterr().out
+    found = json.loads((tmp_path / "set" / "transforms.json").read_text())
+    assert (found["graf"]["class"], found["graf"]["object"], len(found["frames"])) == ("duck", "duck_2", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--to", "onnx", "--seed", "3"), "--seed: chooses pictures"),
+        (("--to", "pt2", "--class", "car"), "--class: chooses pictures"),
+        (("--to", "pt2", "--truncation", "0.5"), "--truncation: chooses pictures"),
+        (("--to", "safetensors", "--out", "model.bin"), "--out model.bin: a file of --to safetensors ends in"),
+        (("--transforms", "3", "--class", "cat"), "class 'cat': expected a name"),
+        (("--transforms", "3", "--resolution", "2"), "--resolution 2: expected 8 to 8192"),
+        (("--transforms", "1"), "--transforms 1: expected at least 2"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(smoke_run, capsys, arguments, expected):
+    assert main(["export", str(smoke_run.folder), *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len([line for line in error if line.startswith("error:")]) == 1
+    assert error[-1].startswith(f"error: {expected}")
+
+
+def test_averages_are_no_state_to_train_on(capsys):
+    assert main(["train", "--config", "smoke", "--resume", "model.safetensors"]) == 1
+    assert "training goes on from a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["export", "card"])
+def test_help_needs_neither_torch_nor_an_extra(command):
+    missing = "torch", "safetensors", "onnx", "huggingface_hub"
+    code = f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
+    code += f"from graf.app.command_line import main\nmain([{command!r}, '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: graf {command}")

@@ -1,0 +1,96 @@
+"""Exported programs compute what the field computes, at sizes that they were not made with; others are not written."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from graf.sharing import programs
+from graf.sharing.programs import ExportError, WholeField, draw_inputs, write_onnx, write_torch_program
+
+SIZES = ((2, 5, 3), (1, 1, 1), (4, 9, 2))
+META = {"classes": ["car", "duck", "mug"], "near": 2.5}
+
+
+def expected_of(renderer, inputs):
+    """What the field itself says, without the class that is exported."""
+    z, class_idx, points, directions = inputs
+    field = renderer.generator.field
+    return field(points, directions, field.prepare(z, class_idx))
+
+
+def test_the_torch_program_is_the_field_at_any_size(any_renderer, tmp_path):
+    field = any_renderer.generator.field
+    differences = write_torch_program(tmp_path / "field.pt2", field, 3, META)
+    assert max(differences.rgb, differences.density) <= 1e-5
+    extra = {"graf.json": ""}
+    program = torch.export.load(tmp_path / "field.pt2", extra_files=extra).module()
+    assert json.loads(extra["graf.json"]) == META
+    for size in SIZES:
+        inputs = draw_inputs(size, field.dim_z, 3)
+        assert_close(program(*inputs), expected_of(any_renderer, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_onnx_model_is_the_field_at_any_size_and_names_its_dimensions(any_renderer, tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    field = any_renderer.generator.field
+    differences = write_onnx(tmp_path / "field.onnx", field, 3, META)
+    assert max(differences.rgb, differences.density) <= 1e-5
+    model = onnx.load(tmp_path / "field.onnx")
+    assert json.loads({entry.key: entry.value for entry in model.metadata_props}["graf"]) == META
+    session = onnxruntime.InferenceSession(str(tmp_path / "field.onnx"), providers=["CPUExecutionProvider"])
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    assert shapes == {
+        "z": ["batch", field.dim_z],
+        "class_idx": ["batch"],
+        "points": ["batch", "rays", "samples", 3],
+        "directions": ["batch", "rays", 3],
+        "rgb": ["batch", "rays", "samples", 3],
+        "density": ["batch", "rays", "samples"],
+    }
+    for size in SIZES:
+        inputs = draw_inputs(size, field.dim_z, 3)
+        named = {name: tensor.numpy() for name, tensor in zip(programs.INPUTS, inputs, strict=True)}
+        found = [torch.from_numpy(array) for array in session.run(["rgb", "density"], named)]
+        assert_close(tuple(found), expected_of(any_renderer, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_inputs_of_the_check_meet_every_class_and_both_sides_of_the_unit_sphere():
+    z, class_idx, points, directions = draw_inputs((5, 64, 24), 8, 3)
+    assert set(class_idx.tolist()) == {0, 1, 2}
+    inside = float((points.norm(dim=-1) < 1).float().mean())
+    assert 0.2 < inside < 0.8
+    assert_close(directions.norm(dim=-1), torch.ones(5, 64))
+    assert z.shape == (5, 8)
+
+
+@pytest.mark.parametrize("layer", ["rgb", "raw_density"])
+def test_a_program_that_differs_by_more_than_1e_5_is_not_written(make_renderer, tmp_path, monkeypatch, layer):
+    trace = programs._trace
+
+    def trace_another(whole, num_classes):
+        other = copy.deepcopy(whole)
+        getattr(other.field, layer).bias.add_(1e-3)
+        return trace(other, num_classes)
+
+    monkeypatch.setattr(programs, "_trace", trace_another)
+    path = tmp_path / "field.pt2"
+    path.write_bytes(b"an earlier one")
+    with pytest.raises(ExportError, match=r"field.pt2: not written: largest difference .* at most 1e-05 was expected"):
+        write_torch_program(path, make_renderer().generator.field, 3, META)
+    assert path.read_bytes() == b"an earlier one"
+
+
+def test_a_program_whose_sizes_are_fixed_is_not_written(make_renderer, tmp_path):
+    whole = WholeField(make_renderer().generator.field)
+    fixed = torch.export.export(whole, draw_inputs((2, 5, 3), whole.field.dim_z, 3)).module()
+    with pytest.raises(ExportError, match=r"it does not run at batch, rays, samples \(1, 1, 1\)"):
+        programs._compare(fixed, whole, 3, tmp_path / "field.pt2")
+
+
+def test_weights_of_another_precision_are_exported_in_float32(make_renderer):
+    whole = WholeField(make_renderer().generator.field.double())
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
