@@ -88,7 +88,7 @@ def read_image(path: Path, imsize: int, white_bkgd: bool, crop: int | None = Non
 
 
 def read_alpha(path: Path, imsize: int, crop: int | None = None) -> Tensor | None:
-    """The opacity of the same square as uint8 (1, imsize, imsize); None where a file has none. Raises UnreadableImage."""
+    """The opacity of the same square as uint8 (1, imsize, imsize), None without any. Raises UnreadableImage."""
     with _open_image(path) as image:
         if not _has_alpha(image):
             return None

@@ -45,7 +45,7 @@ class PhotoDistance:
 
 
 def multi_scale_error(images: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference (B,) of (B, C, H, W) from (1, C, H, W), averaged over these and HALVINGS smaller sizes."""
+    """Mean squared difference (B,) of (B, C, H, W) from (1, C, H, W), averaged over HALVINGS + 1 sizes."""
     difference = images - target  # averaging is linear: that of the difference is the difference of averages
     errors = [difference.square().mean((1, 2, 3))]
     for _ in range(HALVINGS):

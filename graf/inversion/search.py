@@ -17,7 +17,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class Hypothesis:
     psnr: float
 
     @property
-    def camera(self) -> dict[str, float]:
+    def camera(self) -> dict[str, Any]:
         """The camera as arguments of `Renderer.sample`."""
         return {"azimuth": self.azimuth, "elevation": self.elevation, "radius": self.radius}
 
@@ -168,7 +169,7 @@ class Search:
                     elevation=elevation,
                     log_distance=torch.zeros_like(u),
                 )
-                render = self._retry(lambda cameras=cameras: self._render_ring(cameras, places))
+                render = self._retry(partial(self._render_ring, cameras, places))
                 found.append(cameras)
                 errors.append(self.distance(render, photograph) + self.prior(cameras))
         return Candidates.cat(found), torch.cat(errors)
@@ -190,7 +191,7 @@ class Search:
             for group, length in zip(optimizer.param_groups, lengths, strict=True):
                 group["lr"] = share * length
             places = jittered_places(self.settings.seed, self.iteration, size).to(candidates.u.device)
-            errors = self._retry(lambda places=places: self._descend(candidates, places, optimizer, scaler))
+            errors = self._retry(partial(self._descend, candidates, places, optimizer, scaler))
             scaler.step(optimizer)
             scaler.update()
             self.clamp(candidates)
@@ -209,9 +210,7 @@ class Search:
         hypotheses = []
         for row in range(len(candidates)):
             one = candidates[row : row + 1]
-            render = self._retry(
-                lambda one=one: render_candidates(renderer, one, places, settings.truncation, sampling)
-            )
+            render = self._retry(partial(render_candidates, renderer, one, places, settings.truncation, sampling))
             hypotheses.append(
                 Hypothesis(
                     class_idx=int(one.class_idx),
@@ -257,7 +256,7 @@ class Search:
         return errors.detach()
 
     def _render_ring(self, cameras: Candidates, places: Tensor) -> Render:
-        """Images (B, ...) of one object from B cameras: their rays as those of one image, so that z is prepared once."""
+        """Images (B, ...) of one object from B cameras: all rays as those of one image, so that z is prepared once."""
         rays = cast_candidates(self.renderer, cameras, places[None].expand(len(cameras), -1, -1, -1))
         joined = rays.map(lambda part: part.reshape(1, -1, part.shape[-1]))
         with self.renderer.precision.autocast():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -35,11 +36,11 @@ class TuningSettings:
     """
 
     steps: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     size: int = 32
-    locality: float = 1.0
+    locality: float = 0.3
     neighbours: int = 2
-    reach: float = 0.5
+    reach: float = 1.0
     neighbour_size: int = 16
     seed: int = 0
 
@@ -89,7 +90,7 @@ def tune_generator(
         share = 0.1 + 0.9 * (1 + math.cos(math.pi * step / settings.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = share * settings.learning_rate
-        retry_smaller(lambda step=step: descend(step), shrink, renderer.device, "lower training.chunk of the run")
+        retry_smaller(partial(descend, step), shrink, renderer.device, "lower training.chunk of the run")
         scaler.step(optimizer)
         scaler.update()
     tuned.generator.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The optional perceptual distance, of super-resolution and of inversion: LPIPS (Zhang et al., CVPR 2018) through the `lpips` package."""
+"""The optional perceptual distance, LPIPS (Zhang et al., CVPR 2018): of super-resolution and of inversion."""
 
 from __future__ import annotations
 
