@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the starts and rays (default: %(default)s)")
     parser.add_argument("--codes", type=int, default=12, help="drawn codes to start from (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="longest descent of the search (default: %(default)s)")
     parser.add_argument(
         "--perceptual", type=float, default=0.1, help="weight of LPIPS, where it is installed (default: %(default)s)"
     )
@@ -90,13 +91,15 @@ class Inversion:
     @classmethod
     def prepare(cls, options: argparse.Namespace) -> Inversion:
         """Open what the options name, and refuse what cannot be used before anything is computed."""
+        from graf.app.runs import RunFolder
+        from graf.app.tuned_run import refuse_other_runs
         from graf.base.errors import UserError
         from graf.inversion.distance import PhotoDistance
         from graf.inversion.photograph import PhotographSettings, read_photograph
         from graf.runtime.randomness import preserve_rng
         from graf.training.perceptual import load_perceptual_distance
 
-        for name, least in (("crop", 1), ("codes", 0), ("tune", 1), ("perceptual", 0)):
+        for name, least in (("crop", 1), ("codes", 0), ("steps", 1), ("tune", 1), ("perceptual", 0)):
             given = getattr(options, name)
             if given is not None and given < least:
                 raise UserError(f"--{name} {given}: expected at least {least}")
@@ -120,8 +123,11 @@ class Inversion:
                 perceptual = load_perceptual_distance(renderer.device, "--perceptual", "the search")
         distance = PhotoDistance(perceptual=perceptual, perceptual_weight=options.perceptual)
         starts = choose_starts(opened.trained, options.class_name, options.codes, options.seed)
-        search = describe_search(opened.trained, options.seed)
-        return cls(options, opened, photograph, distance, search, starts)
+        search = describe_search(opened.trained, options.seed, options.steps)
+        inversion = cls(options, opened, photograph, distance, search, starts)
+        if options.tune is not None:
+            refuse_other_runs(RunFolder(inversion.folder / "tuned"))
+        return inversion
 
     @property
     def folder(self) -> Path:
@@ -196,7 +202,7 @@ class Inversion:
     def _describe(self, ranked: Sequence[Hypothesis]) -> dict[str, Any]:
         """What object.json tells besides the object: where it comes from, how near it is, what else it may be."""
         trained, photograph = self.opened.trained, Path(self.options.photograph)
-        options = ("class_name", "crop", "mask", "seed", "codes", "perceptual", "truncation")
+        options = ("class_name", "crop", "mask", "seed", "codes", "steps", "perceptual", "truncation")
         return {
             "error": ranked[0].error,
             "psnr": ranked[0].psnr,
@@ -258,8 +264,10 @@ def choose_starts(trained: TrainedGenerator, class_name: str | None, count: int,
     return starts
 
 
-def describe_search(trained: TrainedGenerator, seed: int) -> SearchSettings:
-    """Where a run's cameras stand: at the heights of its photographs, or in the range that poses were drawn from."""
+def describe_search(trained: TrainedGenerator, seed: int, steps: int) -> SearchSettings:
+    """A search of so many steps among the cameras of a run: at the heights of its photographs, or in the range that
+    poses were drawn from.
+    """
     from graf.geometry.cameras import elevation_from_height
     from graf.inversion.search import SearchSettings
 
@@ -267,4 +275,10 @@ def describe_search(trained: TrainedGenerator, seed: int) -> SearchSettings:
     heights = sorted(info.v_list if info.poses_known else (data.vmin, (data.vmin + data.vmax) / 2, data.vmax))
     chosen = {heights[0], heights[len(heights) // 2], heights[-1]}
     elevations = tuple(sorted(elevation_from_height(height) for height in chosen))
-    return SearchSettings(elevations, seed=seed, truncation=trained.renderer.truncation)
+    return SearchSettings(
+        elevations,
+        seed=seed,
+        truncation=trained.renderer.truncation,
+        follow_steps=max(1, round(0.6 * steps)),
+        finish_steps=steps,
+    )

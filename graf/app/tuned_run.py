@@ -37,9 +37,7 @@ def save_tuned_run(source: TrainedGenerator, tuned: Renderer, folder: Path, phot
     if tuned.ccsr is not None:
         objects["ccsr_average"] = tuned.ccsr
     with RunLock(folder):
-        for present in run.saved():
-            if present.name != BEST_CHECKPOINT or not is_tuned(read_checkpoint(present)["meta"]):
-                raise UserError(f"{folder}: holds a run of training ({present.name}); choose another --out")
+        refuse_other_runs(run)
         save_checkpoint(
             run.checkpoints / BEST_CHECKPOINT,
             objects,
@@ -47,6 +45,13 @@ def save_tuned_run(source: TrainedGenerator, tuned: Renderer, folder: Path, phot
         )
         write_atomically(run.config_file, config.to_yaml())
     return run
+
+
+def refuse_other_runs(run: RunFolder) -> None:
+    """Raise UserError where a folder holds a run that training has made: a tuned one must not take its place."""
+    for present in run.saved():
+        if present.name != BEST_CHECKPOINT or not is_tuned(read_checkpoint(present)["meta"]):
+            raise UserError(f"{run.path}: holds a run of training ({present.name}); choose another --out")
 
 
 def is_tuned(meta: Mapping[str, Any]) -> bool:

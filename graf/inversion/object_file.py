@@ -51,9 +51,7 @@ class ObjectFile:
     def check_generator(self, generator: nn.Module, dim_z: int, path: Path) -> None:
         """Raise UserError where the code does not fit a generator; say so where it was found in another one."""
         if len(self.z) != dim_z:
-            raise UserError(
-                f"{path}: its code has {len(self.z)} numbers, this run's codes have {dim_z}; use its own run"
-            )
+            raise UserError(f"{path}: its code has {len(self.z)} numbers, those of this run {dim_z}; use its own run")
         if self.weights and fingerprint(generator) not in self.weights:
             logger.warning("%s: was found in another generator, whose code means another object in this one", path)
 

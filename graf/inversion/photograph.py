@@ -144,6 +144,6 @@ def find_object(pixels: Tensor, background: Tensor) -> Tensor | None:
         return None
     differs = (pixels.int() - background.int()).abs().amax(0) > BACKGROUND_TOLERANCE
     canvas = functional.pad(differs, (1, 1, 1, 1)).byte() * 255  # a rim of background joins all of the border
-    image = Image.fromarray(canvas.numpy())
+    image = Image.fromarray(canvas.numpy()).copy()  # which can be painted on
     ImageDraw.floodfill(image, (0, 0), 128)
     return torch.from_numpy(np.array(image) != 128)[None, 1:-1, 1:-1]
