@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +98,15 @@ def test_the_source_is_untouched_and_the_same_command_gives_the_same_object(
     assert not (tmp_path / "tuned").exists()
 
 
-def test_all_classes_are_tried_where_none_is_named(smoke_run, photograph, tmp_path, restored_process, capsys):
-    assert main(["invert", str(smoke_run.folder), str(photograph), "--out", str(tmp_path), *QUICK]) == 0
-    assert "next best class" in capsys.readouterr().out
+def test_all_classes_are_tried_where_none_is_named_and_lpips_may_be_missing(
+    smoke_run, photograph, tmp_path, restored_process, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    arguments = [str(smoke_run.folder), str(photograph), "--out", str(tmp_path), *QUICK, "--perceptual", "0.1"]
+    assert main(["invert", *arguments]) == 0
+    said = capsys.readouterr()
+    assert "next best class" in said.out
+    assert "--perceptual: LPIPS is not available" in said.err
     others = json.loads((tmp_path / "object.json").read_text())["others"]
     assert len({other["class_name"] for other in others}) > 1
 
