@@ -14,6 +14,8 @@ from graf.training.perceptual import PerceptualDistance
 
 #: how often images are halved, besides the images themselves: coarse differences still tell where fine ones do not meet
 HALVINGS = 2
+#: AlexNet, on which LPIPS looks, has nothing left of smaller images
+SMALLEST_PERCEPTUAL = 32
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class PhotoDistance:
     """The distance of renders from a photograph, one number per image.
 
     silhouette: weight of the squared difference between opacity and mask, where the photograph has one; perceptual:
-    LPIPS (Zhang et al., CVPR 2018) and its weight, where its weights exist. Colours count in units of [-1, 1]: 0.004 is
-    30 dB.
+    LPIPS (Zhang et al., CVPR 2018) and its weight, where its weights exist, of images from SMALLEST_PERCEPTUAL pixels on.
+    Colours count in units of [-1, 1]: 0.004 is 30 dB.
     """
 
     silhouette: float = 0.5
@@ -38,7 +40,7 @@ class PhotoDistance:
         total = multi_scale_error(rgb, colours)
         if photograph.mask is not None:
             total = total + self.silhouette * multi_scale_error(opacity, photograph.mask)
-        if self.perceptual is not None and self.perceptual_weight:
+        if self.perceptual is not None and self.perceptual_weight and rgb.shape[-1] >= SMALLEST_PERCEPTUAL:
             shown = rgb.expand(-1, 3, -1, -1), colours.expand(len(rgb), 3, -1, -1)
             total = total + self.perceptual_weight * self.perceptual(*shown)
         return total

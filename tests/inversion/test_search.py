@@ -186,9 +186,12 @@ def test_the_distance_is_the_weighted_sum_of_its_terms():
         seen.append((images.shape, photographs.shape))
         return torch.tensor([1.0, 2.0])
 
-    found = PhotoDistance(0.5, perceptual, 0.1)(render, photograph)
-    assert_close(found, colours + 0.5 * silhouette + torch.tensor([0.1, 0.2]))
-    assert seen == [((2, 3, 8, 8), (2, 3, 8, 8))]
+    distance = PhotoDistance(0.5, perceptual, 0.1)
+    assert_close(distance(render, photograph), colours + 0.5 * silhouette)  # too small for a perceptual network
+    large = render.map(lambda part: part.repeat(1, 1, 4, 4)), photograph.map(lambda part: part.repeat(1, 1, 4, 4))
+    without = replace(distance, perceptual=None)(*large)
+    assert_close(distance(*large), without + torch.tensor([0.1, 0.2]))
+    assert seen == [((2, 3, 32, 32), (2, 3, 32, 32))]
     assert_close(PhotoDistance()(render, replace(photograph, mask=None)), colours)
     # a photograph without colours leaves those of the render free
     grey = replace(photograph, is_grey=True)
