@@ -23,8 +23,8 @@ class PhotoDistance:
     """The distance of renders from a photograph, one number per image.
 
     silhouette: weight of the squared difference between opacity and mask, where the photograph has one; perceptual:
-    LPIPS (Zhang et al., CVPR 2018) and its weight, where its weights exist, of images from SMALLEST_PERCEPTUAL pixels on.
-    Colours count in units of [-1, 1]: 0.004 is 30 dB.
+    LPIPS (Zhang et al., CVPR 2018) and its weight, where its weights exist, of images that are large
+    enough. Colours count in units of [-1, 1]: 0.004 is 30 dB.
     """
 
     silhouette: float = 0.5
