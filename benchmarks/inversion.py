@@ -151,9 +151,9 @@ def measure(
     renderer, distance = trained.renderer, PhotoDistance()
     colours, mask = subject.truth([subject.azimuth], [subject.elevation])
     photograph, search = Photograph(colours, mask), describe_search(trained, SEED, STEPS)
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     ranked = Search(renderer, photograph, distance, search).run(choose_starts(trained, None, CODES, SEED))
-    seconds = time.perf_counter() - started
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
     found, name = ranked[0], renderer.classes[ranked[0].class_idx]
     numbers = {
         "class": float(name == subject.class_name),
@@ -162,6 +162,7 @@ def measure(
         "psnr": found.psnr,
         "views": measure_views(renderer, found, subject),
         "seconds": seconds,
+        "processor": processor,
     }
     rows = [("found", renderer)]
     if tune:
@@ -186,7 +187,7 @@ def describe(trained: TrainedGenerator, subjects: Sequence[Subject], tune: bool,
     """The table of some objects, and their summary."""
     measured = [measure(trained, subject, tune, pictures) for subject in subjects]
     header = ["object", "true azimuth, elevation", "class found", "azimuth off", "elevation off"]
-    header += ["photograph, dB", "other views, dB", "s"]
+    header += ["photograph, dB", "other views, dB", "s", "s of processor"]
     if tune:
         header += ["s of tuning", "photograph, tuned", "other views, tuned", "other objects against before"]
     table = [numbers for _, numbers in measured]
