@@ -13,6 +13,7 @@ from graf import __version__
 COMMANDS = {
     "train": ("graf.app.train_command:main", "train a generator, or continue a run"),
     "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
+    "invert": ("graf.app.invert_command:main", "find the object of a photograph, and its camera"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
     "export": ("graf.app.export_command:main", "write weights, programs or pictures for other programs"),
     "card": ("graf.app.card_command:main", "make a folder with a model card, ready to upload"),

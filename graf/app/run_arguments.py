@@ -28,11 +28,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_object_arguments(parser: argparse.ArgumentParser) -> None:
-    """--class and --seed, or --instance."""
+    """--class and --seed, or --instance, or --object."""
     parser.add_argument("--class", dest="class_name", help="name or index of the class (default: the first)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seed", type=int, default=0, help="names a drawn object (default: %(default)s)")
     which.add_argument("--instance", help="name or number of an object that training knows, instead of a drawn one")
+    which.add_argument(
+        "--object", dest="object_file", metavar="FILE", help="object.json of graf invert, instead of both"
+    )
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,15 @@ def open_run(run: str | None, device: str, truncation: float) -> OpenedRun:
 
 
 def object_code(trained: TrainedGenerator, given: dict[str, Any]) -> tuple[str, Tensor, str]:
-    """The object that --class, --seed and --instance name: its class, its code z (dim_z,), and a name for files.
+    """The object that --class, --seed, --instance and --object name: its class, its code z (dim_z,), a name for files.
 
-    Raises UserError for an unknown class or instance.
+    Raises UserError for an unknown class or instance, and for a file that describes no object of this run.
     """
     from graf.base.errors import UserError
 
     renderer, instances = trained.renderer, trained.dataset_info.instance_names
+    if given.get("object_file") is not None:
+        return _object_of_file(Path(given["object_file"]), renderer, given["class_name"])
     class_name = renderer.classes[renderer.class_index(0 if given["class_name"] is None else given["class_name"])]
     if given["instance"] is None:
         return class_name, renderer.codes(given["seed"], range(1))[0], f"{class_name}_{given['seed']}"
@@ -86,6 +91,16 @@ def object_code(trained: TrainedGenerator, given: dict[str, Any]) -> tuple[str, 
         raise UserError(f"--instance {name}: expected one of the objects that this run knows: {known}")
     number = instances.index(name) if name in instances else int(name)
     return class_name, renderer.instance_codes([number])[0], f"{class_name}_{name}".replace("/", "_")
+
+
+def _object_of_file(path: Path, renderer: Renderer, class_name: str | None) -> tuple[str, Tensor, str]:
+    """What --object names; --class, where it is given, has its code in another class."""
+    from graf.inversion.object_file import read_object
+
+    found = read_object(path)
+    found.check_generator(renderer.generator, renderer.generator.dim_z, path)
+    index = renderer.class_index(found.class_name if class_name is None else class_name)
+    return renderer.classes[index], found.code, f"{renderer.classes[index]}_{found.name}"
 
 
 def output_path(given: str | None, opened: OpenedRun, name: str) -> Path:

@@ -18,6 +18,7 @@ from graf.app.loading import read_dataset_info, read_meta
 from graf.app.memory_planner import apply_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
+from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
@@ -230,6 +231,8 @@ def open_run(
     """
     file, checkpoint = read_first(checkpoints) if checkpoints else (None, None)
     meta = None if checkpoint is None or file is None else read_meta(checkpoint, file)
+    if meta is not None and file is not None:
+        refuse_tuned(meta, file)
     if file is not None and file.parent == folder.checkpoints:
         set_aside(checkpoints[: checkpoints.index(file)])
     photographs = builders.open_photographs(config)

@@ -87,6 +87,19 @@ def read_image(path: Path, imsize: int, white_bkgd: bool, crop: int | None = Non
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
+def read_alpha(path: Path, imsize: int, crop: int | None = None) -> Tensor | None:
+    """The opacity of the same square as uint8 (1, imsize, imsize), None without any. Raises UnreadableImage."""
+    with _open_image(path) as image:
+        if not _has_alpha(image):
+            return None
+        alpha = _resize_to_square(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"), imsize, crop)
+    return torch.from_numpy(np.array(alpha))[None]
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def _convert_to_rgb(image: Image.Image, white_bkgd: bool) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greyscale: "I;16" and its byte orders; "I" in older versions of Pillow
         values = np.asarray(image)
@@ -95,7 +108,7 @@ def _convert_to_rgb(image: Image.Image, white_bkgd: bool) -> Image.Image:
         return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; expected 8 or 16 bit")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _has_alpha(image):
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255) if white_bkgd else (0, 0, 0, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")

@@ -1,4 +1,4 @@
-"""The optional perceptual term of super-resolution: LPIPS (Zhang et al., CVPR 2018) through the `lpips` package."""
+"""The optional perceptual distance, LPIPS (Zhang et al., CVPR 2018): of super-resolution and of inversion."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ class PerceptualDistance:
         return distance.flatten(1).mean(1)
 
 
-def load_perceptual_distance(device: torch.device) -> PerceptualDistance | None:
-    """LPIPS on `device`, or None with one message where the package or its weights are missing."""
+def load_perceptual_distance(
+    device: torch.device, option: str = "ccsr.perceptual", what: str = "training"
+) -> PerceptualDistance | None:
+    """LPIPS on `device`, or None with one message where the package or its weights are missing.
+
+    option: the setting that asks for it, at 0 nothing does; what: what goes on without it.
+    """
     try:
         import lpips
 
         return PerceptualDistance(lpips.LPIPS(net="alex", verbose=False).to(device))
     except (ImportError, OSError) as error:
         warn_once(
-            f"ccsr.perceptual: LPIPS is not available ({error}); training goes on without it. Run pip install lpips, "
-            "or set ccsr.perceptual=0"
+            f"{option}: LPIPS is not available ({error}); {what} goes on without it. Run pip install lpips, or set "
+            f"{option}=0"
         )
         return None
