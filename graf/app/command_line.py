@@ -1,4 +1,4 @@
-"""The command `graf`: chooses among train, eval, doctor and plan, and imports the chosen one alone."""
+"""The command `graf`: chooses a command, and imports the chosen one alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("graf.app.train_command:main", "train a generator, or continue a run"),
     "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
+    "view": ("graf.app.view_command:main", "look at a trained generator in the browser"),
     "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
 }
 

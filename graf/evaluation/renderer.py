@@ -6,6 +6,7 @@ It opens no files: `graf.load` makes a Renderer of a trained run.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graf.base.errors import UserError
 from graf.evaluation.pictures import to_uint8
-from graf.geometry.cameras import angles_from_pose, elevation_from_height, height_from_elevation, median_height
-from graf.geometry.rays import Patches, RayCaster
+from graf.geometry.cameras import (
+    Intrinsics,
+    angles_from_pose,
+    elevation_from_height,
+    height_from_elevation,
+    median_height,
+)
+from graf.geometry.rays import Patches, RayCaster, Rays
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import Cameras, PoseSampler, Views
 from graf.geometry.volume_rendering import RaySampling, Render
@@ -205,6 +213,52 @@ class Renderer:
         views = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
         return self._with(resolution, num_samples).render_views(self._codes_of(given), views, super_resolve)
 
+    def render_camera(
+        self,
+        z: Tensor,
+        class_name: str | int,
+        camera_to_world: Tensor,
+        intrinsics: Intrinsics,
+        super_resolve: bool = False,
+        num_samples: int | None = None,
+    ) -> Renders:
+        """Render one object through any pinhole camera: any field of view, any height and width, near or far.
+
+        z: (dim_z,) or (1, dim_z); camera_to_world: (4, 4) or (1, 4, 4), as in :meth:`render`; intrinsics: the image's
+        height, width and focal length in pixels. The lens is the given one; none that was learned changes it. What a
+        ray is sampled between moves with the camera, and rays that miss the bounding sphere show the background at no
+        cost. The rest, the result (B = 1) and the errors are as in :meth:`render`.
+
+        >>> pose = torch.eye(4)
+        >>> pose[2, 3] = 5.0
+        >>> wide = Intrinsics.from_vertical_fov(height=18, width=32, fov=40.0)
+        >>> renderer.render_camera(renderer.codes(0, range(1)), "duck", pose, wide).rgb.shape
+        torch.Size([1, 3, 18, 32])
+        """
+        if camera_to_world.numel() != 16:
+            raise UserError(f"camera_to_world has shape {tuple(camera_to_world.shape)}: expected (4, 4)")
+        poses = camera_to_world.reshape(1, 4, 4).float().cpu()
+        class_idx = self._class_indices([class_name])
+        view = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
+        codes = self._codes_of({"z": [z.reshape(-1)]})
+        rays = self.camera_rays(poses, intrinsics)
+        with eval_mode(self.generator):
+            return self._with(None, num_samples)._render_picture(codes, view, rays, intrinsics, super_resolve)
+
+    def camera_rays(self, camera_to_world: Tensor, intrinsics: Intrinsics) -> Rays:
+        """The rays (1, H W), row by row and on the device, that :meth:`render_camera` renders."""
+        poses = camera_to_world.reshape(1, 4, 4).float()
+        moved = poses[0, :3, 3].norm().item() - self.cameras.radius
+        return self.caster.through(intrinsics, moved).cast_pictures(poses.to(self.device))
+
+    @property
+    def fov(self) -> float:
+        """Field of view of the run's images, degrees, with the lens as it was learned."""
+        view = self.cameras.views_at(torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1))
+        _, patches = self.generator.aim(view.to(self.device), Patches.whole(1, self.device))
+        half = patches.scale.item() * self.caster.intrinsics.width / (2 * self.caster.intrinsics.focal)
+        return math.degrees(2 * math.atan(half))
+
     def density(
         self,
         points: Tensor,
@@ -348,6 +402,43 @@ class Renderer:
             halve = partial(self.ccsr.halve_rows, self.resolution)
             advice = "lower --resolution, or ccsr.features and ccsr.blocks of the next run"
             sr = retry_smaller(lambda: self._super_resolve(rgb, view), halve, self.device, advice)
+        return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
+
+    def _render_picture(
+        self, z: Tensor, view: Views, rays: Rays, intrinsics: Intrinsics, super_resolve: bool
+    ) -> Renders:
+        """One image of height x width; only rays that meet the bounding sphere are rendered."""
+        if super_resolve and self.ccsr is None:
+            raise UserError("super_resolve=True: this run has no super-resolution; train one with ccsr.enabled=true")
+        if self.before_image is not None:
+            self.before_image()
+        view = view.to(self.device)
+        colour = self.generator.background_colour.detach().float()
+        seen = Render(
+            colour.expand(1, rays.per_image, 3).clone(), rays.far * rays.axis_cosine, torch.zeros_like(rays.far)
+        )
+        met = (rays.far > rays.near)[0, :, 0].nonzero()[:, 0]
+
+        def render() -> Render:
+            with self.precision.autocast():
+                inside = rays.map(lambda part: part[:, met])
+                return self.generator(z.to(self.device), view.class_idx, inside, sampling=self.sampling)
+
+        if len(met):
+            found = retry_smaller(render, self.generator.halve_chunk, self.device, "render a smaller picture")
+            for whole, part in zip(seen.tensors(), found.tensors(), strict=True):
+                whole[:, met] = part.float()
+        height, width = intrinsics.height, intrinsics.width
+        rgb, depth, opacity = (part.mT.reshape(1, -1, height, width) for part in seen.tensors())
+        sr = None
+        if super_resolve and self.ccsr is not None:
+            # latents are those of square images: the picture is the middle of one
+            side, scale = max(height, width), self.ccsr.scale
+            top, left = (side - height) // 2, (side - width) // 2
+            border = (left, side - width - left, top, side - height - top)
+            square = functional.pad(rgb, border, mode="replicate")
+            sr = self._super_resolve(square, view)
+            sr = sr[..., scale * top : scale * (top + height), scale * left : scale * (left + width)]
         return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
 
     def _cast(self, z: Tensor, view: Views) -> Render:
