@@ -94,8 +94,8 @@ class CameraPath:
         share = place - piece
         neighbours = [self._keyframe(piece + offset) for offset in (-1, 0, 1, 2)]
         poses = torch.stack([keyframe.camera_to_world.double() for keyframe in neighbours])
-        quaternions = unroll(quaternion_from_rotation(poses[:, :3, :3]))
-        rotation = rotation_from_quaternion(squad(*quaternions, share))
+        before, start_turn, end_turn, after = unroll(quaternion_from_rotation(poses[:, :3, :3]))
+        rotation = rotation_from_quaternion(squad(before, start_turn, end_turn, after, share))
         # where the origin of the world is, in the axes of the camera: constant on an orbit
         offsets = (poses[:, :3, :3].mT @ poses[:, :3, 3:])[..., 0]
         pose = torch.eye(4, dtype=torch.float64)

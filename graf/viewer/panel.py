@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from graf.base.errors import UserError
@@ -120,8 +121,8 @@ class Panel:
         if instance is not None:
             self._answer(instance, lambda: choose_instance(instance.value))
         self._answer(seed, lambda: session.choose_seed(int(seed.value)))
-        for part, group in (("shape", shape), ("appearance", appearance)):
-            self._answer(group, lambda part=part, group=group: session.draw_part(part, group.value == "step"))
+        self._answer(shape, lambda: session.draw_part("shape", shape.value == "step"))
+        self._answer(appearance, lambda: session.draw_part("appearance", appearance.value == "step"))
         self._answer(other, lambda: session.choose_other(int(other.value)))
         self._answer(share, lambda: session.interpolate(share.value))
 
@@ -156,12 +157,15 @@ class Panel:
             )
             azimuth = gui.add_button_group("azimuth", AZIMUTHS)
             fov = gui.add_slider("field of view", 5.0, 90.0, 0.5, min(max(self._session.renderer.fov, 5.0), 90.0))
-            scenery = [(name, gui.add_checkbox(name, seen)) for name, seen in SCENERY.items()]
+            scenery = {name: gui.add_checkbox(name, seen) for name, seen in SCENERY.items()}
         self._answer(elevation, lambda: actions.move(None, _degrees(elevation.value)), draws=False)
         self._answer(azimuth, lambda: actions.move(_degrees(azimuth.value), _degrees(elevation.value)), draws=False)
         self._answer(fov, lambda: actions.zoom(fov.value), draws=False)
-        for name, box in scenery:
-            self._answer(box, lambda name=name, box=box: actions.show(name, box.value), draws=False)
+        for name, box in scenery.items():
+            self._answer(box, partial(self._show_scenery, name, box), draws=False)
+
+    def _show_scenery(self, name: str, box: Any) -> None:
+        self._actions.show(name, box.value)
 
     def _build_path(self) -> None:
         gui, session = self._gui, self._session

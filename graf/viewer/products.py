@@ -45,8 +45,7 @@ def path_video(
 
 def mesh_file(renderer: Renderer, look: Look, resolution: int) -> Files:
     """The object as a coloured mesh, GLB, in this project's world: z up."""
-    from graf.mesh.extraction import MeshOptions, extract_mesh
-    from graf.mesh.files import save_mesh
+    from graf.mesh import MeshOptions, extract_mesh, save_mesh
 
     mesh = extract_mesh(renderer, look.z, look.class_name, MeshOptions(resolution=resolution))
     with tempfile.TemporaryDirectory() as folder:
