@@ -1,4 +1,4 @@
-"""Camera paths: through their keyframes, smoothly, around the object and not through it; and the file they are kept in."""
+"""Camera paths: through their keyframes, smoothly, around the object and not through it; and their file."""
 
 import json
 import math

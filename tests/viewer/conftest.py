@@ -37,6 +37,16 @@ def make_renderer(field: RadianceField, **others: object) -> Renderer:
 @pytest.fixture
 def renderer() -> Renderer:
     """Three classes, four known objects, super-resolution x2."""
+    return make_random_renderer()
+
+
+@pytest.fixture(scope="module")
+def lasting_renderer() -> Renderer:
+    """The same, for tests that leave it as it is."""
+    return make_random_renderer()
+
+
+def make_random_renderer() -> Renderer:
     torch.manual_seed(5)
     shape = MLPShape(
         depth=2, width=16, multires=3, multires_views=1, base_frequency=math.pi, use_viewdirs=True, dim_shape=3,
