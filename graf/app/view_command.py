@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from graf.app.failures import ErrorLog, run_command
 from graf.app.run_arguments import add_run_arguments
@@ -36,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command(errors: ErrorLog) -> int:
         from graf.app.viewing import ViewOptions, view_run
 
-        return view_run(ViewOptions(**given))
+        options = ViewOptions(**given)
+        if options.html is None:
+            return view_run(options)
+        from graf.app.mesh_page import write_mesh_page
+
+        return write_mesh_page(options, Path(options.html))
 
     return run_command(command, debug=debug, interrupted="interrupted")

@@ -1,4 +1,4 @@
-"""Opens a run for the viewer: its exhibit, its newer checkpoints while it is trained, or its page of meshes.
+"""Opens a run for the viewer: its exhibit, and its newer checkpoints while it is trained.
 
 It reads no command line.
 """
@@ -20,18 +20,13 @@ from graf.app.loading import TrainedGenerator, open_checkpoint
 from graf.app.run_arguments import OpenedRun, open_run
 from graf.app.runs import WEIGHT_SUFFIXES, RunFolder, newest_run
 from graf.base.errors import UserError
-from graf.base.extras import import_optional
-from graf.base.files import write_atomically
 from graf.config import Config
 from graf.data.datasets import PhotoDataset
 from graf.data.errors import DataError
 from graf.evaluation.pictures import Picture, to_uint8
-from graf.mesh import MeshOptions, extract_mesh
-from graf.mesh.extraction import EmptySurface
-from graf.runtime.logs import logger, progress_bar, setup_console
+from graf.runtime.logs import logger, setup_console
 from graf.viewer.exhibit import Exhibit, Photograph
 from graf.viewer.follow import EVERY, Follower
-from graf.viewer.page import PageCamera, build_page
 from graf.viewer.server import LOCAL_HOSTS, ViewerServer
 
 #: training cameras of a class that are shown, evenly chosen, and the side of their thumbnails in pixels
@@ -75,9 +70,7 @@ class ViewOptions:
 
 
 def view_run(options: ViewOptions) -> int:
-    """Serve a run until Ctrl-C, or write its page; returns the exit code."""
-    if options.html is not None:
-        return _write_html(options, Path(options.html))
+    """Serve a run until Ctrl-C; returns the exit code."""
     server, follower = start_viewer(options)
     local = options.host in LOCAL_HOSTS
     logger.info("open http://%s:%d in a browser; Ctrl-C ends", "localhost" if local else options.host, server.port)
@@ -196,24 +189,3 @@ def _shrink(image: torch.Tensor) -> Picture:
     """A thumbnail of a photograph (3, H, W), uint8."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL)))
-
-
-def _write_html(options: ViewOptions, path: Path) -> int:
-    """One page with a mesh of each class, of the object that the seed names."""
-    setup_console()
-    import_optional("skimage", "mesh")  # before the run is opened: what is missing is told at once
-    opened = open_run(options.run, options.device, options.truncation)
-    renderer = opened.renderer
-    z, meshes = renderer.codes(options.seed, range(1))[0], {}
-    for class_name in progress_bar(renderer.classes, desc="meshes", unit="class"):
-        try:
-            meshes[class_name] = extract_mesh(renderer, z, class_name, MeshOptions(resolution=options.resolution))
-        except EmptySurface as error:
-            logger.warning("class %s is left out: %s", class_name, error)
-    if not meshes:
-        raise UserError(f"--html {path}: no class has a surface for seed {options.seed}; train longer, or try another")
-    red, green, blue = (0.5 * renderer.generator.background_colour.detach().cpu() + 0.5).tolist()
-    camera = PageCamera(renderer.fov, renderer.cameras.radius, renderer.default_elevation, (red, green, blue))
-    write_atomically(path, build_page(describe(opened.trained, opened.folder), meshes, camera))
-    logger.info("wrote %s, %.1f MB: open it in any browser", path, path.stat().st_size / 1e6)
-    return 0

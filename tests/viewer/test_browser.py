@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -287,9 +288,7 @@ def test_pictures_and_camera_paths_are_saved_as_files(page):
     assert path.duration == pytest.approx(0.2)
     assert path.keyframes[1].camera_to_world[0, 3] == pytest.approx(0, abs=1e-3)
     assert json.loads(files["camera_path.json"].read_text())["keyframes"][0]["class"] == "car"
-    from imageio.v3 import imread
-
-    assert len(imread(files["camera_path.mp4"], extension=".mp4")) == len(path.frames(24))
+    assert imageio_ffmpeg.count_frames_and_secs(str(files["camera_path.mp4"]))[0] == len(path.frames(24))
     page.click("clear")
     page.page.get_by_text("keyframes: 0").wait_for()
 
