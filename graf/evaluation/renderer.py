@@ -276,29 +276,34 @@ class Renderer:
         >>> bool((renderer.density(torch.rand(2, 5, 3), seed=[0, 1]) >= 0).all())
         True
         """
-        if points.shape[-1:] != (3,) or points.dim() not in (2, 3):
-            raise UserError(f"points has shape {tuple(points.shape)}: expected (N, 3) or (B, N, 3)")
-        given = _broadcast(
-            points=points[None] if points.dim() == 2 else points,
-            seed=seed,
-            z=None if z is None else z.reshape(-1, z.shape[-1]),
-            class_name=0 if class_name is None else class_name,
-        )
-        if points.dim() == 2 and len(given["points"]) > 1:
-            raise UserError(f"points has shape {tuple(points.shape)}, of one object: expected (B, N, 3) for several")
-        codes, class_idx = self._codes_of(given), self._class_indices(given["class_name"])
-        advice = "lower training.chunk"
-        with eval_mode(self.generator):
-            densities = [
-                retry_smaller(
-                    partial(self._density, given["points"][i], codes[i : i + 1], class_idx[i : i + 1]),
-                    self.generator.halve_chunk,
-                    self.device,
-                    advice,
-                )
-                for i in range(len(codes))
-            ]
-        return densities[0] if points.dim() == 2 else torch.stack(densities)
+        (densities,) = self._evaluate_field(self._density, (points,), seed, z, class_name)
+        return densities
+
+    def radiance(
+        self,
+        points: Tensor,
+        directions: Tensor,
+        seed: int | Sequence[int] = 0,
+        z: Tensor | None = None,
+        class_name: ClassNames | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Colour and volume density at points of objects, as rays in `directions` meet them; no background in it.
+
+        points, directions: (N, 3) of one object, or (B, N, 3); directions lead away from who looks and need no unit
+        length; seed, z, class_name: as in :meth:`sample`, one value or B. Returns rgb in [-1, 1], (N, 3) or (B, N, 3),
+        and densities >= 0 per world unit, (N,) or (B, N). Raises UserError as :meth:`sample` does.
+
+        >>> points = torch.rand(5, 3)
+        >>> rgb, density = renderer.radiance(points, -points, seed=3, class_name="mug")
+        >>> rgb.shape, density.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+        """
+        if directions.shape != points.shape:
+            raise UserError(
+                f"directions has shape {tuple(directions.shape)}: expected {tuple(points.shape)}, one for each point"
+            )
+        rgb, densities = self._evaluate_field(self._radiance, (points, directions), seed, z, class_name)
+        return rgb, densities
 
     def instance_codes(self, instances: Tensor | Sequence[int]) -> Tensor:
         """Codes z (B, dim_z) of known instances, by number (B,), as learned; z = 0 for -1, an instance that is unknown.
@@ -353,6 +358,12 @@ class Renderer:
             return Renders.cat(
                 [self._render_one(z[i : i + 1], views[i : i + 1], super_resolve) for i in range(len(views))]
             )
+
+    def rays(self, views: Views, resolution: int | None = None) -> Rays:
+        """The rays (B, resolution^2), row by row, that renders of these views are made of, on the device."""
+        views = views.to(self.device)
+        poses, patches = self.generator.aim(views, Patches.whole(len(views), self.device))
+        return self.caster.cast_patches(poses, patches, self.resolution if resolution is None else resolution)
 
     def render_random(
         self, pose_sampler: PoseSampler, seed: int, indices: range, super_resolve: bool = False
@@ -442,8 +453,7 @@ class Renderer:
         return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
 
     def _cast(self, z: Tensor, view: Views) -> Render:
-        poses, patches = self.generator.aim(view, Patches.whole(len(view), self.device))
-        rays = self.caster.cast_patches(poses, patches, self.resolution)
+        rays = self.rays(view)
         with self.precision.autocast():
             return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
 
@@ -455,15 +465,60 @@ class Renderer:
         with eval_mode(self.ccsr), self.precision.autocast():
             return self.ccsr(rgb, view.labels[:, 2], Patches.whole(len(rgb), rgb.device)).image.float().cpu()
 
-    def _density(self, points: Tensor, z: Tensor, class_idx: Tensor) -> Tensor:
-        """Densities (N,) of one object at points (N, 3), as many at once as a chunk of rays has samples."""
-        step, densities = self.generator.chunk * self.generator.sampling.total, torch.empty(len(points))
+    def _evaluate_field(
+        self,
+        evaluate: Callable[..., tuple[Tensor, ...]],
+        places: tuple[Tensor, ...],
+        seed: int | Sequence[int],
+        z: Tensor | None,
+        class_name: ClassNames | None,
+    ) -> tuple[Tensor, ...]:
+        """What `evaluate` finds at places, points (N, 3) or (B, N, 3) and more of that shape, of one object or B."""
+        points = places[0]
+        if points.shape[-1:] != (3,) or points.dim() not in (2, 3):
+            raise UserError(f"points has shape {tuple(points.shape)}: expected (N, 3) or (B, N, 3)")
+        together = torch.stack(places, dim=-3)  # (B, 1 or 2, N, 3), so that they broadcast as one argument
+        given = _broadcast(
+            points=together[None] if points.dim() == 2 else together,
+            seed=seed,
+            z=None if z is None else z.reshape(-1, z.shape[-1]),
+            class_name=0 if class_name is None else class_name,
+        )
+        if points.dim() == 2 and len(given["points"]) > 1:
+            raise UserError(f"points has shape {tuple(points.shape)}, of one object: expected (B, N, 3) for several")
+        codes, class_idx = self._codes_of(given), self._class_indices(given["class_name"])
+        with eval_mode(self.generator):
+            found = [
+                retry_smaller(
+                    partial(self._in_chunks, evaluate, given["points"][i], codes[i : i + 1], class_idx[i : i + 1]),
+                    self.generator.halve_chunk,
+                    self.device,
+                    "lower training.chunk",
+                )
+                for i in range(len(codes))
+            ]
+        return found[0] if points.dim() == 2 else tuple(map(torch.stack, zip(*found, strict=True)))
+
+    def _in_chunks(
+        self, evaluate: Callable[..., tuple[Tensor, ...]], places: Tensor, z: Tensor, class_idx: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`evaluate` of one object at places (1 or 2, N, 3), as many at once as a chunk of rays has samples."""
+        step, parts = self.generator.chunk * self.generator.sampling.total, []
         with self.precision.autocast():
             codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
-            for start in range(0, len(points), step):
-                part = points[start : start + step].to(self.device, torch.float32)[None, :, None]
-                densities[start : start + step] = self.generator.field.density(part, codes)[0, :, 0]
-        return densities
+            for start in range(0, max(places.shape[1], 1), step):
+                part = places[:, start : start + step].to(self.device, torch.float32)
+                parts.append([values.float().cpu() for values in evaluate(codes, *part[:, None])])
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _density(self, codes: Any, points: Tensor) -> tuple[Tensor]:
+        """Densities (N,) at points (1, N, 3)."""
+        return (self.generator.field.density(points[:, :, None], codes)[0, :, 0],)
+
+    def _radiance(self, codes: Any, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours (N, 3) and densities (N,) at points (1, N, 3) in directions (1, N, 3)."""
+        rgb, density = self.generator.field(points[:, :, None], functional.normalize(directions, dim=-1), codes)
+        return rgb[0, :, 0], density[0, :, 0]
 
 
 def _broadcast(**arguments: Any) -> dict[str, list[Any]]:
