@@ -7,12 +7,14 @@ from pathlib import Path
 from graf.app.run_arguments import open_run
 from graf.app.viewing import ViewOptions, describe
 from graf.base.errors import UserError
-from graf.base.extras import import_optional
+from graf.base.extras import MissingExtra, import_optional
 from graf.base.files import write_atomically
 from graf.mesh import MeshOptions, extract_mesh
-from graf.mesh.extraction import EmptySurface
 from graf.runtime.logs import logger, progress_bar
 from graf.viewer.page import PageCamera, build_page
+
+#: of each mesh at most: about 0.8 MB of the page
+TRIANGLES = 30_000
 
 
 def write_mesh_page(options: ViewOptions, path: Path) -> int:
@@ -21,10 +23,13 @@ def write_mesh_page(options: ViewOptions, path: Path) -> int:
     opened = open_run(options.run, options.device, options.truncation)
     renderer = opened.renderer
     z, meshes = renderer.codes(options.seed, range(1))[0], {}
+    made = MeshOptions(resolution=options.resolution, triangles=TRIANGLES)
     for class_name in progress_bar(renderer.classes, desc="meshes", unit="class"):
         try:
-            meshes[class_name] = extract_mesh(renderer, z, class_name, MeshOptions(resolution=options.resolution))
-        except EmptySurface as error:
+            meshes[class_name] = extract_mesh(renderer, z, class_name, made)
+        except MissingExtra:
+            raise
+        except UserError as error:  # haze, which has no surface
             logger.warning("class %s is left out: %s", class_name, error)
     if not meshes:
         raise UserError(f"--html {path}: no class has a surface for seed {options.seed}; train longer, or try another")

@@ -221,13 +221,15 @@ class Renderer:
         intrinsics: Intrinsics,
         super_resolve: bool = False,
         num_samples: int | None = None,
+        rays: Rays | None = None,
     ) -> Renders:
         """Render one object through any pinhole camera: any field of view, any height and width, near or far.
 
         z: (dim_z,) or (1, dim_z); camera_to_world: (4, 4) or (1, 4, 4), as in :meth:`render`; intrinsics: the image's
         height, width and focal length in pixels. The lens is the given one; none that was learned changes it. What a
         ray is sampled between moves with the camera, and rays that miss the bounding sphere show the background at no
-        cost. The rest, the result (B = 1) and the errors are as in :meth:`render`.
+        cost. rays: those of :meth:`camera_rays`, where less of them is to be sampled. The rest, the result (B = 1) and
+        the errors are as in :meth:`render`.
 
         >>> pose = torch.eye(4)
         >>> pose[2, 3] = 5.0
@@ -241,7 +243,7 @@ class Renderer:
         class_idx = self._class_indices([class_name])
         view = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
         codes = self._codes_of({"z": [z.reshape(-1)]})
-        rays = self.camera_rays(poses, intrinsics)
+        rays = self.camera_rays(poses, intrinsics) if rays is None else rays
         with eval_mode(self.generator):
             return self._with(None, num_samples)._render_picture(codes, view, rays, intrinsics, super_resolve)
 

@@ -48,6 +48,20 @@ class Rays(TensorBatch):
         """The rays start..stop of every image."""
         return self.map(lambda part: part[:, start:stop])
 
+    def within(self, low: Tensor, high: Tensor) -> Rays:
+        """The same rays, sampled inside the box between two corners (3,) only (slabs, Kay & Kajiya 1986).
+
+        near == far where they miss it, as for a bounding sphere.
+        """
+        to_low, to_high = (low - self.origins) / self.directions, (high - self.origins) / self.directions
+        # a ray in the plane of a side is 0 / 0 away from it: that side then cuts nothing off
+        enter = torch.minimum(to_low, to_high).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        leave = torch.maximum(to_low, to_high).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        near = torch.maximum(self.near, enter.amax(-1, keepdim=True))
+        far = torch.minimum(self.far, leave.amin(-1, keepdim=True))
+        missed = near >= far
+        return replace(self, near=torch.where(missed, self.far, near), far=torch.where(missed, self.far, far))
+
 
 @dataclass(frozen=True)
 class Patches(TensorBatch):

@@ -18,6 +18,7 @@ from graf.geometry.rays import Rays
 from graf.geometry.volume_rendering import RaySampling
 from graf.models.ccsr import upsample
 from graf.runtime.activation_checkpointing import ChunkFunction, ChunkRunner
+from graf.viewer.bounds import Bounds
 from graf.viewer.viewpoints import Viewpoint
 
 MODES = ("colour", "super-resolved", "depth", "opacity", "normals")
@@ -29,9 +30,9 @@ AS_TRAINED = "as trained"
 NOTHING = 167.0
 #: opacity from which on a pixel has a surface
 SURFACE = 0.5
-#: samples per ray of quick pictures at most, in equal bins: 24 take two thirds of the time of 12 and 12 of importance,
-#: and the difference is not seen while the picture moves
-QUICK_SAMPLES = 24
+#: samples per ray of quick pictures at most, in equal bins inside the object's box: they differ from full pictures as
+#: little as 24 in the whole sphere, and take half of the time of those
+QUICK_SAMPLES = 20
 #: Rays rendered at once by a viewer. Chunks of training (512) are made for a backward pass; without one, a picture of
 #: 128 x 128 takes a fourth of the time in chunks of 4096 (two cores).
 CHUNK = 4096
@@ -86,10 +87,18 @@ def interruptible(renderer: Renderer, check: Callable[[], None] | None = None) -
     return replace(renderer, generator=generator)
 
 
-def draw(renderer: Renderer, look: Look, viewpoint: Viewpoint, height: int, quick: bool = False) -> Drawing:
+def draw(
+    renderer: Renderer,
+    look: Look,
+    viewpoint: Viewpoint,
+    height: int,
+    quick: bool = False,
+    bounds: Bounds | None = None,
+) -> Drawing:
     """The picture of `height` rows (super-resolved: times the scale) that a look shows from a viewpoint.
 
-    quick: with fewer samples, and colour instead of super-resolution. Raises UserError as the renderer does.
+    quick: with fewer samples, and colour instead of super-resolution; bounds: sample inside of them only. Raises
+    UserError as the renderer does.
     """
     intrinsics = viewpoint.intrinsics(height)
     super_resolve = look.mode == "super-resolved" and not quick
@@ -98,8 +107,10 @@ def draw(renderer: Renderer, look: Look, viewpoint: Viewpoint, height: int, quic
         coarse = num_samples or (renderer.sampling or renderer.generator.sampling).coarse
         renderer, num_samples = replace(renderer, sampling=RaySampling(min(coarse, QUICK_SAMPLES))), None
     pose = viewpoint.camera_to_world
-    renders = renderer.render_camera(look.z, look.class_name, pose, intrinsics, super_resolve, num_samples)
     rays = renderer.camera_rays(pose, intrinsics)
+    if bounds is not None:
+        rays = rays.within(bounds.low.to(rays.near), bounds.high.to(rays.near))
+    renders = renderer.render_camera(look.z, look.class_name, pose, intrinsics, super_resolve, num_samples, rays)
     surface = surface_depth(renders, rays)
     images = _shown(renderer, look, renders, rays, surface)
     return Drawing(to_uint8(images)[0].permute(1, 2, 0).cpu().numpy(), surface[0, 0].numpy())

@@ -22,6 +22,7 @@ from graf.evaluation.camera_paths import path_to_json
 from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import height_from_elevation, pose_from_angles
 from graf.runtime.logs import logger
+from graf.viewer.bounds import BoundsOfObjects
 from graf.viewer.drawing import Drawing, Interrupted, Look, draw, interruptible
 from graf.viewer.exhibit import Exhibit
 from graf.viewer.panel import Actions, Panel, describe_picture
@@ -168,7 +169,7 @@ class ViewerServer:
         self._stopping = threading.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="graf-view-file")
         self.loop: RenderLoop[Asked] = RenderLoop(self._draw, self._deliver)
-        self._renderer = interruptible(exhibit.renderer, self.loop.check)
+        self._bounds = BoundsOfObjects(interruptible(exhibit.renderer, self.loop.check))
         try:
             self._server = viser.ViserServer(host=host, port=port, label=exhibit.title, verbose=False)
         except OSError as error:
@@ -193,7 +194,7 @@ class ViewerServer:
     def take(self, renderer: Renderer, title: str) -> None:
         """Show newer weights of the same run from now on; what clients have chosen stays."""
         self.exhibit = replace(self.exhibit, renderer=renderer, title=title)
-        self._renderer = interruptible(renderer, self.loop.check)
+        self._bounds = BoundsOfObjects(interruptible(renderer, self.loop.check))
         self._server.gui.set_panel_label(title)
         for client in self.clients():
             with client.panel.lock:
@@ -258,14 +259,15 @@ class ViewerServer:
         self.loop.forget(handle.client_id)
 
     def _draw(self, job: Job[Asked]) -> Drawing:
-        asked, height = job.request, job.request.full_height
-        if job.quick:
-            full = asked.full_height
-            height = min(asked.moving_height or job.pacer.height(asked.viewpoint.aspect, full), full)
+        asked, of_objects = job.request, self._bounds
+        renderer, look, viewpoint, full = of_objects.renderer, asked.look, asked.viewpoint, asked.full_height
+        if not job.quick:
+            return draw(renderer, look, viewpoint, full)
+        bounds = of_objects.of(look.z, look.class_name)
+        height = min(asked.moving_height or job.pacer.height(viewpoint.aspect, full), full)
         started = time.perf_counter()
-        drawing = draw(self._renderer, asked.look, asked.viewpoint, height, job.quick)
-        if job.quick:
-            job.pacer.note(drawing.depth.size, time.perf_counter() - started)
+        drawing = draw(renderer, look, viewpoint, height, quick=True, bounds=bounds)
+        job.pacer.note(drawing.depth.size, time.perf_counter() - started)
         return drawing
 
     def _deliver(self, job: Job[Asked], drawing: Drawing, seconds: float) -> None:

@@ -9,10 +9,12 @@ import torch
 from torch.testing import assert_close
 
 from graf.geometry.cameras import pose_from_angles
+from graf.viewer.bounds import CELLS, KEPT, BoundsOfObjects, find_bounds
 from graf.viewer.drawing import (
     CHUNK,
     MODES,
     NOTHING,
+    QUICK_SAMPLES,
     Interrupted,
     Look,
     draw,
@@ -98,7 +100,7 @@ def test_quick_pictures_have_fewer_samples_and_no_super_resolution(renderer, loo
     renderer.generator.field.forward = lambda points, *rest: seen.append(points.shape[2]) or forward(points, *rest)
     look = replace(look, mode="super-resolved", num_samples=60)
     assert draw(renderer, look, VIEWPOINT, 24, quick=True).picture.shape == (24, 30, 3)
-    assert max(seen) <= 24
+    assert max(seen) == QUICK_SAMPLES
     seen.clear()
     assert draw(renderer, look, VIEWPOINT, 24).picture.shape == (48, 60, 3)
     assert max(seen) == 60
@@ -133,3 +135,41 @@ def test_watching_leaves_the_renderer_as_it_was_and_its_pictures_equal(renderer,
     assert watched.generator.chunk == CHUNK
     assert watched.generator.field is renderer.generator.field
     assert np.abs(again.picture.astype(int) - expected.picture.astype(int)).max() <= 1
+
+
+def test_the_box_of_a_ball_holds_it_and_little_more(ball):
+    renderer = ball((0.3, -0.2, 0.1), 0.4)
+    bounds = find_bounds(renderer, torch.zeros(5), "car")
+    centre, cell = torch.tensor([0.3, -0.2, 0.1]), 2 / CELLS
+    assert (bounds.low <= centre - 0.4).all()
+    assert (bounds.high >= centre + 0.4).all()
+    assert (bounds.low >= centre - 0.4 - 2.5 * cell).all()
+    assert (bounds.high <= centre + 0.4 + 2.5 * cell).all()
+
+
+def test_an_object_of_haze_has_the_whole_sphere(ball):
+    bounds = find_bounds(ball((9.0, 9.0, 9.0), 0.1), torch.zeros(5), "car")
+    assert bounds.low.tolist() == [-1, -1, -1]
+    assert bounds.high.tolist() == [1, 1, 1]
+
+
+def test_inside_its_box_an_object_is_the_same_picture_with_fewer_rays(ball):
+    renderer = ball((0.3, -0.2, 0.1), 0.4)
+    look = Look("car", torch.zeros(5), num_samples=400)
+    bounds = find_bounds(renderer, look.z, "car")
+    whole, inside = (draw(renderer, look, VIEWPOINT, 40, bounds=box) for box in (None, bounds))
+    assert (np.abs(whole.picture.astype(int) - inside.picture).max(-1) > 0).mean() < 0.02  # at its edge, by the samples
+    both = (whole.depth < 100) & (inside.depth < 100)
+    assert np.abs(whole.depth - inside.depth)[both].max() < 0.02
+    assert both.sum() > 100
+
+
+def test_boxes_are_found_once_for_each_object_and_the_oldest_are_given_up(renderer):
+    kept = BoundsOfObjects(renderer)
+    codes = renderer.codes(0, range(KEPT + 1))
+    first = kept.of(codes[0], "car")
+    assert kept.of(codes[0], "car") is first
+    assert kept.of(codes[0], "mug") is not first
+    for z in codes[1:]:
+        kept.of(z, "car")
+    assert kept.of(codes[0], "car") is not first
