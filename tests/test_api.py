@@ -65,7 +65,7 @@ def test_every_example_in_the_docstrings_runs(module, run):
     shown = {example.name.rpartition(".")[2] for example in examples if example.examples}
     public = {
         loading: {"load"},
-        renderer_module: {"sample", "render", "density", "codes", "class_index", "numpy", "pil"},
+        renderer_module: {"sample", "render", "density", "radiance", "codes", "class_index", "numpy", "pil"},
     }
     assert shown >= public[module]
 

@@ -1,4 +1,5 @@
 """The command `graf`: chooses among COMMANDS, and imports the chosen one alone."""
+"""The command `graf`: chooses a command, and imports the chosen one alone."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
     "export": ("graf.app.export_command:main", "write weights, programs or pictures for other programs"),
     "card": ("graf.app.card_command:main", "make a folder with a model card, ready to upload"),
+    "view": ("graf.app.view_command:main", "look at a trained generator in the browser"),
     "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
 }
 

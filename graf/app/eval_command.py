@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--datadir", help="folder of the photographs (default: as in training, data.datadir)")
     action = parser.add_argument_group("what to do (default: --grid --rotation)")
     for name, (_, text) in ACTIONS.items():
+        if name == "path":
+            action.add_argument("--path", metavar="FILE", help=text)
+            continue
         action.add_argument(
             f"--{name}", dest="actions", action="append_const", const=name, default=argparse.SUPPRESS, help=text
         )
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Look at or score a run; returns the exit code."""
     given = vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
     debug = given.pop("debug")
+    if given["path"] is not None:
+        given["actions"] = [*given.get("actions", ()), "path"]
 
     def command(errors: ErrorLog) -> int:
         from graf.app.eval_tasks import run_evaluation

@@ -17,6 +17,7 @@ ACTIONS = {
     "interpolate": ("graf.app.eval_tasks:write_interpolation", "video from object to object"),
     "fid_kid": ("graf.app.eval_tasks:write_fid_kid", "FID and KID against the photographs, as JSON and CSV"),
     "consistency": ("graf.app.eval_tasks:write_consistency", "how well super-resolved views agree, as JSON"),
+    "path": ("graf.app.eval_tasks:write_camera_path", "video along a camera path that graf view saved"),
     "heldout": ("graf.app.eval_tasks:write_heldout", "PSNR and KID at the labels held out of training"),
 }
 
@@ -26,7 +27,8 @@ class EvalOptions:
     """The choices of one evaluation, named as on the command line. Raises ConfigError for values out of range.
 
     run: folder; checkpoint: file; None: the newest run of `outdir`, its best checkpoint. actions: keys of
-    ACTIONS. heights: values v in [0, 1]; elevations: the same in degrees, one of the two at most.
+    ACTIONS; path: file of a camera path, which the action of that name needs. heights: values v in [0, 1]; elevations:
+    the same in degrees, one of the two at most.
     """
 
     run: str | None = None
@@ -48,6 +50,7 @@ class EvalOptions:
     device: str = "auto"
     chunk: int | None = None
     datadir: str | None = None
+    path: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (

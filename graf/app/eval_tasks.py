@@ -22,6 +22,7 @@ from graf.app.loading import open_checkpoint
 from graf.app.runs import find_run
 from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
+from graf.evaluation.camera_paths import read_path, render_path
 from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
 from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
@@ -177,6 +178,16 @@ def write_interpolation(evaluation: Evaluation) -> list[Path]:
     z = corners[start] * (1 - share) + corners[(start + 1) % count] * share
     u, v = torch.full_like(place, 0.125), torch.full_like(place, evaluation.heights[0])
     return _write_path(evaluation, "interpolation", z[:, None].expand(-1, len(classes), -1), classes, u, v)
+
+
+def write_camera_path(evaluation: Evaluation) -> list[Path]:
+    """A video along the camera path of --path, at its own speed, super-resolved with --sr."""
+    options, renderer = evaluation.options, evaluation.renderer
+    assert options.path is not None
+    path = read_path(options.path)
+    pictures = render_path(renderer, path, renderer.resolution, options.fps, options.sr)
+    shown = progress_bar(pictures, desc="path", total=len(path.frames(options.fps)), unit="frame")
+    return [write_video(evaluation.folder / f"{Path(options.path).stem}.mp4", shown, options.fps)]
 
 
 def write_shape_appearance(evaluation: Evaluation) -> list[Path]:

@@ -6,6 +6,7 @@ It opens no files: `graf.load` makes a Renderer of a trained run.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graf.base.errors import UserError
 from graf.evaluation.pictures import to_uint8
-from graf.geometry.cameras import angles_from_pose, elevation_from_height, height_from_elevation, median_height
-from graf.geometry.rays import Patches, RayCaster
+from graf.geometry.cameras import (
+    Intrinsics,
+    angles_from_pose,
+    elevation_from_height,
+    height_from_elevation,
+    median_height,
+)
+from graf.geometry.rays import Patches, RayCaster, Rays
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import Cameras, PoseSampler, Views
 from graf.geometry.volume_rendering import RaySampling, Render
@@ -205,6 +213,54 @@ class Renderer:
         views = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
         return self._with(resolution, num_samples).render_views(self._codes_of(given), views, super_resolve)
 
+    def render_camera(
+        self,
+        z: Tensor,
+        class_name: str | int,
+        camera_to_world: Tensor,
+        intrinsics: Intrinsics,
+        super_resolve: bool = False,
+        num_samples: int | None = None,
+        rays: Rays | None = None,
+    ) -> Renders:
+        """Render one object through any pinhole camera: any field of view, any height and width, near or far.
+
+        z: (dim_z,) or (1, dim_z); camera_to_world: (4, 4) or (1, 4, 4), as in :meth:`render`; intrinsics: the image's
+        height, width and focal length in pixels. The lens is the given one; none that was learned changes it. What a
+        ray is sampled between moves with the camera, and rays that miss the bounding sphere show the background at no
+        cost. rays: those of :meth:`camera_rays`, where less of them is to be sampled. The rest, the result (B = 1) and
+        the errors are as in :meth:`render`.
+
+        >>> pose = torch.eye(4)
+        >>> pose[2, 3] = 5.0
+        >>> wide = Intrinsics.from_vertical_fov(height=18, width=32, fov=40.0)
+        >>> renderer.render_camera(renderer.codes(0, range(1)), "duck", pose, wide).rgb.shape
+        torch.Size([1, 3, 18, 32])
+        """
+        if camera_to_world.numel() != 16:
+            raise UserError(f"camera_to_world has shape {tuple(camera_to_world.shape)}: expected (4, 4)")
+        poses = camera_to_world.reshape(1, 4, 4).float().cpu()
+        class_idx = self._class_indices([class_name])
+        view = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
+        codes = self._codes_of({"z": [z.reshape(-1)]})
+        rays = self.camera_rays(poses, intrinsics) if rays is None else rays
+        with eval_mode(self.generator):
+            return self._with(None, num_samples)._render_picture(codes, view, rays, intrinsics, super_resolve)
+
+    def camera_rays(self, camera_to_world: Tensor, intrinsics: Intrinsics) -> Rays:
+        """The rays (1, H W), row by row and on the device, that :meth:`render_camera` renders."""
+        poses = camera_to_world.reshape(1, 4, 4).float()
+        moved = poses[0, :3, 3].norm().item() - self.cameras.radius
+        return self.caster.through(intrinsics, moved).cast_pictures(poses.to(self.device))
+
+    @property
+    def fov(self) -> float:
+        """Field of view of the run's images, degrees, with the lens as it was learned."""
+        view = self.cameras.views_at(torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1))
+        _, patches = self.generator.aim(view.to(self.device), Patches.whole(1, self.device))
+        half = patches.scale.item() * self.caster.intrinsics.width / (2 * self.caster.intrinsics.focal)
+        return math.degrees(2 * math.atan(half))
+
     def density(
         self,
         points: Tensor,
@@ -222,29 +278,34 @@ class Renderer:
         >>> bool((renderer.density(torch.rand(2, 5, 3), seed=[0, 1]) >= 0).all())
         True
         """
-        if points.shape[-1:] != (3,) or points.dim() not in (2, 3):
-            raise UserError(f"points has shape {tuple(points.shape)}: expected (N, 3) or (B, N, 3)")
-        given = _broadcast(
-            points=points[None] if points.dim() == 2 else points,
-            seed=seed,
-            z=None if z is None else z.reshape(-1, z.shape[-1]),
-            class_name=0 if class_name is None else class_name,
-        )
-        if points.dim() == 2 and len(given["points"]) > 1:
-            raise UserError(f"points has shape {tuple(points.shape)}, of one object: expected (B, N, 3) for several")
-        codes, class_idx = self._codes_of(given), self._class_indices(given["class_name"])
-        advice = "lower training.chunk"
-        with eval_mode(self.generator):
-            densities = [
-                retry_smaller(
-                    partial(self._density, given["points"][i], codes[i : i + 1], class_idx[i : i + 1]),
-                    self.generator.halve_chunk,
-                    self.device,
-                    advice,
-                )
-                for i in range(len(codes))
-            ]
-        return densities[0] if points.dim() == 2 else torch.stack(densities)
+        (densities,) = self._evaluate_field(self._density, (points,), seed, z, class_name)
+        return densities
+
+    def radiance(
+        self,
+        points: Tensor,
+        directions: Tensor,
+        seed: int | Sequence[int] = 0,
+        z: Tensor | None = None,
+        class_name: ClassNames | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Colour and volume density at points of objects, as rays in `directions` meet them; no background in it.
+
+        points, directions: (N, 3) of one object, or (B, N, 3); directions lead away from who looks and need no unit
+        length; seed, z, class_name: as in :meth:`sample`, one value or B. Returns rgb in [-1, 1], (N, 3) or (B, N, 3),
+        and densities >= 0 per world unit, (N,) or (B, N). Raises UserError as :meth:`sample` does.
+
+        >>> points = torch.rand(5, 3)
+        >>> rgb, density = renderer.radiance(points, -points, seed=3, class_name="mug")
+        >>> rgb.shape, density.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+        """
+        if directions.shape != points.shape:
+            raise UserError(
+                f"directions has shape {tuple(directions.shape)}: expected {tuple(points.shape)}, one for each point"
+            )
+        rgb, densities = self._evaluate_field(self._radiance, (points, directions), seed, z, class_name)
+        return rgb, densities
 
     def instance_codes(self, instances: Tensor | Sequence[int]) -> Tensor:
         """Codes z (B, dim_z) of known instances, by number (B,), as learned; z = 0 for -1, an instance that is unknown.
@@ -300,6 +361,12 @@ class Renderer:
                 [self._render_one(z[i : i + 1], views[i : i + 1], super_resolve) for i in range(len(views))]
             )
 
+    def rays(self, views: Views, resolution: int | None = None) -> Rays:
+        """The rays (B, resolution^2), row by row, that renders of these views are made of, on the device."""
+        views = views.to(self.device)
+        poses, patches = self.generator.aim(views, Patches.whole(len(views), self.device))
+        return self.caster.cast_patches(poses, patches, self.resolution if resolution is None else resolution)
+
     def render_random(
         self, pose_sampler: PoseSampler, seed: int, indices: range, super_resolve: bool = False
     ) -> Renders:
@@ -350,9 +417,45 @@ class Renderer:
             sr = retry_smaller(lambda: self._super_resolve(rgb, view), halve, self.device, advice)
         return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
 
+    def _render_picture(
+        self, z: Tensor, view: Views, rays: Rays, intrinsics: Intrinsics, super_resolve: bool
+    ) -> Renders:
+        """One image of height x width; only rays that meet the bounding sphere are rendered."""
+        if super_resolve and self.ccsr is None:
+            raise UserError("super_resolve=True: this run has no super-resolution; train one with ccsr.enabled=true")
+        if self.before_image is not None:
+            self.before_image()
+        view = view.to(self.device)
+        colour = self.generator.background_colour.detach().float()
+        seen = Render(
+            colour.expand(1, rays.per_image, 3).clone(), rays.far * rays.axis_cosine, torch.zeros_like(rays.far)
+        )
+        met = (rays.far > rays.near)[0, :, 0].nonzero()[:, 0]
+
+        def render() -> Render:
+            with self.precision.autocast():
+                inside = rays.map(lambda part: part[:, met])
+                return self.generator(z.to(self.device), view.class_idx, inside, sampling=self.sampling)
+
+        if len(met):
+            found = retry_smaller(render, self.generator.halve_chunk, self.device, "render a smaller picture")
+            for whole, part in zip(seen.tensors(), found.tensors(), strict=True):
+                whole[:, met] = part.float()
+        height, width = intrinsics.height, intrinsics.width
+        rgb, depth, opacity = (part.mT.reshape(1, -1, height, width) for part in seen.tensors())
+        sr = None
+        if super_resolve and self.ccsr is not None:
+            # latents are those of square images: the picture is the middle of one
+            side, scale = max(height, width), self.ccsr.scale
+            top, left = (side - height) // 2, (side - width) // 2
+            border = (left, side - width - left, top, side - height - top)
+            square = functional.pad(rgb, border, mode="replicate")
+            sr = self._super_resolve(square, view)
+            sr = sr[..., scale * top : scale * (top + height), scale * left : scale * (left + width)]
+        return Renders(rgb.cpu(), depth.cpu(), opacity.cpu(), sr)
+
     def _cast(self, z: Tensor, view: Views) -> Render:
-        poses, patches = self.generator.aim(view, Patches.whole(len(view), self.device))
-        rays = self.caster.cast_patches(poses, patches, self.resolution)
+        rays = self.rays(view)
         with self.precision.autocast():
             return self.generator(z.to(self.device), view.class_idx, rays, sampling=self.sampling)
 
@@ -364,15 +467,60 @@ class Renderer:
         with eval_mode(self.ccsr), self.precision.autocast():
             return self.ccsr(rgb, view.labels[:, 2], Patches.whole(len(rgb), rgb.device)).image.float().cpu()
 
-    def _density(self, points: Tensor, z: Tensor, class_idx: Tensor) -> Tensor:
-        """Densities (N,) of one object at points (N, 3), as many at once as a chunk of rays has samples."""
-        step, densities = self.generator.chunk * self.generator.sampling.total, torch.empty(len(points))
+    def _evaluate_field(
+        self,
+        evaluate: Callable[..., tuple[Tensor, ...]],
+        places: tuple[Tensor, ...],
+        seed: int | Sequence[int],
+        z: Tensor | None,
+        class_name: ClassNames | None,
+    ) -> tuple[Tensor, ...]:
+        """What `evaluate` finds at places, points (N, 3) or (B, N, 3) and more of that shape, of one object or B."""
+        points = places[0]
+        if points.shape[-1:] != (3,) or points.dim() not in (2, 3):
+            raise UserError(f"points has shape {tuple(points.shape)}: expected (N, 3) or (B, N, 3)")
+        together = torch.stack(places, dim=-3)  # (B, 1 or 2, N, 3), so that they broadcast as one argument
+        given = _broadcast(
+            points=together[None] if points.dim() == 2 else together,
+            seed=seed,
+            z=None if z is None else z.reshape(-1, z.shape[-1]),
+            class_name=0 if class_name is None else class_name,
+        )
+        if points.dim() == 2 and len(given["points"]) > 1:
+            raise UserError(f"points has shape {tuple(points.shape)}, of one object: expected (B, N, 3) for several")
+        codes, class_idx = self._codes_of(given), self._class_indices(given["class_name"])
+        with eval_mode(self.generator):
+            found = [
+                retry_smaller(
+                    partial(self._in_chunks, evaluate, given["points"][i], codes[i : i + 1], class_idx[i : i + 1]),
+                    self.generator.halve_chunk,
+                    self.device,
+                    "lower training.chunk",
+                )
+                for i in range(len(codes))
+            ]
+        return found[0] if points.dim() == 2 else tuple(map(torch.stack, zip(*found, strict=True)))
+
+    def _in_chunks(
+        self, evaluate: Callable[..., tuple[Tensor, ...]], places: Tensor, z: Tensor, class_idx: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`evaluate` of one object at places (1 or 2, N, 3), as many at once as a chunk of rays has samples."""
+        step, parts = self.generator.chunk * self.generator.sampling.total, []
         with self.precision.autocast():
             codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
-            for start in range(0, len(points), step):
-                part = points[start : start + step].to(self.device, torch.float32)[None, :, None]
-                densities[start : start + step] = self.generator.field.density(part, codes)[0, :, 0]
-        return densities
+            for start in range(0, max(places.shape[1], 1), step):
+                part = places[:, start : start + step].to(self.device, torch.float32)
+                parts.append([values.float().cpu() for values in evaluate(codes, *part[:, None])])
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _density(self, codes: Any, points: Tensor) -> tuple[Tensor]:
+        """Densities (N,) at points (1, N, 3)."""
+        return (self.generator.field.density(points[:, :, None], codes)[0, :, 0],)
+
+    def _radiance(self, codes: Any, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours (N, 3) and densities (N,) at points (1, N, 3) in directions (1, N, 3)."""
+        rgb, density = self.generator.field(points[:, :, None], functional.normalize(directions, dim=-1), codes)
+        return rgb[0, :, 0], density[0, :, 0]
 
 
 def _broadcast(**arguments: Any) -> dict[str, list[Any]]:

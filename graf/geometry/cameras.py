@@ -38,6 +38,17 @@ class Intrinsics:
             raise ValueError(f"fov={fov}: the field of view lies strictly between 0 and 180 degrees")
         return cls(resolution, resolution, 0.5 * resolution / math.tan(math.radians(fov) / 2))
 
+    @classmethod
+    def from_vertical_fov(cls, height: int, width: int, fov: float) -> Intrinsics:
+        """Image of height x width square pixels with a vertical field of view of `fov` degrees."""
+        square = cls.from_fov(height, fov)
+        return cls(height, width, square.focal)
+
+    @property
+    def vertical_fov(self) -> float:
+        """The vertical field of view, degrees."""
+        return math.degrees(2 * math.atan(self.height / (2 * self.focal)))
+
     def resized(self, height: int, width: int) -> Intrinsics:
         """The same camera with another number of pixels (same field of view)."""
         return Intrinsics(height, width, self.focal * width / self.width)

@@ -11,7 +11,7 @@ a patch of n K pixels with the same s and c covers the same square n times as fi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.nn import functional
 
 from graf.base.tensors import TensorBatch
 from graf.geometry.cameras import Intrinsics, rotate
+
+#: distance in front of a camera from which on it sees, world units, where it stands close to an object or inside
+NEAREST = 0.02
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class Rays(TensorBatch):
     def slice(self, start: int, stop: int) -> Rays:
         """The rays start..stop of every image."""
         return self.map(lambda part: part[:, start:stop])
+
+    def within(self, low: Tensor, high: Tensor) -> Rays:
+        """The same rays, sampled inside the box between two corners (3,) only (slabs, Kay & Kajiya 1986).
+
+        near == far where they miss it, as for a bounding sphere.
+        """
+        to_low, to_high = (low - self.origins) / self.directions, (high - self.origins) / self.directions
+        # a ray in the plane of a side is 0 / 0 away from it: that side then cuts nothing off
+        enter = torch.minimum(to_low, to_high).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        leave = torch.maximum(to_low, to_high).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        near = torch.maximum(self.near, enter.amax(-1, keepdim=True))
+        far = torch.minimum(self.far, leave.amin(-1, keepdim=True))
+        missed = near >= far
+        return replace(self, near=torch.where(missed, self.far, near), far=torch.where(missed, self.far, far))
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,12 @@ class RayCaster:
     far: float
     bounding_radius: float | None = None
 
+    def through(self, intrinsics: Intrinsics, moved: float = 0.0) -> RayCaster:
+        """The same world through another camera, `moved` further away from the object, with what it sees of depth."""
+        nearest = min(self.near, NEAREST)
+        near, far = max(self.near + moved, nearest), max(self.far + moved, 2 * nearest)
+        return replace(self, intrinsics=intrinsics, near=near, far=far)
+
     def cast(self, poses: Tensor, grid: Tensor) -> Rays:
         """Rays of cameras (B, 4, 4) through image-plane coordinates (B, ..., 2), flattened to N per image."""
         intrinsics = self.intrinsics
@@ -174,3 +197,7 @@ class RayCaster:
     def cast_images(self, poses: Tensor, resolution: int) -> Rays:
         """Rays of whole square images, row by row; `resolution` may differ from that of the intrinsics."""
         return self.cast(poses, pixel_grid(len(poses), resolution, resolution, poses.device))
+
+    def cast_pictures(self, poses: Tensor) -> Rays:
+        """Rays of whole images with as many pixels as the intrinsics have, square or not, row by row."""
+        return self.cast(poses, pixel_grid(len(poses), self.intrinsics.height, self.intrinsics.width, poses.device))

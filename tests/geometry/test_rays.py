@@ -277,3 +277,33 @@ def test_annealed_scale_falls_and_stays_in_range(low, high):
 @pytest.mark.parametrize("anneal", [0.0, -1.0])
 def test_without_annealing_the_smallest_scale_holds_from_the_start(anneal):
     assert annealed_min_scale(0, 0.25, 1.0, anneal) == 0.25
+
+
+def test_rays_within_a_box_are_sampled_where_points_of_them_lie_inside():
+    """By brute force: the first and last of many points along a ray that the box holds."""
+    torch.manual_seed(0)
+    low, high = torch.tensor([-0.5, -0.2, -0.6]), torch.tensor([0.3, 0.4, 0.1])
+    poses = pose_from_angles(torch.rand(3), torch.rand(3), 3.5)
+    rays = RayCaster(Intrinsics.from_fov(12, 30.0), 2.0, 5.0).cast_images(poses, 12)
+    inside = rays.within(low, high)
+    distances = torch.linspace(2, 5, 6001)
+    points = rays.origins[:, :, None] + distances[:, None] * rays.directions[:, :, None]
+    held = ((points >= low) & (points <= high)).all(-1)
+    hit = held.any(-1)
+    assert 20 < hit.sum() < hit.numel() - 20
+    first = distances[held.float().argmax(-1)]
+    last = distances[6000 - held.flip(-1).float().argmax(-1)]
+    assert_close(inside.near[..., 0][hit], first[hit], atol=1e-3, rtol=0)
+    assert_close(inside.far[..., 0][hit], last[hit], atol=1e-3, rtol=0)
+    length = (inside.far - inside.near)[..., 0]
+    assert (length[~hit] < 2e-3).all()  # it passes a corner at most
+    assert torch.equal(inside.origins, rays.origins)
+
+
+def test_a_ray_in_the_plane_of_a_side_is_cut_by_the_others():
+    pose = torch.eye(4)[None].clone()
+    pose[0, 2, 3] = 3.0  # looks straight down the z axis
+    rays = RayCaster(Intrinsics.from_fov(1, 30.0), 0.5, 6.0).cast_images(pose, 1)
+    inside = rays.within(torch.tensor([0.0, -1.0, -1.0]), torch.tensor([1.0, 1.0, 1.0]))
+    assert inside.near.item() == pytest.approx(2.0)
+    assert inside.far.item() == pytest.approx(4.0)

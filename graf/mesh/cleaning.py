@@ -1,0 +1,63 @@
+"""What is taken off a surface: pieces that float beside the object, cavities that nobody sees, surplus triangles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graf.base.errors import UserError
+from graf.base.extras import import_optional
+from graf.mesh.coloured_mesh import Floats, Indices, directed_edges, face_normals
+
+#: pieces with less than this share of the largest piece's volume are floaters
+FLOATER_SHARE = 0.05
+
+
+def label_components(faces: NDArray[Any], num_vertices: int) -> NDArray[np.int32]:
+    """The number of the connected piece of each vertex (V,)."""
+    start, end = directed_edges(faces)
+    sparse, graphs = import_optional("scipy.sparse", "mesh"), import_optional("scipy.sparse.csgraph", "mesh")
+    edges = sparse.coo_array((np.ones(len(start), np.int8), (start, end)), shape=(num_vertices, num_vertices))
+    _, labels = graphs.connected_components(edges, directed=False)
+    return np.asarray(labels, np.int32)
+
+
+def enclosed_volumes(vertices: Floats, faces: Indices, labels: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The volume that each closed piece encloses, negative where its triangles look inwards, as a cavity's do."""
+    volume = np.einsum("ij,ij->i", vertices[faces[:, 0]], face_normals(vertices, faces)) / 6
+    return np.asarray(np.bincount(labels[faces[:, 0]], volume, minlength=int(labels.max()) + 1), np.float64)
+
+
+def drop_floaters(vertices: Floats, faces: Indices, share: float = FLOATER_SHARE) -> tuple[Floats, Indices, int]:
+    """The pieces that enclose at least `share` of the volume of the largest one, and how many others there were.
+
+    Cavities, which enclose a negative volume and which only the inside of the object sees, go too.
+    """
+    labels = label_components(faces, len(vertices))
+    volumes = enclosed_volumes(vertices, faces, labels)
+    kept = volumes >= share * volumes.max()
+    if kept.all():
+        return vertices, faces, 0
+    return *_select(vertices, faces, kept[labels]), int(np.count_nonzero(~kept))
+
+
+def decimate(vertices: Floats, faces: Indices, triangles: int) -> tuple[Floats, Indices]:
+    """About `triangles` triangles that keep the shape, by quadric edge collapse (Garland & Heckbert, SIGGRAPH 1997).
+
+    Raises MissingExtra without fast-simplification, UserError for fewer than four triangles.
+    """
+    if triangles < 4:
+        raise UserError(f"triangles={triangles}: expected at least 4, a tetrahedron")
+    if len(faces) <= triangles:
+        return vertices, faces
+    simplification = import_optional("fast_simplification", "mesh")
+    fewer, corners = simplification.simplify(vertices, faces, target_count=triangles)
+    return np.asarray(fewer, np.float32), np.asarray(corners, np.int32)
+
+
+def _select(vertices: Floats, faces: Indices, kept: NDArray[np.bool_]) -> tuple[Floats, Indices]:
+    """The vertices that are kept (V,) and the faces between them."""
+    numbers = np.cumsum(kept, dtype=np.int32) - np.int32(1)
+    return vertices[kept], numbers[faces[kept[faces[:, 0]]]]

@@ -1,0 +1,158 @@
+"""`graf view` as people type it: it serves, follows, warns, writes its page, and says what is wrong."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graf.app import mesh_page
+from graf.app.loading import open_checkpoint
+from graf.app.view_command import main
+from graf.app.viewing import CAMERAS_PER_CLASS, ViewOptions, find_photographs
+from graf.base.errors import UserError
+from graf.evaluation.renderer import Renderer
+from graf.mesh import ColouredMesh, MeshOptions
+from graf.mesh.extraction import EmptySurface
+
+pytest.importorskip("viser")
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "graf", "view", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What the program prints up to the line that holds `text`."""
+    lines = ""
+    for line in process.stdout:
+        lines += line
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} was not printed, but {lines}")
+
+
+def test_a_run_is_served_on_this_machine_only_until_ctrl_c(smoke_run):
+    with started(str(smoke_run.folder), "--device", "cpu", "--port", "18280") as process:
+        printed = read_until(process, "open http://localhost:")
+        port = int(printed.rpartition("localhost:")[2].split(" ")[0])
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10) as answer:
+            assert b"<html" in answer.read()[:200]
+        assert "password" not in printed
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+
+
+def test_another_host_is_warned_about(smoke_run):
+    with started(str(smoke_run.folder), "--device", "cpu", "--host", "0.0.0.0", "--port", "18290") as process:
+        printed = read_until(process, "open http://")
+    assert "--host 0.0.0.0: whoever reaches this address can use the viewer" in printed
+
+
+def test_a_run_in_training_is_followed_from_its_first_checkpoint_on(smoke_run, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(smoke_run.folder / "config.yaml", run)
+    saved = {file.name: file for file in (smoke_run.folder / "checkpoints").glob("*.pt")}
+    assert {"backup_00000004.pt", "model_00000006.pt"} <= set(saved)
+    with started(str(run), "--follow", "--device", "cpu", "--port", "18300") as process:
+        read_until(process, "waiting for the first one")
+        put(saved["backup_00000004.pt"], run / "checkpoints")
+        assert "iteration 4" in read_until(process, "open http://")
+        put(saved["model_00000006.pt"], run / "checkpoints")
+        assert "model_00000006.pt" in read_until(process, "iteration 6")
+
+
+def put(file: Path, folder: Path) -> None:
+    """As training saves: the name appears when the file is whole."""
+    shutil.copy(file, folder / "half")
+    (folder / "half").rename(folder / file.name)
+
+
+def test_one_page_holds_a_mesh_of_each_class_that_has_a_surface(smoke_run, restored_process, monkeypatch, caplog):
+    """Six iterations make no surface, so the meshes are given; one class has none."""
+    pytest.importorskip("skimage")
+
+    def extract(renderer: Renderer, z: torch.Tensor, class_name: str, options: MeshOptions) -> ColouredMesh:
+        if class_name == "mug":
+            raise EmptySurface("there is nothing")
+        assert options.resolution == 24
+        assert torch.equal(z, renderer.codes(3, range(1))[0])
+        corners = np.eye(3, dtype=np.float32)
+        return ColouredMesh(corners, np.array([[0, 1, 2]], np.int32), corners, corners)
+
+    monkeypatch.setattr(mesh_page, "extract_mesh", extract)
+    arguments = ["--device", "cpu", "--html", "page.html", "--resolution", "24", "--seed", "3"]
+    assert main([str(smoke_run.folder), *arguments]) == 0
+    text = Path("page.html").read_text(encoding="utf-8")
+    assert [name for name in ("car", "duck", "house", "mug") if f'"name": "{name}"' in text] == ["car", "duck", "house"]
+    assert "class mug is left out: there is nothing" in caplog.text
+
+
+def test_no_page_is_written_where_no_class_has_a_surface(smoke_run, restored_process, monkeypatch, capsys):
+    pytest.importorskip("skimage")
+
+    def extract(*given: object) -> ColouredMesh:
+        raise EmptySurface("there is nothing")
+
+    monkeypatch.setattr(mesh_page, "extract_mesh", extract)
+    assert main([str(smoke_run.folder), "--device", "cpu", "--html", "page.html"]) == 1
+    assert "no class has a surface for seed 0" in capsys.readouterr().err
+    assert not Path("page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"port": 0}, "--port=0"),
+        ({"height": 5000}, "--height=5000: expected 16 to 2048"),
+        ({"truncation": 2}, "--truncation=2"),
+        ({"follow": True, "html": "x.html"}, "--follow and --html"),
+        ({"follow": True, "run": "model_best.pt"}, "expected the folder of a run"),
+    ],
+)
+def test_options_out_of_range_are_told(changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        ViewOptions(**changes)
+
+
+def test_a_run_that_is_not_there_is_told(restored_process, capsys):
+    assert main(["nowhere"]) == 1
+    assert "nowhere: no run is there" in capsys.readouterr().err
+    assert main(["nowhere", "--follow"]) == 1
+    assert "nowhere: no run is there" in capsys.readouterr().err
+
+
+def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_run, restored_process):
+    trained = open_checkpoint([smoke_run.folder / "checkpoints" / "model_00000006.pt"], torch.device("cpu"))
+    config = trained.renderer.config
+    at_hand = config.model_copy(update={"data": config.data.model_copy(update={"datadir": str(smoke_run.data)})})
+    photographs = find_photographs(at_hand, trained.dataset_info)
+    per_class = [sum(1 for photograph in photographs if photograph.class_name == name) for name in ("car", "mug")]
+    assert 0 < min(per_class) <= max(per_class) <= CAMERAS_PER_CLASS
+    assert all(photograph.thumbnail.shape == (64, 64, 3) for photograph in photographs)
+    assert all(photograph.thumbnail.dtype == np.uint8 for photograph in photographs)
+    radii = torch.stack([photograph.camera_to_world[:3, 3].norm() for photograph in photographs])
+    assert radii.allclose(torch.tensor(config.data.radius))
+
+    missing = config.model_copy(update={"data": config.data.model_copy(update={"datadir": "elsewhere"})})
+    bare = find_photographs(missing, trained.dataset_info)
+    assert len(bare) == len(trained.dataset_info.class_names) * len(trained.dataset_info.v_list) * 8
+    assert all(photograph.thumbnail is None for photograph in bare)
+    assert not Path("elsewhere").exists()  # a viewer draws no data set
