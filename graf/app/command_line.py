@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("graf.app.train_command:main", "train a generator, or continue a run"),
     "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
+    "mesh": ("graf.app.mesh_command:main", "turn an object of a run into a mesh, a point cloud, depth maps"),
     "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
 }
 
