@@ -1,4 +1,3 @@
-"""The command `graf`: chooses among COMMANDS, and imports the chosen one alone."""
 """The command `graf`: chooses a command, and imports the chosen one alone."""
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ from graf import __version__
 COMMANDS = {
     "train": ("graf.app.train_command:main", "train a generator, or continue a run"),
     "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
+    "view": ("graf.app.view_command:main", "look at a trained generator in the browser"),
+    "mesh": ("graf.app.mesh_command:main", "take an object of a trained run away as a mesh with colours"),
     "invert": ("graf.app.invert_command:main", "find the object of a photograph, and its camera"),
+    "capture": ("graf.app.capture_command:main", "make a data set of a video or photographs of an object"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
+    "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
     "export": ("graf.app.export_command:main", "write weights, programs or pictures for other programs"),
     "card": ("graf.app.card_command:main", "make a folder with a model card, ready to upload"),
-    "view": ("graf.app.view_command:main", "look at a trained generator in the browser"),
-    "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
 }
 
 
