@@ -19,7 +19,7 @@ from graf.base.extras import import_optional
 
 JOB_FILE, RESULT_FILE, IMAGES, MASKS = "job.json", "result.json", "images", "masks"
 CAMERA_MODEL = "SIMPLE_RADIAL"  # focal length, centre, one coefficient of distortion: as much as phones need
-MAX_FEATURES = 4096  # of an image; matching costs their square
+MAX_FEATURES = 3000  # of an image; matching costs their square
 MAX_SIDE = 1280  # pixels in which features are looked for
 STILL_PIXELS = 0.004  # of the longer side: a point that moves less between two pictures stands still
 SMALLEST_MODEL = 5

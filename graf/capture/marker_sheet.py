@@ -17,6 +17,7 @@ from graf.base.files import write_atomically
 from graf.capture.errors import CaptureError
 
 PAPERS = {"a4": (210.0, 297.0), "letter": (215.9, 279.4)}  # width and height in millimetres
+FIRST_NUMBERS = {"a4": 0, "letter": 24}  # of their markers, all different: a photograph tells which paper it shows
 MARKER = 24.0  # millimetres along the side of a marker
 GAP = 8.0  # between two markers, at least: they need white around them
 EDGE = 10.0  # of the page that printers leave blank
@@ -70,7 +71,9 @@ def lay_out_markers(paper: str) -> MarkerSheet:
     # From the upper left corner clockwise.
     ring = [(x, rows[-1]) for x in columns] + [(columns[-1], y) for y in rows[-2:0:-1]]
     ring += [(x, rows[0]) for x in columns[::-1]] + [(columns[0], y) for y in rows[1:-1]]
-    return MarkerSheet(paper, width, height, tuple(Marker(number, x, y) for number, (x, y) in enumerate(ring)))
+    return MarkerSheet(
+        paper, width, height, tuple(Marker(number, x, y) for number, (x, y) in enumerate(ring, FIRST_NUMBERS[paper]))
+    )
 
 
 def _spread(length: float) -> list[float]:

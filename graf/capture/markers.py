@@ -6,14 +6,14 @@ The world is the sheet's (graf/capture/marker_sheet.py): the same for every phot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from graf.base.extras import import_optional
 from graf.capture.errors import CaptureError
-from graf.capture.marker_sheet import MarkerSheet
-from graf.capture.posed import Lens, Picture, PosedPhotographs
+from graf.capture.marker_sheet import PAPERS, MarkerSheet, lay_out_markers
+from graf.capture.posed import Lens, Picture, PosedPhotographs, centre_on_object, move_poses
 
 FEWEST_MARKERS = 3  # of a photograph: two that lie side by side fix the camera's place badly
 FEWEST_PHOTOGRAPHS = 4
@@ -24,11 +24,12 @@ LARGE_ERROR = 0.006  # of the picture's longer side: a photograph whose markers 
 
 @dataclass(frozen=True)
 class MarkedPhotographs:
-    """Photographs with poses in the sheet's world (millimetres); names of those that were lost and why; error in
+    """Photographs with poses in the world of `sheet` (millimetres); names of those that were lost and why; error in
     pixels (root mean square over all corners).
     """
 
     photographs: PosedPhotographs
+    sheet: MarkerSheet
     lost: dict[str, str]
     error: float
 
@@ -47,7 +48,6 @@ Detection = tuple[np.ndarray, np.ndarray]  # corners (n, 3) in millimetres on th
 
 def poses_from_markers(
     images: Sequence[Picture],
-    sheet: MarkerSheet,
     masks: Sequence[Picture] | None = None,
     names: Sequence[str] | None = None,
     fov: float | None = None,
@@ -55,14 +55,17 @@ def poses_from_markers(
     """Cameras of photographs uint8 (H, W, 3) of one size by one camera in which the marker sheet is seen.
 
     fov: degrees across the width of a pinhole camera where it is known; else focal length and distortion are measured
-    from the markers, for which they have to be seen from a slant. masks are handed on. Raises CaptureError where too
+    from the markers, for which they have to be seen from a slant. masks are handed on. Which paper the sheet is
+    printed on the markers tell. Raises CaptureError where too
     few photographs show markers, MissingExtra without OpenCV.
     """
     names = list(names or [f"photograph {number}" for number in range(len(images))])
     shape = images[0].shape
     if any(image.shape != shape for image in images):
         raise CaptureError("marker photographs have several sizes; expected one camera with one zoom, all upright")
-    detections = [detect_corners(image, sheet) for image in images]
+    markers = [detect_markers(image) for image in images]
+    sheet = recognise_sheet(markers)
+    detections = [_corners_on(sheet, seen) for seen in markers]
     lost = {
         name: f"{len(seen[1]) // 4} markers seen, expected at least {FEWEST_MARKERS}"
         for name, seen in zip(names, detections, strict=True)
@@ -72,8 +75,8 @@ def poses_from_markers(
     if len(usable) < FEWEST_PHOTOGRAPHS:
         raise CaptureError(
             f"markers are seen in {len(usable)} of {len(images)} photographs; expected at least {FEWEST_PHOTOGRAPHS} "
-            f"with {FEWEST_MARKERS} markers each: print the sheet of this paper ({sheet.paper}) in true size, keep it "
-            "flat, sharp and wholly in the picture"
+            f"with {FEWEST_MARKERS} markers each: print the sheet (graf capture --marker-sheet), keep it flat, sharp "
+            "and wholly in the picture"
         )
     height, width = shape[:2]
     if fov is None:
@@ -86,7 +89,9 @@ def poses_from_markers(
         pose, errors = solve_pose(detections[number], lens)
         rms = float(np.sqrt((errors**2).mean()))
         if rms > LARGE_ERROR * max(width, height):
-            lost[names[number]] = f"its markers miss the sheet by {rms:.1f} pixels: a bent sheet, another paper or fov?"
+            lost[names[number]] = (
+                f"its markers miss the sheet by {rms:.1f} pixels: a bent sheet, one scaled unevenly, or another fov?"
+            )
             continue
         poses.append(pose)
         kept.append(number)
@@ -101,26 +106,51 @@ def poses_from_markers(
         lens,
         [names[number] for number in kept],
     )
-    return MarkedPhotographs(photographs, lost, float(np.sqrt(np.concatenate(squares).mean())))
+    return MarkedPhotographs(photographs, sheet, lost, float(np.sqrt(np.concatenate(squares).mean())))
 
 
-def detect_corners(image: Picture, sheet: MarkerSheet) -> Detection:
-    """Corners of the sheet's markers in a picture: (n, 3) on the sheet, (n, 2) in pixels, the picture's corner at 0."""
+def centre_on_sheet(marked: MarkedPhotographs, radius: float | None = None) -> PosedPhotographs:
+    """The photographs in the world whose unit sphere holds the object; the axes remain the sheet's.
+
+    radius: half of the object's largest diameter in millimetres: the sphere then stands on the cross. Without it the
+    masks tell where the object is; without those it is taken to fill the free middle of the sheet.
+    """
+    if radius is None and marked.photographs.masks is not None:
+        return centre_on_object(marked.photographs, level=False)
+    radius = radius or min(marked.sheet.free) / 2
+    if radius <= 0:
+        raise CaptureError(f"radius {radius:g}: expected half of the object's largest diameter, in millimetres")
+    poses = move_poses(marked.photographs.poses, np.eye(3), np.array([0.0, 0.0, radius]), radius)
+    return replace(marked.photographs, poses=poses)
+
+
+def detect_markers(image: Picture) -> dict[int, np.ndarray]:
+    """Corners (4, 2) in pixels, the picture's corner at 0, of the markers in a picture by their numbers."""
     cv2 = import_optional("cv2", "capture")
     parameters = cv2.aruco.DetectorParameters()
     parameters.cornerRefinementMethod = cv2.aruco.CORNER_REFINE_SUBPIX
     dictionary = cv2.aruco.getPredefinedDictionary(cv2.aruco.DICT_4X4_50)
     detector = cv2.aruco.ArucoDetector(dictionary, parameters)
     found, numbers, _ = detector.detectMarkers(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+    seen = [] if numbers is None else np.asarray(numbers).ravel().tolist()
+    return {
+        number: np.asarray(corners, np.float64).reshape(4, 2) + 0.5
+        for number, corners in zip(seen, found, strict=True)
+        if seen.count(number) == 1  # a marker that is seen twice is none
+    }
+
+
+def recognise_sheet(markers: Sequence[dict[int, np.ndarray]]) -> MarkerSheet:
+    """The sheet whose markers are seen most often in all photographs."""
+    sheets = [lay_out_markers(paper) for paper in PAPERS]
+    return max(sheets, key=lambda sheet: sum(len(sheet.corners().keys() & seen.keys()) for seen in markers))
+
+
+def _corners_on(sheet: MarkerSheet, seen: dict[int, np.ndarray]) -> Detection:
     known = sheet.corners()
-    places, pixels, seen = [], [], [] if numbers is None else np.asarray(numbers).ravel().tolist()
-    for number, corners in zip(seen, found, strict=True):
-        if number in known and seen.count(number) == 1:  # a marker seen twice is no marker
-            places.append(known[number])
-            pixels.append(np.asarray(corners, np.float64).reshape(4, 2) + 0.5)
-    if not places:
-        return np.zeros((0, 3)), np.zeros((0, 2))
-    return np.concatenate(places), np.concatenate(pixels)
+    numbers = sorted(known.keys() & seen.keys())
+    places = [np.zeros((0, 3)), *(known[number] for number in numbers)]
+    return np.concatenate(places), np.concatenate([np.zeros((0, 2)), *(seen[number] for number in numbers)])
 
 
 def measure_lens(detections: Sequence[Detection], width: int, height: int) -> Lens:

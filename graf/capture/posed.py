@@ -103,12 +103,15 @@ class PosedPhotographs:
         return np.degrees(np.arctan2(self.poses[:, 1, 3], self.poses[:, 0, 3])) % 360
 
 
-def centre_on_object(photographs: PosedPhotographs) -> PosedPhotographs:
+def centre_on_object(photographs: PosedPhotographs, level: bool = True) -> PosedPhotographs:
     """The same photographs in the object's world: it fills the unit sphere, z is up, the first camera at azimuth 0.
 
-    The object is what the masks enclose from all sides; without masks it is what all pictures show.
+    The object is what the masks enclose from all sides; without masks it is what all pictures show. level: find what is
+    up and turn the world; else its axes are kept, z is up already.
     """
     centre, radius = find_sphere(photographs)
+    if not level:
+        return replace(photographs, poses=move_poses(photographs.poses, np.eye(3), centre, radius))
     up = find_up(photographs.poses)
     towards = photographs.poses[0, :3, 3] - centre
     x = towards - (towards @ up) * up
@@ -174,7 +177,7 @@ def enclosing_centre(points: np.ndarray) -> np.ndarray:
     Badoiu & Clarkson, "Smaller core-sets for balls" (SODA 2003): again and again a smaller step to the farthest point.
     """
     centre = (points.min(axis=0) + points.max(axis=0)) / 2
-    for step in range(1, 300):
+    for step in range(1, 100):
         farthest = points[((points - centre) ** 2).sum(axis=1).argmax()]
         centre = centre + (farthest - centre) / (step + 1)
     return centre

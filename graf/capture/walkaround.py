@@ -33,6 +33,7 @@ from graf.runtime.logs import progress_bar
 
 EXHAUSTIVE_BELOW = 80  # photographs; comparing all with all costs their square
 FEWEST = 8
+SMALL_SIDE = 200  # pixels: smaller photographs are enlarged twice, or hardly any of their features would be found
 FEW_FEATURES = 40  # on a photograph that can hardly be matched
 MOSTLY_STILL = 0.5  # of the matches: the background stands still, and the camera with it
 STILL_SPREAD = 3.0  # degrees between the directions of cameras that all stand at one place
@@ -155,10 +156,17 @@ def write_photographs(folder: Path, images: Sequence[Picture], masks: Sequence[P
     for name in (IMAGES, MASKS):
         (folder / name).mkdir()
     for number, file in enumerate(files):
-        Image.fromarray(images[number]).save(folder / IMAGES / file, compress_level=1)
+        _enlarge(images[number]).save(folder / IMAGES / file, compress_level=1)
         if masks is not None:
-            Image.fromarray(np.where(masks[number] > 127, 255, 0).astype(np.uint8)).save(folder / MASKS / f"{file}.png")
+            _enlarge(masks[number]).point(lambda value: 255 if value > 127 else 0).save(folder / MASKS / f"{file}.png")
     return files
+
+
+def _enlarge(picture: Picture) -> Image.Image:
+    image = Image.fromarray(picture)
+    if max(image.size) >= SMALL_SIDE:
+        return image
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
 
 
 def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
@@ -279,8 +287,11 @@ def read_result(
     spread = spread_of_directions(poses)
     if spread < STILL_SPREAD or (still > MOSTLY_STILL and len(chosen) > 0.9 * total and spread < 2 * STILL_SPREAD):
         raise CaptureError(_explain_standing_background(f"the cameras found differ by {spread:.1f} degrees"))
+    height, width = images[0].shape[:2]
     camera = model["camera"]
-    lens = Lens(camera["width"], camera["height"], camera["focal"], tuple(camera["centre"]), camera["radial"])
+    pixel = width / camera["width"]  # of the photographs, in pixels of what was looked at
+    centre_x, centre_y = camera["centre"]
+    lens = Lens(width, height, camera["focal"] * pixel, (centre_x * pixel, centre_y * pixel), camera["radial"])
     photographs = PosedPhotographs(
         [images[number] for number in chosen],
         None if masks is None else [masks[number] for number in chosen],
@@ -289,7 +300,9 @@ def read_result(
         [names[number] for number in chosen],
     )
     lost = [name for name, file in zip(names, files, strict=True) if file not in model["poses"]]
-    return Walkaround(photographs, lost, model["error"], model["points"], [len(other["poses"]) for other in others])
+    return Walkaround(
+        photographs, lost, model["error"] * pixel, model["points"], [len(other["poses"]) for other in others]
+    )
 
 
 def to_camera_to_world(camera_from_world: np.ndarray) -> np.ndarray:
