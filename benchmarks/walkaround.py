@@ -29,10 +29,11 @@ from benchmarks.videos import (
     film_walkaround,
 )
 from graf.base.extras import import_optional
+from graf.capture.cameras import look_at_origin
 from graf.capture.errors import CaptureError
 from graf.capture.marker_sheet import draw_marker_sheet, lay_out_markers
 from graf.capture.markers import poses_from_markers
-from graf.capture.posed import centre_on_object, look_at_origin
+from graf.capture.posed import centre_on_object
 from graf.capture.walkaround import Walkaround, WalkaroundSettings, reconstruct
 from graf.evaluation.pictures import write_video
 

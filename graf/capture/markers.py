@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graf.base.extras import import_optional
+from graf.capture.cameras import Lens, Picture, PosedPhotographs, move_poses
 from graf.capture.errors import CaptureError
 from graf.capture.marker_sheet import PAPERS, MarkerSheet, lay_out_markers
-from graf.capture.posed import Lens, Picture, PosedPhotographs, centre_on_object, move_poses
+from graf.capture.posed import centre_on_object
 
 FEWEST_MARKERS = 3  # of a photograph: two that lie side by side fix the camera's place badly
 FEWEST_PHOTOGRAPHS = 4

@@ -25,9 +25,9 @@ import numpy as np
 from PIL import Image
 
 from graf.base.extras import import_optional
+from graf.capture.cameras import Lens, Picture, PosedPhotographs
 from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, Job, write_job
 from graf.capture.errors import CaptureError
-from graf.capture.posed import Lens, Picture, PosedPhotographs
 from graf.data.loader import count_usable_cpus
 from graf.runtime.logs import progress_bar
 

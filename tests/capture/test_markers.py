@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from graf.capture.cameras import Lens, look_at_origin
 from graf.capture.errors import CaptureError
 from graf.capture.marker_sheet import (
     BAR,
@@ -17,7 +18,6 @@ from graf.capture.marker_sheet import (
     write_marker_sheet,
 )
 from graf.capture.markers import centre_on_sheet, detect_markers, poses_from_markers
-from graf.capture.posed import Lens, look_at_origin
 
 cv2 = pytest.importorskip("cv2")
 

@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin
 from graf.capture.errors import CaptureError
-from graf.capture.posed import (
-    Lens,
-    PosedPhotographs,
-    aim_at_object,
-    centre_on_object,
-    enclosing_centre,
-    find_sphere,
-    find_up,
-    look_at_origin,
-    training_overrides,
-    write_transforms,
-)
+from graf.capture.posed import aim_at_object, centre_on_object, training_overrides, write_transforms
+from graf.capture.visual_hull import enclosing_centre, find_sphere
 from graf.data.index import index_transforms
 from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
 
@@ -122,6 +113,19 @@ def test_masks_that_enclose_nothing_together_are_an_error_that_says_so():
         mask[corner : corner + 12, corner : corner + 12] = 255
     with pytest.raises(CaptureError, match="no place in common"):
         find_sphere(photographs)
+
+
+def test_masks_that_take_in_the_table_or_miss_the_object_are_put_right():
+    photographs = photograph_sphere(strange_world(ring_of_poses())[0])
+    true = [mask.copy() for mask in photographs.masks]
+    for number, mask in enumerate(photographs.masks):
+        if number % 3 == 0:  # seen from low down
+            mask[SIDE // 2 :] = 255
+    photographs.masks[1][:] = 0
+    photographs.masks[1][:9, :9] = 255
+    for mask, expected in zip(centre_on_object(photographs).masks, true, strict=True):
+        assert ((mask > 127) & (expected > 127)).sum() > 0.97 * (expected > 127).sum()
+        assert (mask > 127).sum() < 1.25 * (expected > 127).sum()
 
 
 def test_the_smallest_ball_around_points_is_that_of_the_sphere_they_lie_on():
