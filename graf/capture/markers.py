@@ -18,6 +18,7 @@ from graf.capture.posed import centre_on_object
 
 FEWEST_MARKERS = 3  # of a photograph: two that lie side by side fix the camera's place badly
 FEWEST_PHOTOGRAPHS = 4
+REFINED_WITHIN = 3  # pixels around a corner; OpenCV before 4.9 does not make that smaller for small markers
 MEASURED_ON = 40  # photographs, evenly chosen: what a lens is measured on
 GROSS_ERROR = 3.0  # times the usual error of a photograph, and at least two pixels: a marker read wrongly
 LARGE_ERROR = 0.006  # of the picture's longer side: a photograph whose markers do not lie on one sheet
@@ -130,6 +131,7 @@ def detect_markers(image: Picture) -> dict[int, np.ndarray]:
     cv2 = import_optional("cv2", "capture")
     parameters = cv2.aruco.DetectorParameters()
     parameters.cornerRefinementMethod = cv2.aruco.CORNER_REFINE_SUBPIX
+    parameters.cornerRefinementWinSize = REFINED_WITHIN
     dictionary = cv2.aruco.getPredefinedDictionary(cv2.aruco.DICT_4X4_50)
     detector = cv2.aruco.ArucoDetector(dictionary, parameters)
     found, numbers, _ = detector.detectMarkers(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
