@@ -19,8 +19,7 @@ from graf.base.extras import import_optional
 from graf.base.files import replace_file, write_atomically
 from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin, move_poses
 from graf.capture.errors import CaptureError
-from graf.capture.visual_hull import find_sphere, tighten_masks
-from graf.runtime.logs import logger
+from graf.capture.visual_hull import find_sphere
 
 TRANSFORMS_FILE, IMAGES_FOLDER = "transforms.json", "images"
 MARGIN = 1.05  # of the pictures that are written, around the unit sphere
@@ -31,19 +30,11 @@ def centre_on_object(photographs: PosedPhotographs, level: bool = True) -> Posed
     """The same photographs in the object's world: it fills the unit sphere, z is up, the first camera at azimuth 0.
 
     The object is what the masks enclose from all sides; without masks it is what all pictures show. level: find what is
-    up and turn the world; else its axes are kept, z is up already. Masks are made to agree (`tighten_masks`).
+    up and turn the world; else its axes are kept, z is up already.
     """
     centre, radius = find_sphere(photographs)
     rotation = _upright(photographs.poses, centre) if level else np.eye(3)
-    centred = replace(photographs, poses=move_poses(photographs.poses, rotation, centre, radius))
-    tightened, replaced = tighten_masks(centred)
-    if replaced:
-        logger.warning(
-            "%d of %d masks missed the object; the outline that the other masks give it is taken there",
-            replaced,
-            len(tightened),
-        )
-    return tightened
+    return replace(photographs, poses=move_poses(photographs.poses, rotation, centre, radius))
 
 
 def _upright(poses: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin
 from graf.capture.errors import CaptureError
 from graf.capture.posed import aim_at_object, centre_on_object, training_overrides, write_transforms
-from graf.capture.visual_hull import enclosing_centre, find_sphere
+from graf.capture.visual_hull import enclosing_centre, find_sphere, tighten_masks
 from graf.data.index import index_transforms
 from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
 
@@ -123,7 +123,9 @@ def test_masks_that_take_in_the_table_or_miss_the_object_are_put_right():
             mask[SIDE // 2 :] = 255
     photographs.masks[1][:] = 0
     photographs.masks[1][:9, :9] = 255
-    for mask, expected in zip(centre_on_object(photographs).masks, true, strict=True):
+    tight, replaced = tighten_masks(centre_on_object(photographs))
+    assert replaced == 1
+    for mask, expected in zip(tight.masks, true, strict=True):
         assert ((mask > 127) & (expected > 127)).sum() > 0.97 * (expected > 127).sum()
         assert (mask > 127).sum() < 1.25 * (expected > 127).sum()
 
