@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -172,21 +173,25 @@ def render_table(poses: Tensor, intrinsics: Intrinsics, ground: float) -> Tensor
     return torch.stack(pictures)
 
 
+@cache
 def make_pattern(side: int, seed: int = 0) -> Tensor:
     """A pattern (3, side, side) in [0, 1] with something to see at every scale, like a rug or a page of a newspaper."""
     generator = torch.Generator().manual_seed(seed)
     pattern = torch.full((1, 3, side, side), 0.5)
     cells = 4
-    while cells < side:
+    while cells < side:  # each finer than the last
         noise = torch.rand(1, 3, cells, cells, generator=generator) - 0.5
         pattern += 0.55 * functional.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
         cells *= 3
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     for _ in range(250):  # blots with edges, which are corners and blobs to a detector
         centre_x, centre_y = (torch.rand(2, generator=generator) * side).tolist()
         radius = (0.004 + 0.02 * torch.rand(1, generator=generator).item()) * side
+        colour = torch.rand(3, 1, generator=generator)
+        rows = slice(max(0, int(centre_y - radius)), int(centre_y + radius) + 2)
+        columns = slice(max(0, int(centre_x - radius)), int(centre_x + radius) + 2)
+        y, x = torch.meshgrid(torch.arange(side)[rows], torch.arange(side)[columns], indexing="ij")
         inside = (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2
-        pattern[0, :, inside] = torch.rand(3, 1, generator=generator)
+        pattern[0, :, rows, columns][:, inside] = colour
     return pattern[0].clamp(0.02, 0.98)
 
 
