@@ -56,7 +56,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Walk:
-    """How a walk-around is taken: `frames` in all, on circles at `elevations`, by an unsteady hand."""
+    """How a walk-around is taken: `frames` in all, on circles at `elevations`, by an unsteady hand.
+
+    seed: of the hand and of the table's pattern.
+    """
 
     size: int = 320
     frames: int = 72
@@ -115,7 +118,7 @@ def film_walkaround(toy: str, walk: Walk) -> Footage:
     class_idx = CLASS_NAMES.index(toy)
     poses = walk_poses(walk)
     intrinsics = Intrinsics.from_fov(walk.size, walk.fov)
-    return _film(class_idx, poses, intrinsics, render_table(poses, intrinsics, _lowest_point(class_idx)))
+    return _film(class_idx, poses, intrinsics, render_table(poses, intrinsics, _lowest_point(class_idx), walk.seed))
 
 
 def walk_poses(walk: Walk) -> Tensor:
@@ -154,11 +157,11 @@ def film_posed_photographs(transforms: Path, ground: float | None, size: int | N
     return Footage(_to_bytes(rgba[:, :3] * alpha + background * (1 - alpha)), _to_bytes(alpha)[..., 0], poses, fov)
 
 
-def render_table(poses: Tensor, intrinsics: Intrinsics, ground: float) -> Tensor:
+def render_table(poses: Tensor, intrinsics: Intrinsics, ground: float, seed: int = 0) -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1] of a round patterned table at z = `ground` in a grey room."""
     fine = intrinsics.resized(intrinsics.height * TABLE_SUPERSAMPLING, intrinsics.width * TABLE_SUPERSAMPLING)
     caster = RayCaster(fine, 0.0, math.inf)
-    pattern = make_pattern(TEXELS)
+    pattern = make_pattern(TEXELS, seed)
     pictures = []
     for pose in poses:
         rays = caster.cast(pose[None], pixel_grid(1, fine.height, fine.width))
