@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 Picture = np.ndarray
 Poses = np.ndarray
 
+LARGEST_TILT = 20.0  # degrees of a floor against what cameras hold for up
+FLOOR_SHARE = 0.25  # of the points have to lie on it
+FLOOR_THICKNESS = 0.006  # of the points' usual distance from their middle
+FLOOR_TRIALS = 400
 LEVEL_ROUNDS = 10  # of least squares in which what is far off counts less
 
 
@@ -62,7 +66,8 @@ class Lens:
 class PosedPhotographs:
     """Photographs uint8 (H, W, 3), their masks (uint8 (H, W), 255 on the object) or None, poses (N, 4, 4), one lens.
 
-    names: where each comes from.
+    names: where each comes from. floor: (4,), the plane that the object stands on as normal and offset, normal . p +
+    offset being the height of a point p above it; None where it is not known.
     """
 
     images: Sequence[Picture]
@@ -70,6 +75,7 @@ class PosedPhotographs:
     poses: Poses
     lens: Lens
     names: Sequence[str]
+    floor: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -90,12 +96,16 @@ class PosedPhotographs:
         return np.degrees(np.arctan2(self.poses[:, 1, 3], self.poses[:, 0, 3])) % 360
 
 
-def move_poses(poses: Poses, rotation: np.ndarray, centre: np.ndarray, radius: float) -> Poses:
-    """Poses in the world whose points are p' = rotation (p - centre) / radius."""
-    moved = poses.copy()
-    moved[:, :3, :3] = rotation @ poses[:, :3, :3]
-    moved[:, :3, 3] = (poses[:, :3, 3] - centre) @ rotation.T / radius
-    return moved
+def move_world(
+    photographs: PosedPhotographs, rotation: np.ndarray, centre: np.ndarray, radius: float
+) -> PosedPhotographs:
+    """The same photographs in the world whose points are p' = rotation (p - centre) / radius."""
+    poses, floor = photographs.poses.copy(), photographs.floor
+    poses[:, :3, :3] = rotation @ photographs.poses[:, :3, :3]
+    poses[:, :3, 3] = (photographs.poses[:, :3, 3] - centre) @ rotation.T / radius
+    if floor is not None:
+        floor = np.array([*(rotation @ floor[:3]), (floor[:3] @ centre + floor[3]) / radius])
+    return replace(photographs, poses=poses, floor=floor)
 
 
 def find_up(poses: Poses) -> np.ndarray:
@@ -114,6 +124,33 @@ def find_up(poses: Poses) -> np.ndarray:
         weights = 1 / np.maximum(np.abs(right @ directions[:, 0]), 0.01)
     up = directions[:, 0]
     return up if up @ mean > 0 else -up
+
+
+def find_floor(points: np.ndarray, poses: Poses) -> np.ndarray | None:
+    """The level plane (4,) below all cameras that holds the most of points (N, 3) in space, None where none holds many.
+
+    By RANSAC (Fischler & Bolles, CACM 1981), with a fixed seed, and least squares over what lies on it.
+    """
+    if len(points) < 20:
+        return None
+    random, up = np.random.default_rng(0), find_up(poses)
+    usual = float(np.median(np.linalg.norm(points - np.median(points, axis=0), axis=1)))
+    best = np.zeros(len(points), bool)
+    for _ in range(FLOOR_TRIALS):
+        first, second, third = points[random.choice(len(points), 3, replace=False)]
+        normal = np.cross(second - first, third - first)
+        length = np.linalg.norm(normal)
+        if length == 0 or abs(normal @ up) < math.cos(math.radians(LARGEST_TILT)) * length:
+            continue
+        on_plane = np.abs((points - first) @ normal) < FLOOR_THICKNESS * usual * length
+        best = on_plane if on_plane.sum() > best.sum() else best
+    if best.mean() < FLOOR_SHARE:
+        return None
+    middle = points[best].mean(axis=0)
+    normal = np.linalg.svd(points[best] - middle, full_matrices=False)[2][2]
+    normal = normal if normal @ up > 0 else -normal
+    floor = np.array([*normal, -normal @ middle])
+    return floor if (poses[:, :3, 3] @ normal + floor[3] > 0).all() else None
 
 
 def look_at_origin(centre: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ MAX_FEATURES = 3000  # of an image; matching costs their square
 MAX_SIDE = 1280  # pixels in which features are looked for
 STILL_PIXELS = 0.004  # of the longer side: a point that moves less between two pictures stands still
 SMALLEST_MODEL = 5
+MAX_POINTS = 4000
 OVERLAP = 10  # frames to either side that a frame of a video is compared with, and in powers of two beyond
 
 
@@ -159,7 +160,14 @@ def describe_model(model: Any) -> dict[str, Any]:
         "poses": {image.name: np.asarray(image.cam_from_world().matrix()).tolist() for image in images},
         "error": float(model.compute_mean_reprojection_error()),
         "points": int(model.num_points3D()),
+        "some_points": describe_points(model),
     }
+
+
+def describe_points(model: Any) -> list[list[float]]:
+    """Up to MAX_POINTS places in space, evenly chosen, of what was seen in three photographs or more."""
+    places = [point.xyz.tolist() for _, point in sorted(model.points3D.items()) if point.track.length() >= 3]
+    return places[:: max(1, -(-len(places) // MAX_POINTS))]
 
 
 def write_job(folder: Path, job: Job) -> None:

@@ -6,12 +6,12 @@ The world is the sheet's (graf/capture/marker_sheet.py): the same for every phot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from graf.base.extras import import_optional
-from graf.capture.cameras import Lens, Picture, PosedPhotographs, move_poses
+from graf.capture.cameras import Lens, Picture, PosedPhotographs, move_world
 from graf.capture.errors import CaptureError
 from graf.capture.marker_sheet import PAPERS, MarkerSheet, lay_out_markers
 from graf.capture.posed import centre_on_object
@@ -107,6 +107,7 @@ def poses_from_markers(
         np.stack(poses),
         lens,
         [names[number] for number in kept],
+        floor=np.array([0.0, 0.0, 1.0, 0.0]),
     )
     return MarkedPhotographs(photographs, sheet, lost, float(np.sqrt(np.concatenate(squares).mean())))
 
@@ -122,8 +123,7 @@ def centre_on_sheet(marked: MarkedPhotographs, radius: float | None = None) -> P
     radius = radius or min(marked.sheet.free) / 2
     if radius <= 0:
         raise CaptureError(f"radius {radius:g}: expected half of the object's largest diameter, in millimetres")
-    poses = move_poses(marked.photographs.poses, np.eye(3), np.array([0.0, 0.0, radius]), radius)
-    return replace(marked.photographs, poses=poses)
+    return move_world(marked.photographs, np.eye(3), np.array([0.0, 0.0, radius]), radius)
 
 
 def detect_markers(image: Picture) -> dict[int, np.ndarray]:

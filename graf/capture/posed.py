@@ -17,7 +17,7 @@ from PIL import Image
 
 from graf.base.extras import import_optional
 from graf.base.files import replace_file, write_atomically
-from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin, move_poses
+from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin, move_world
 from graf.capture.errors import CaptureError
 from graf.capture.visual_hull import find_sphere
 
@@ -29,17 +29,17 @@ MAX_SIDE = 1024  # of them, pixels
 def centre_on_object(photographs: PosedPhotographs, level: bool = True) -> PosedPhotographs:
     """The same photographs in the object's world: it fills the unit sphere, z is up, the first camera at azimuth 0.
 
-    The object is what the masks enclose from all sides; without masks it is what all pictures show. level: find what is
-    up and turn the world; else its axes are kept, z is up already.
+    The object is what the masks enclose from all sides; without masks it is what all pictures show. level: z is
+    up from the floor, or else as the cameras are held; else its axes are kept, z is up already.
     """
     centre, radius = find_sphere(photographs)
-    rotation = _upright(photographs.poses, centre) if level else np.eye(3)
-    return replace(photographs, poses=move_poses(photographs.poses, rotation, centre, radius))
+    return move_world(photographs, _upright(photographs, centre) if level else np.eye(3), centre, radius)
 
 
-def _upright(poses: np.ndarray, centre: np.ndarray) -> np.ndarray:
+def _upright(photographs: PosedPhotographs, centre: np.ndarray) -> np.ndarray:
     """The rotation (3, 3) to the world in which z is up and the first camera at azimuth 0."""
-    up = find_up(poses)
+    poses, floor = photographs.poses, photographs.floor
+    up = find_up(poses) if floor is None else floor[:3]
     towards = poses[0, :3, 3] - centre
     x = towards - (towards @ up) * up
     if np.linalg.norm(x) < 1e-6 * np.linalg.norm(towards):  # it looks straight down: where its right side is
@@ -78,7 +78,7 @@ def aim_at_object(photographs: PosedPhotographs, side: int | None = None) -> Pos
         if photographs.masks is not None:
             mask = photographs.masks[number]
             masks.append(cv2.remap(mask, pixels, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT))
-    return PosedPhotographs(images, masks or None, poses, aimed_lens, photographs.names)
+    return replace(photographs, images=images, masks=masks or None, poses=poses, lens=aimed_lens)
 
 
 def check_new(folder: Path) -> None:

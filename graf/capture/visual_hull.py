@@ -97,10 +97,13 @@ def _carve(
 ) -> np.ndarray:
     """Points (M, 3) of a grid in the cube centre +- half that lie inside the masks of the pictures they fall in.
 
-    cells: along each side. A point that falls outside of half of the pictures is no part of the object.
+    cells: along each side. A point that falls outside of half of the pictures is no part of the object, nor is one
+    below the floor, where an object that is seen from above hides a cone.
     """
     axis = (2 * np.arange(cells) + 1) / cells - 1
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3) * half + centre
+    if photographs.floor is not None:
+        points = points[points @ photographs.floor[:3] + photographs.floor[3] > -half / cells]
     outside, unseen = np.zeros(len(points), np.int32), np.zeros(len(points), np.int32)
     for number in np.random.default_rng(0).permutation(len(masks)):  # neighbours hardly tell anything new
         mask, pose = masks[number], photographs.poses[number]

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from graf.base.extras import import_optional
-from graf.capture.cameras import Lens, Picture, PosedPhotographs
+from graf.capture.cameras import Lens, Picture, PosedPhotographs, find_floor
 from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, Job, write_job
 from graf.capture.errors import CaptureError
 from graf.data.loader import count_usable_cpus
@@ -87,6 +87,8 @@ class Walkaround:
             f"placed {found} of {total} photographs from {self.points} points, reprojection error "
             f"{self.error:.2f} pixels, field of view {self.photographs.lens.fov:.1f} degrees"
         ]
+        if self.photographs.floor is None:
+            lines.append("no table found below the object: up is as the phone was held")
         if self.lost:
             lines.append(f"lost: {list_names(self.lost)}")
         if self.other_models:
@@ -298,6 +300,7 @@ def read_result(
         poses,
         lens,
         [names[number] for number in chosen],
+        find_floor(np.array(model["some_points"]).reshape(-1, 3), poses),
     )
     lost = [name for name, file in zip(names, files, strict=True) if file not in model["poses"]]
     return Walkaround(

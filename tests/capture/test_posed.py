@@ -1,12 +1,13 @@
 """Photographs with known cameras: the object's sphere, what is up, exact re-aiming, and what graf's own reader sees."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin
+from graf.capture.cameras import Lens, PosedPhotographs, find_floor, find_up, look_at_origin, move_world
 from graf.capture.errors import CaptureError
 from graf.capture.posed import aim_at_object, centre_on_object, training_overrides, write_transforms
 from graf.capture.visual_hull import enclosing_centre, find_sphere, tighten_masks
@@ -92,6 +93,53 @@ def test_up_withstands_photographs_held_askew():
 def test_up_of_cameras_that_all_look_the_same_way_is_their_own():
     poses = np.stack([look_at_origin(np.array([4.0, 0, 1.0]))] * 5)
     np.testing.assert_allclose(find_up(poses), poses[0, :3, 1], atol=1e-9)
+
+
+def floor_points(normal: np.ndarray, count: int = 300) -> np.ndarray:
+    """Points of a table through (0, 0, -1) and of an object on it, with a few wrong ones."""
+    random = np.random.default_rng(0)
+    table = random.uniform(-3, 3, (count, 3))
+    table -= np.outer((table - (0, 0, -1)) @ normal, normal)
+    table += random.normal(0, 0.002, table.shape)
+    return np.concatenate([table, random.uniform(-0.7, 0.7, (count // 2, 3)), random.uniform(-5, 5, (count // 10, 3))])
+
+
+def test_the_floor_is_the_table_also_where_the_cameras_are_held_askew():
+    normal = np.array([math.sin(0.1), 0, math.cos(0.1)])
+    floor = find_floor(floor_points(normal), ring_of_poses())
+    assert floor[:3] @ normal > math.cos(math.radians(0.2))
+    assert floor[:3] @ (0, 0, -1) + floor[3] == pytest.approx(0, abs=0.01)
+
+
+def test_points_without_a_table_have_no_floor():
+    random = np.random.default_rng(0)
+    ball = random.standard_normal((500, 3))
+    assert find_floor(ball / np.linalg.norm(ball, axis=1, keepdims=True), ring_of_poses()) is None
+    wall = floor_points(np.array([1.0, 0, 0]))[:300]
+    assert find_floor(wall, ring_of_poses()) is None
+
+
+def test_the_floor_moves_with_the_world():
+    photographs = photograph_sphere(ring_of_poses()[:2])
+    photographs = replace(photographs, floor=np.array([0.6, 0, 0.8, 0.3]))
+    turn, shift = random_rotation(5), np.array([0.2, 0.5, -1])
+    moved = move_world(photographs, turn, shift, 0.5)
+    point = np.array([0.4, -0.3, 0.9])
+    height = point @ photographs.floor[:3] + photographs.floor[3]
+    there = turn @ (point - shift) / 0.5
+    assert there @ moved.floor[:3] + moved.floor[3] == pytest.approx(height / 0.5)
+
+
+def test_what_an_object_hides_below_the_floor_is_no_part_of_it():
+    poses = ring_of_poses()[2::3]  # all from 50 degrees above
+    turned, turn = strange_world(poses)
+    photographs = photograph_sphere(turned)
+    up = turn[:, 2]
+    on_floor = replace(photographs, floor=np.array([*up, RADIUS - up @ CENTRE]))
+    without, radius_without = find_sphere(photographs)
+    with_floor, radius_with = find_sphere(on_floor)
+    assert np.linalg.norm(with_floor - CENTRE) < 0.6 * np.linalg.norm(without - CENTRE) + 0.02 * RADIUS
+    assert radius_with < radius_without
 
 
 @pytest.mark.parametrize("wrong", [0, 1])

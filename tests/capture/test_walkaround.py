@@ -35,6 +35,7 @@ def answer(*groups: range, step: float = 0.5, **changes: object) -> dict[str, ob
             "poses": {FILES[number]: camera_from_world(step * number) for number in group},
             "error": 0.5,
             "points": 100,
+            "some_points": [],
         }
         for group in groups
     ]
@@ -56,7 +57,7 @@ def test_a_walk_around_a_toy_on_a_patterned_table_gives_its_cameras():
     rotations, _, similarity = compare_cameras(
         centre_on_object(found.photographs).poses, footage.poses.numpy()[numbers]
     )
-    assert np.degrees(np.arccos(similarity.rotation[2, 2])) < 4  # the hand tilts by two degrees
+    assert np.degrees(np.arccos(min(1, similarity.rotation[2, 2]))) < 0.5  # the table is level, the hand is not
     assert np.linalg.norm(similarity.shift) < 0.15  # where the middle of the toy is found
     assert 0.75 < similarity.scale < 1.05  # it lies inside a sphere of radius 0.95
 
