@@ -1,7 +1,7 @@
 """Frames of a video or of a folder of photographs: a quick look at all of them, a choice, and the chosen ones in full.
 
-Frames are uint8 (H, W, 3) sRGB, upright (phone rotation and EXIF orientation applied), HDR videos tone-mapped. A video is
-decoded by ffmpeg as a stream: once small, to compare, and once for the chosen frames; it is never held as a whole.
+Frames are uint8 (H, W, 3) sRGB, upright (phone rotation and EXIF orientation applied), HDR videos tone-mapped. A video
+is decoded by ffmpeg as a stream: once small, to compare, and once for the chosen frames; it is never held as a whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -124,7 +125,7 @@ def scan(source: Source) -> Scan:
 
 
 def choose_frames(seen: Scan, count: int, start: float = 0.0, length: float | None = None) -> list[int]:
-    """Numbers of `count` frames, evenly spaced over `length` frames from `start`, each the sharpest of its neighbourhood.
+    """Numbers of `count` frames, evenly spaced over `length` frames from `start`, each the sharpest of those around it.
 
     A frame that shows the same as the chosen one before it is left out. Without `length` the first and the last frame
     are the ends. Raises CaptureError where `count` is more than there is.
@@ -133,7 +134,7 @@ def choose_frames(seen: Scan, count: int, start: float = 0.0, length: float | No
     available = len(seen) - start if length is None else min(length, len(seen) - start)
     if count > available + 1e-6:
         raise CaptureError(
-            f"--frames {count}: there are {int(available)} different frames to choose from; ask for fewer, or film slower"
+            f"--frames {count}: there are {int(available)} frames to choose from; ask for fewer, or film a slower turn"
         )
     step = (available - 1) / max(count - 1, 1) if is_open else float(length or 0) / count
     chosen: list[int] = []
@@ -150,7 +151,7 @@ def drop_duplicates(seen: Scan, numbers: Sequence[int]) -> list[int]:
     if len(numbers) < 2:
         return list(numbers)
     pictures = seen.thumbnails[list(numbers)].astype(np.float32)
-    usual = np.median([np.abs(one - other).mean() for one, other in zip(pictures, pictures[1:], strict=False)])
+    usual = np.median([np.abs(one - other).mean() for one, other in pairwise(pictures)])
     kept = [0]
     for place in range(1, len(numbers)):
         if np.abs(pictures[place] - pictures[kept[-1]]).mean() > DUPLICATE * usual:
@@ -252,7 +253,11 @@ class Video:
         duration = re.search(r"Duration: (\d+):(\d+):([\d.]+)", report)
         self.transfer = next((name for name in (HLG, PQ) if name in stream[1]), None)
         native = float(rate[1]) if rate else 30.0
-        seconds = sum(float(part) * unit for part, unit in zip(duration.groups(), (3600, 60, 1), strict=True)) if duration else 0.0
+        seconds = (
+            sum(float(part) * unit for part, unit in zip(duration.groups(), (3600, 60, 1), strict=True))
+            if duration
+            else 0.0
+        )
         #: frames a second that are looked at; phones vary theirs, and an even rate makes the number of a frame its time
         self.rate = min(native, MAX_SCANNED / seconds) if seconds > 0 else native
         self._expected = max(1, round(seconds * self.rate))
@@ -272,7 +277,17 @@ class Video:
             filters.append("select='" + "+".join(f"eq(n,{number})" for number in numbers) + "'")
         filters.append(f"scale=w='min({side},iw)':h='min({side},ih)':force_original_aspect_ratio=decrease:flags=area")
         depth = "rgb48be" if self.transfer else "rgb24"
-        command = [*self._command(), "-v", "error", "-i", f"file:{self.path}", "-map", "0:v:0", "-vf", ",".join(filters)]
+        command = [
+            *self._command(),
+            "-v",
+            "error",
+            "-i",
+            f"file:{self.path}",
+            "-map",
+            "0:v:0",
+            "-vf",
+            ",".join(filters),
+        ]
         command += ["-fps_mode", "passthrough", "-pix_fmt", depth, "-f", "image2pipe", "-c:v", "ppm", "-"]
         wanted = iter(range(10**9) if numbers is None else numbers)
         with tempfile.TemporaryFile() as complaints:
@@ -292,7 +307,9 @@ class Video:
         if count == 0:
             raise CaptureError(f"{self.path}: no frame can be decoded ({said[-1] if said else 'it is empty'})")
         if process.returncode or said:
-            warn_once(f"{self.path} is damaged ({said[-1] if said else process.returncode}): {count} frames of it were read")
+            warn_once(
+                f"{self.path} is damaged ({said[-1] if said else process.returncode}): {count} frames of it were read"
+            )
 
 
 def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:

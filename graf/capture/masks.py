@@ -87,7 +87,9 @@ def still_masks(images: Sequence[Picture]) -> list[Picture]:
     """
     box = moving_box([fit_within(image, WORK_SIDE) for image in images])
     height, width = images[0].shape[:2]
-    top, bottom, left, right = (round(share * side) for share, side in zip(box, (height, height, width, width), strict=True))
+    top, bottom, left, right = (
+        round(share * side) for share, side in zip(box, (height, height, width, width), strict=True)
+    )
     small = [fit_within(image[top:bottom, left:right], WORK_SIDE) for image in images]
     region = moving_region(small)
     first = [_cut(image, _seed_from_border(image, region)) for image in small]
@@ -128,7 +130,7 @@ def moving_box(images: Sequence[Picture]) -> tuple[float, float, float, float]:
 
 
 def _seed_from_border(image: Picture, region: np.ndarray | None = None) -> np.ndarray:
-    """GrabCut's first guess: background outside of the region (or at the border), and likely where colours are as there."""
+    """GrabCut's first guess: background outside of the region (or at the border), likely so where it looks as there."""
     cv2 = import_optional("cv2", "capture")
     height, width = image.shape[:2]
     if region is None:
@@ -145,7 +147,9 @@ def _seed_from_border(image: Picture, region: np.ndarray | None = None) -> np.nd
     distance = np.min([np.linalg.norm(lab - colour, axis=-1) for colour in colours], axis=0)
     y, x = np.mgrid[:height, :width]
     rows, columns = np.nonzero(region)
-    central = ((y - rows.mean()) / (CENTRE * np.ptp(rows) + 1)) ** 2 + ((x - columns.mean()) / (CENTRE * np.ptp(columns) + 1)) ** 2 < 1
+    central = ((y - rows.mean()) / (CENTRE * np.ptp(rows) + 1)) ** 2 + (
+        (x - columns.mean()) / (CENTRE * np.ptp(columns) + 1)
+    ) ** 2 < 1
     likely = (distance > DISTINCT) | (central & (distance > DISTINCT / 3))
     return np.where(region, np.where(likely, cv2.GC_PR_FGD, cv2.GC_PR_BGD), cv2.GC_BGD).astype(np.uint8)
 

@@ -1,7 +1,7 @@
 """From what angle each frame of a turntable was taken: when it turns, how long a turn takes, and in which sense.
 
 The camera stands still and the table turns at a constant speed; times are numbers of scanned frames, which are evenly
-spaced. A table that turns counter-clockwise seen from above shows the object as a camera sees it that goes clockwise, so
+spaced. A table that turns counter-clockwise seen from above shows the object as a camera sees it that goes clockwise:
 angles, which grow as the azimuth of the camera does (graf/geometry/cameras.py), fall.
 """
 
@@ -75,7 +75,7 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
     """Length of a turn in frames, and the degrees of a rival or None: the time after which frames look as they did.
 
     All pairs of frames that lie so far apart are compared, not only the first with the others. A turn that ends with
-    the last frame, or a little after it, is found where the last frames approach the first as the second frames left it.
+    the last frame, or a little after it, is found where the last frames approach the first as the next ones left it.
     Raises CaptureError.
     """
     frames = _prepare(seen)[start:end]
