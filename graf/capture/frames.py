@@ -36,6 +36,7 @@ THUMBNAIL_SIDE = 48  # of what is compared
 MAX_SCANNED = 900  # frames of a video that are looked at; a longer one is thinned out evenly
 MIN_FRAMES = 8  # of a usable source
 NEIGHBOURHOOD = 1 / 3  # of the step between chosen frames: how far the sharpest one may lie to either side
+SHARP = 0.8  # of the sharpest one's variance: as sharp, so that the one in the middle is taken
 DUPLICATE = 0.1  # of the usual difference of two chosen frames: a nearer one shows the same
 
 #: HDR transfer functions as ffmpeg names them
@@ -111,7 +112,7 @@ def scan(source: Source) -> Scan:
         first = first or frame
         if frame.image.shape != first.image.shape:
             raise CaptureError(
-                f"{source.path}: {frame.source} is {_size(frame)}, {first.source} is {_size(first)} (reduced); expected "
+                f"{source.path}: {frame.source} is {_size(frame)}, {first.source} {_size(first)} (reduced); expected "
                 "frames of one camera, all upright or all on their side"
             )
         scanned = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
@@ -142,7 +143,9 @@ def choose_frames(seen: Scan, count: int, start: float = 0.0, length: float | No
         low = max(round(place - NEIGHBOURHOOD * step), chosen[-1] + 1 if chosen else int(np.ceil(start)))
         high = min(round(place + NEIGHBOURHOOD * step), len(seen) - 1)
         if low <= high:  # a turn may end a little after the video does
-            chosen.append(low + int(seen.sharpness[low : high + 1].argmax()))
+            numbers = np.arange(low, high + 1)
+            sharp = numbers[seen.sharpness[low : high + 1] >= SHARP * seen.sharpness[low : high + 1].max()]
+            chosen.append(int(sharp[np.abs(sharp - place).argmin()]))
     return drop_duplicates(seen, chosen)
 
 

@@ -59,7 +59,7 @@ def frame_masks(masks: Sequence[Picture], width: float | None = None) -> Framing
     side that the object's is to have, where it is in the set already, seen from another height; None: the largest that
     fits. Raises CaptureError for an object of too few pixels.
     """
-    held = np.mean([mask >= 128 for mask in masks], axis=0) > min(STRAY, 0.5 / len(masks))
+    held = np.mean([mask >= 128 for mask in masks], axis=0) > STRAY
     y, x = np.nonzero(held)
     if not len(x):
         raise CaptureError("the masks are empty; look at them, or use --mask none")

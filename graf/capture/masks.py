@@ -23,7 +23,9 @@ CENTRE = 0.35  # of the sides: half-axes of the ellipse in which an object is lo
 ITERATIONS = 4
 SMALL_HOLE = 0.01  # of the object: a highlight, not the hole of a handle
 MOVED = 0.15  # of the strongest change of a pixel over time: what changes more belongs to where the object moves
-PLATE_SHARE = 0.2  # of the frames in which a pixel has to be background, so that its colour behind the object is known
+LOOKS = 8  # pictures in which an object is looked for first
+PLAIN = 8.0  # CIE Lab: standard deviation of a background of one colour, unevenly lit
+PLATE_SHARE = 0.4  # of the frames in which a pixel has to be background, so that its colour behind the object is known
 PLATE_SPREAD = 5.0  # grey levels: a background that stands still varies less
 SAME, OTHER = 8.0, 40.0  # grey levels from the background behind: less is background, more is object
 SHEET_COLUMNS, SHEET_TILE = 8, 160
@@ -82,25 +84,35 @@ def mask_of(image: Picture) -> Picture:
 
 
 def still_masks(images: Sequence[Picture]) -> list[Picture]:
-    """Masks of pictures (H, W, 3) that a camera took that stood still: background is what never changes, and what looks
-    as at the times when the object was not before it.
+    """Masks of pictures (H, W, 3) that a camera took that stood still.
+
+    Before a background of one colour each is cut out by itself. Before any other one, background is what never changes
+    around the moving object, and what looks as at the times when the object was not before it.
     """
-    box = moving_box([fit_within(image, WORK_SIDE) for image in images])
+    coarse = [fit_within(image, WORK_SIDE) for image in images]
+    is_plain = _is_plain(coarse[0])
+    place = moving_region(coarse)
+    if is_plain:  # a vase moves only where it is painted
+        some = coarse[:: max(1, len(coarse) // LOOKS)]
+        place = place | np.any([_cut(image, _seed_from_border(image)) > 0 for image in some], axis=0)
     height, width = images[0].shape[:2]
+    box = bounding_box(place)
     top, bottom, left, right = (
         round(share * side) for share, side in zip(box, (height, height, width, width), strict=True)
     )
     small = [fit_within(image[top:bottom, left:right], WORK_SIDE) for image in images]
-    region = moving_region(small)
-    first = [_cut(image, _seed_from_border(image, region)) for image in small]
-    plate, known = _background_plate(np.stack(small), np.stack(first))
-    masks = []
-    for image, image_size, mask in zip(small, images, first, strict=True):
-        seeds = _seed_from_plate(image, mask, plate, known, region)
-        whole = np.zeros(image_size.shape[:2], np.uint8)
-        whole[top:bottom, left:right] = _binary(_resize(_cut(image, seeds), (bottom - top, right - left)))
-        masks.append(whole)
-    return masks
+    if is_plain:
+        cuts = [_cut(image, _seed_from_border(image)) for image in small]
+    else:
+        region = moving_region(small)
+        cuts = [_cut(image, _seed_from_border(image, region)) for image in small]
+        plate, known = _background_plate(np.stack(small), np.stack(cuts))
+        seeds = [_seed_from_plate(image, mask, plate, known, region) for image, mask in zip(small, cuts, strict=True)]
+        cuts = [_cut(image, seed) for image, seed in zip(small, seeds, strict=True)]
+    masks = np.zeros((len(images), height, width), np.uint8)
+    for mask, cut_out in zip(masks, cuts, strict=True):
+        mask[top:bottom, left:right] = _binary(_resize(cut_out, (bottom - top, right - left)))
+    return list(masks)
 
 
 def moving_region(images: Sequence[Picture]) -> np.ndarray:
@@ -114,16 +126,15 @@ def moving_region(images: Sequence[Picture]) -> np.ndarray:
     if not moved.any():
         return np.ones(moved.shape, bool)
     hull = cv2.convexHull(cv2.findNonZero(moved))
-    reach = max(3, round(0.02 * max(moved.shape)))
+    reach = max(3, round(0.03 * max(moved.shape)))
     return cv2.dilate(cv2.fillConvexPoly(moved, hull, 1), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)) > 0
 
 
-def moving_box(images: Sequence[Picture]) -> tuple[float, float, float, float]:
-    """(top, bottom, left, right) of the moving region with some background around it, as shares of the sides."""
-    region = moving_region(images)
+def bounding_box(place: np.ndarray) -> tuple[float, float, float, float]:
+    """(top, bottom, left, right) of what is True in (H, W), with some background around it, as shares of the sides."""
     shares = []
     for axis in (1, 0):
-        places, side = np.nonzero(region.any(axis=axis))[0], region.shape[1 - axis]
+        places, side = np.nonzero(place.any(axis=axis))[0], place.shape[1 - axis]
         margin = 0.15 * (places[-1] - places[0] + 1)
         shares += [max(0.0, (places[0] - margin) / side), min(1.0, (places[-1] + 1 + margin) / side)]
     return shares[0], shares[1], shares[2], shares[3]
@@ -152,6 +163,15 @@ def _seed_from_border(image: Picture, region: np.ndarray | None = None) -> np.nd
     ) ** 2 < 1
     likely = (distance > DISTINCT) | (central & (distance > DISTINCT / 3))
     return np.where(region, np.where(likely, cv2.GC_PR_FGD, cv2.GC_PR_BGD), cv2.GC_BGD).astype(np.uint8)
+
+
+def _is_plain(image: Picture) -> bool:
+    """Whether the border of a picture has one colour."""
+    cv2 = import_optional("cv2", "capture")
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    margin = max(2, round(BORDER * min(image.shape[:2])))
+    sides = (lab[:margin], lab[-margin:], lab[:, :margin], lab[:, -margin:])
+    return float(np.concatenate([side.reshape(-1, 3) for side in sides]).std(axis=0).max()) < PLAIN
 
 
 def _background_plate(images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

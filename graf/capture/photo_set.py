@@ -29,7 +29,7 @@ SAME_HEIGHT = 0.004  # of v: about half a degree of elevation
 
 @dataclass(frozen=True)
 class Subject:
-    """What was photographed: an object's class, its name among the class's objects or "", and the index of its height."""
+    """What was photographed: an object's class, its name among those of its class or "", and the index of its height."""
 
     class_name: str
     instance: str

@@ -17,8 +17,10 @@ from graf.capture.frames import Scan
 
 STILL = 0.25  # of the usual motion between two frames: below it the table does not turn yet, or any more
 SHORTEST_TURN = 8  # frames
-ALIKE = 1.3  # times the smallest difference: a shorter turn of such a difference is preferred to its multiples
+ALIKE = 1.3  # times the smallest difference: a shorter turn of such a difference is preferred to its multiples,
+RETURNED = 0.3  # and so is one after which frames differ by that share of what one frame's turning makes
 FLAT = 0.6  # of the usual difference: the best match has to be better than that
+RIVAL = 0.5  # of the usual difference: a match that a person should know of
 FLOW_DEGREES = 3.0  # that the table turns between two frames whose flow is measured
 FLOW_PAIRS = 24
 SURE = 0.2  # of the strongest balance of flow, 1, in which all of the front moves to one side
@@ -87,20 +89,19 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
     usual = float(np.median(differences[1:]))
     inner = differences[SHORTEST_TURN:-1]
     is_minimum = (inner <= differences[SHORTEST_TURN - 1 : -2]) & (inner <= differences[SHORTEST_TURN + 1 :])
-    minima = SHORTEST_TURN + np.nonzero(is_minimum)[0]
-    least = min([*differences[minima], differences[-1]])
-    limit = max(ALIKE * least, min(differences[1], FLAT * usual))
-    found = [int(lag) for lag in minima if differences[lag] <= limit]
+    minima = [_refine_minimum(differences, SHORTEST_TURN + int(lag)) for lag in np.nonzero(is_minimum)[0]]
+    least = min([value for _, value in minima] + [float(differences[-1])])
     if least > FLAT * usual:
         raise CaptureError(f"no frame looks like an earlier one, so that no turn can be found; {advice}")
+    limit = max(ALIKE * least, RETURNED * differences[1])
+    found = [lag for lag, value in minima if value <= limit]
     if found:
-        length = _refine_minimum(differences, found[0])
+        length = found[0]
     else:  # the turn is not quite over: as far from the first frame as ever the last is, so far it has to go
         rising = np.maximum.accumulate(differences[: max(2, count // 4)])
         length = count - 1 + float(np.interp(differences[-1], rising, np.arange(len(rising))))
-    others = [lag for lag in minima if lag < 0.9 * length and differences[lag] < 0.5 * usual]
-    rival = 360 * min(others, key=lambda lag: differences[lag]) / length if others else None
-    return length, rival
+    others = [(value, lag) for lag, value in minima if lag < 0.9 * length and value < RIVAL * usual]
+    return length, 360 * min(others)[1] / length if others else None
 
 
 def lagged_differences(frames: np.ndarray) -> np.ndarray:
@@ -111,13 +112,13 @@ def lagged_differences(frames: np.ndarray) -> np.ndarray:
     return np.array([np.sqrt(np.diagonal(distances, lag).mean()) for lag in range(len(frames))])
 
 
-def _refine_minimum(differences: np.ndarray, lag: int) -> float:
-    """The place of a minimum between whole lags: of a parabola through the squares around it."""
+def _refine_minimum(differences: np.ndarray, lag: int) -> tuple[float, float]:
+    """A minimum between whole lags, and the difference there: of a parabola through the squares around it."""
     reach = max(1, round(0.02 * lag))
     lags = np.arange(max(1, lag - reach), min(len(differences) - 1, lag + reach) + 1)
-    curvature, slope, _ = np.polyfit(lags - lag, np.square(differences[lags]), 2)
-    shift = -slope / (2 * curvature) if curvature > 0 else 0.0
-    return lag + float(np.clip(shift, -reach, reach))
+    parabola = np.polyfit(lags - lag, np.square(differences[lags]), 2)
+    shift = float(np.clip(-parabola[1] / (2 * parabola[0]), -reach, reach)) if parabola[0] > 0 else 0.0
+    return lag + shift, float(np.sqrt(max(np.polyval(parabola, shift), 0)))
 
 
 def _prepare(seen: Scan) -> np.ndarray:
