@@ -13,7 +13,9 @@ from graf.base.errors import UserError
 if TYPE_CHECKING:  # what captures needs torch and OpenCV, for which --help does not wait
     from graf.app.capture_turntable import TurntableOptions
 
-PAPERS = ("a4", "letter")
+
+#: option -> smallest and largest value
+RANGES = {"frames": (8, 3600), "size": (64, 2048), "fov": (1, 150), "elevation": (-30, 89), "turns": (0.2, 1000)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="video, or folder of photographs in order")
     parser.add_argument("--out", default="photos", help="folder of the set (default: %(default)s)")
-    parser.add_argument("--class", dest="class_name", default="object", help="what it is (default: %(default)s)")
+    parser.add_argument("--class", dest="class_name", help="what it is (default: object; of a walk-around: --out)")
     parser.add_argument("--instance", default="", help="which one of its class it is, where a set has several")
     parser.add_argument("--replace", action="store_true", help="in place of the photographs of it that are there")
     pictures = parser.add_argument_group("pictures")
@@ -67,8 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     other = parser.add_argument_group("other ways to capture")
     other.add_argument("--walkaround", action="store_true", help="the camera moves around the object (pycolmap)")
-    other.add_argument("--markers", choices=PAPERS, help="the object stands on a printed marker sheet of this paper")
-    other.add_argument("--marker-sheet", metavar="FILE", help="write that sheet as PDF (letter.pdf: of that paper)")
+    other.add_argument(
+        "--features",
+        choices=("scene", "object"),
+        default="scene",
+        help="by which a walk-around is followed; object: "
+        "only inside the masks, where the object moved against what is behind it (default: %(default)s)",
+    )
+    other.add_argument("--markers", action="store_true", help="the object stands on the printed marker sheet")
+    other.add_argument("--marker-sheet", metavar="FILE", help="write that sheet as a PDF (letter.pdf: for US paper)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 
@@ -93,7 +102,8 @@ def capture(options: argparse.Namespace) -> list[str]:
                 frames=options.frames,
                 size=options.size,
                 fov=options.fov,
-                paper=options.markers,
+                markers=options.markers,
+                features=options.features,
             )
         )
     from graf.app.capture_turntable import capture_turntable
@@ -107,7 +117,7 @@ def _turntable_options(options: argparse.Namespace) -> TurntableOptions:
     return TurntableOptions(
         source=Path(options.source),
         out=Path(options.out),
-        class_name=options.class_name,
+        class_name=options.class_name or "object",
         instance=options.instance,
         replace=options.replace,
         frames=options.frames,
@@ -123,15 +133,16 @@ def _turntable_options(options: argparse.Namespace) -> TurntableOptions:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError for numbers out of range, before anything is read."""
-    for name, low, high in (
-        ("frames", 8, 3600),
-        ("size", 64, 2048),
-        ("fov", 1, 150),
-        ("elevation", -30, 89),
-        ("turns", 0.2, 1000),
-    ):
+    for name, (low, high) in RANGES.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value:g}: expected {low:g} to {high:g}")
+    if options.class_name is not None and (options.walkaround or options.markers):
+        raise UserError(
+            f"--class {options.class_name}: a set with poses of its own has one class, named after its folder; use "
+            f"--out {options.class_name}"
+        )
+    if options.walkaround and options.markers:
+        raise UserError("--walkaround --markers: poses come from either; leave one out")
     if not -360 <= options.first_angle <= 360:
         raise UserError(f"--first-angle {options.first_angle:g}: expected -360 to 360 degrees")

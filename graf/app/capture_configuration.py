@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from graf.base.files import write_atomically
 from graf.config.loading import ConfigError, read_yaml
 
 INHERITED = "coil100.yaml"  # how real turntables are trained
+POSED_INHERITED = "lego128.yaml"  # and photographs with true poses
 V_LIST_LINE = re.compile(r"^(\s*v_list:\s*)\[[^\]]*\]", re.MULTILINE)
 
 
@@ -53,6 +54,28 @@ def write_set_camera(file: Path, camera: SetCamera, *, masked: bool, many_object
     if count != 1:
         raise UserError(f"{file}: data.v_list should be {v_list} now, but stands in no single line; write it there")
     write_atomically(file, changed)
+
+
+def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: bool, side: int) -> None:
+    """Write capture.yaml for photographs with true poses; `keys` of the section data, such as data.radius."""
+    folder = file.parent
+    lines = [
+        "# Written by graf capture: a --config for graf doctor and graf train.",
+        f"inherit_from: {POSED_INHERITED if side >= 128 else INHERITED}",
+        f"expname: {_quote(folder.resolve().name)}",
+        "data:",
+        "  type: transforms",
+        f"  datadir: {_quote(folder.as_posix())}",
+        f"  white_bkgd: {'true' if masked else 'false'}",
+        "  v_list: null             # heights follow from the poses",
+        "  refine_cameras: false",
+        *(f"  {key.removeprefix('data.')}: {value:g}" for key, value in keys.items()),
+        "nerf:",
+        "  bounding_radius: 1",
+        f"  background: {'white' if masked else 'learned'}",
+        "",
+    ]
+    write_atomically(file, "\n".join(lines))
 
 
 def _compose(folder: Path, camera: SetCamera, v_list: str, masked: bool, many_objects: bool) -> str:

@@ -107,7 +107,8 @@ def _look(options: TurntableOptions) -> tuple[Turn, list[Frame], list[int]]:
     count = options.frames
     if count is None:
         is_folder = isinstance(source, Photographs)
-        count = min(round(turn.length) if is_folder else DEFAULT_FRAMES, int(min(turn.length, len(seen) - turn.start)))
+        available = round(min(turn.length, len(seen) - turn.start))
+        count = available if is_folder else min(DEFAULT_FRAMES, available)
     numbers = choose_frames(seen, count, turn.start, turn.length)
     frames = list(source.read(FULL_SIDE, numbers))
     angles = [wrap_angle(options.first_angle + turn.angle(number)) for number in numbers]

@@ -133,9 +133,9 @@ def choose_frames(seen: Scan, count: int, start: float = 0.0, length: float | No
     """
     is_open = length is None
     available = len(seen) - start if length is None else min(length, len(seen) - start)
-    if count > available + 1e-6:
+    if count > round(available):
         raise CaptureError(
-            f"--frames {count}: there are {int(available)} frames to choose from; ask for fewer, or film a slower turn"
+            f"--frames {count}: there are {round(available)} frames to choose from; ask for fewer, or film a slower turn"
         )
     step = (available - 1) / max(count - 1, 1) if is_open else float(length or 0) / count
     chosen: list[int] = []

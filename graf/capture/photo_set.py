@@ -29,7 +29,7 @@ SAME_HEIGHT = 0.004  # of v: about half a degree of elevation
 
 @dataclass(frozen=True)
 class Subject:
-    """What was photographed: an object's class, its name among those of its class or "", and the index of its height."""
+    """What was photographed: an object's class, its name in the class or "", and the index of the camera's height."""
 
     class_name: str
     instance: str

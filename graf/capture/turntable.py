@@ -7,6 +7,7 @@ angles, which grow as the azimuth of the camera does (graf/geometry/cameras.py),
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,9 @@ from graf.capture.frames import Scan
 
 STILL = 0.25  # of the usual motion between two frames: below it the table does not turn yet, or any more
 SHORTEST_TURN = 8  # frames
-ALIKE = 1.3  # times the smallest difference: a shorter turn of such a difference is preferred to its multiples,
-RETURNED = 0.3  # and so is one after which frames differ by that share of what one frame's turning makes
+RETURN_DEGREES = 5.0  # of turning: what differs less is the same view
+ALIKE = 1.3  # times the smallest difference: a shorter turn of such a difference is preferred to its multiples
+NEARLY_DEGREES = 60.0  # of a turn may be missing at its end
 FLAT = 0.6  # of the usual difference: the best match has to be better than that
 RIVAL = 0.5  # of the usual difference: a match that a person should know of
 FLOW_DEGREES = 3.0  # that the table turns between two frames whose flow is measured
@@ -90,16 +92,20 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
     inner = differences[SHORTEST_TURN:-1]
     is_minimum = (inner <= differences[SHORTEST_TURN - 1 : -2]) & (inner <= differences[SHORTEST_TURN + 1 :])
     minima = [_refine_minimum(differences, SHORTEST_TURN + int(lag)) for lag in np.nonzero(is_minimum)[0]]
-    least = min([value for _, value in minima] + [float(differences[-1])])
-    if least > FLAT * usual:
-        raise CaptureError(f"no frame looks like an earlier one, so that no turn can be found; {advice}")
-    limit = max(ALIKE * least, RETURNED * differences[1])
-    found = [lag for lag, value in minima if value <= limit]
-    if found:
-        length = found[0]
-    else:  # the turn is not quite over: as far from the first frame as ever the last is, so far it has to go
+    end = float(differences[-1])
+    # Little enough to be the same view again: less than a few degrees of turning make, if that were a turn.
+    alike = [(lag, value) for lag, value in minima if value <= _turned(differences, lag, RETURN_DEGREES)]
+    if alike:
+        limit = ALIKE * min(value for _, value in alike)
+        length = next(lag for lag, value in alike if value <= max(limit, _turned(differences, lag, RETURN_DEGREES / 2)))
+    elif end <= min(_turned(differences, count - 1, NEARLY_DEGREES), FLAT * usual):
+        # The turn is not quite over: as far from the first frame as ever the last is, so far it has to go.
         rising = np.maximum.accumulate(differences[: max(2, count // 4)])
-        length = count - 1 + float(np.interp(differences[-1], rising, np.arange(len(rising))))
+        length = count - 1 + float(np.interp(end, rising, np.arange(len(rising))))
+    elif minima and min(value for _, value in minima) <= FLAT * usual:
+        length = min(minima, key=lambda minimum: minimum[1])[0]  # light or camera have changed meanwhile
+    else:
+        raise CaptureError(f"no frame looks like an earlier one, so that no turn can be found; {advice}")
     others = [(value, lag) for lag, value in minima if lag < 0.9 * length and value < RIVAL * usual]
     return length, 360 * min(others)[1] / length if others else None
 
@@ -112,13 +118,18 @@ def lagged_differences(frames: np.ndarray) -> np.ndarray:
     return np.array([np.sqrt(np.diagonal(distances, lag).mean()) for lag in range(len(frames))])
 
 
+def _turned(differences: np.ndarray, lag: float, degrees: float) -> float:
+    """The difference that turning by some degrees makes where `lag` frames are a turn."""
+    return float(np.interp(lag * degrees / 360, np.arange(len(differences)), differences))
+
+
 def _refine_minimum(differences: np.ndarray, lag: int) -> tuple[float, float]:
     """A minimum between whole lags, and the difference there: of a parabola through the squares around it."""
     reach = max(1, round(0.02 * lag))
     lags = np.arange(max(1, lag - reach), min(len(differences) - 1, lag + reach) + 1)
     parabola = np.polyfit(lags - lag, np.square(differences[lags]), 2)
     shift = float(np.clip(-parabola[1] / (2 * parabola[0]), -reach, reach)) if parabola[0] > 0 else 0.0
-    return lag + shift, float(np.sqrt(max(np.polyval(parabola, shift), 0)))
+    return lag + shift, math.sqrt(max(float(np.polyval(parabola, shift)), 0.0))
 
 
 def _prepare(seen: Scan) -> np.ndarray:

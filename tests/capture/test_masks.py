@@ -78,7 +78,7 @@ def test_mask_files_are_found_by_name(tmp_path, mug_film, name, mode):
 
 def test_masks_that_are_not_there_are_named(tmp_path, mug_film):
     frame = Frame(mug_film.frames[0], 0, "a.jpg")
-    with pytest.raises(CaptureError, match="no mask for a.jpg; expected a.png"):
+    with pytest.raises(CaptureError, match=r"no mask for a\.jpg; expected a\.png"):
         masks_of([frame], str(tmp_path))
     with pytest.raises(CaptureError, match="no such folder"):
         masks_of([frame], str(tmp_path / "nowhere"))
