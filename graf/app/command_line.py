@@ -13,6 +13,7 @@ from graf import __version__
 COMMANDS = {
     "train": ("graf.app.train_command:main", "train a generator, or continue a run"),
     "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
+    "capture": ("graf.app.capture_command:main", "make a data set of a video or photographs of your own"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
     "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
 }
