@@ -23,7 +23,7 @@ from graf.capture.posed import (
     training_overrides,
     write_transforms,
 )
-from graf.capture.visual_hull import tighten_masks
+from graf.capture.visual_hull import recut_masks, tighten_masks
 from graf.capture.walkaround import WalkaroundSettings, reconstruct
 from graf.data.labels import CAPTURE_FILE, CAPTURE_FOLDER, LABELS_FILE
 from graf.runtime.run_lock import RunLock, UnwritableError
@@ -69,6 +69,8 @@ def _capture(options: WalkOptions) -> list[str]:
     aimed = aim_at_object(posed)
     if aimed.lens.width > options.size:
         aimed = aim_at_object(posed, options.size)
+    if options.mask == "auto" and all(frame.alpha is None for frame in frames):
+        aimed = recut_masks(aimed)
     if masks is not None and aimed.masks is not None:
         pictures = [Frame(image, 0.0, name) for image, name in zip(aimed.images, aimed.names, strict=True)]
         sheet = options.out / CAPTURE_FOLDER / "masks.png"

@@ -10,9 +10,11 @@ import torch
 from graf.capture.cameras import Lens, PosedPhotographs, find_floor, find_up, look_at_origin, move_world
 from graf.capture.errors import CaptureError
 from graf.capture.posed import aim_at_object, centre_on_object, training_overrides, write_transforms
-from graf.capture.visual_hull import enclosing_centre, find_sphere, tighten_masks
+from graf.capture.visual_hull import enclosing_centre, find_sphere, recut_masks, tighten_masks
 from graf.data.index import index_transforms
 from graf.geometry.cameras import Intrinsics, pose_from_angles, project_points
+
+cv2 = pytest.importorskip("cv2")
 
 SIDE, COUNT = 96, 24
 CENTRE, RADIUS = np.array([0.4, -1.1, 2.0]), 0.35
@@ -93,6 +95,19 @@ def test_up_withstands_photographs_held_askew():
 def test_up_of_cameras_that_all_look_the_same_way_is_their_own():
     poses = np.stack([look_at_origin(np.array([4.0, 0, 1.0]))] * 5)
     np.testing.assert_allclose(find_up(poses), poses[0, :3, 1], atol=1e-9)
+
+
+def test_a_fringe_of_the_table_is_cut_by_its_colour_and_a_mask_never_vanishes():
+    photographs = photograph_sphere(strange_world(ring_of_poses())[0])
+    random, true = np.random.default_rng(0), [mask.copy() for mask in photographs.masks]
+    for image, mask in zip(photographs.images, photographs.masks, strict=True):
+        table = np.array([60, 120, 80]) + random.normal(0, 12, image.shape)
+        image[:] = np.where(mask[..., None] > 127, (200, 60, 50), table).clip(0, 255)
+        mask[:] = cv2.dilate(mask, np.ones((7, 7)))
+    photographs.images[0][:] = 90  # no colours to tell anything by
+    for number, mask in enumerate(recut_masks(photographs).masks):
+        expected = true[number] if number else photographs.masks[0]
+        assert ((mask > 127) != (expected > 127)).sum() < 0.03 * (expected > 127).sum()
 
 
 def floor_points(normal: np.ndarray, count: int = 300) -> np.ndarray:
