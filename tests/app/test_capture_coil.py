@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("cv2")
 
-from graf.app.capture_command import main  # noqa: E402
-from graf.data.labels import natural_key, read_labels_csv  # noqa: E402
+from graf.app.capture_command import main
+from graf.data.labels import natural_key, read_labels_csv
 
 COIL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coil100"
 
