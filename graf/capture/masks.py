@@ -80,7 +80,7 @@ def read_mask(folder: Path, frame: Frame) -> Picture:
 def mask_of(image: Picture) -> Picture:
     """The mask of the object in the middle of one picture (H, W, 3), whose border shows background; may be empty."""
     small = fit_within(image, WORK_SIDE)
-    return _binary(_resize(_cut(small, _seed_from_border(small)), image.shape[:2]))
+    return _binary(_resize(cut_by_colour(small, _seed_from_border(small)), image.shape[:2]))
 
 
 def still_masks(images: Sequence[Picture]) -> list[Picture]:
@@ -94,7 +94,7 @@ def still_masks(images: Sequence[Picture]) -> list[Picture]:
     place = moving_region(coarse)
     if is_plain:  # a vase moves only where it is painted
         some = coarse[:: max(1, len(coarse) // LOOKS)]
-        place = place | np.any([_cut(image, _seed_from_border(image)) > 0 for image in some], axis=0)
+        place = place | np.any([cut_by_colour(image, _seed_from_border(image)) > 0 for image in some], axis=0)
     height, width = images[0].shape[:2]
     box = bounding_box(place)
     top, bottom, left, right = (
@@ -102,13 +102,13 @@ def still_masks(images: Sequence[Picture]) -> list[Picture]:
     )
     small = [fit_within(image[top:bottom, left:right], WORK_SIDE) for image in images]
     if is_plain:
-        cuts = [_cut(image, _seed_from_border(image)) for image in small]
+        cuts = [cut_by_colour(image, _seed_from_border(image)) for image in small]
     else:
         region = moving_region(small)
-        cuts = [_cut(image, _seed_from_border(image, region)) for image in small]
+        cuts = [cut_by_colour(image, _seed_from_border(image, region)) for image in small]
         plate, known = _background_plate(np.stack(small), np.stack(cuts))
         seeds = [_seed_from_plate(image, mask, plate, known, region) for image, mask in zip(small, cuts, strict=True)]
-        cuts = [_cut(image, seed) for image, seed in zip(small, seeds, strict=True)]
+        cuts = [cut_by_colour(image, seed) for image, seed in zip(small, seeds, strict=True)]
     masks = np.zeros((len(images), height, width), np.uint8)
     for mask, cut_out in zip(masks, cuts, strict=True):
         mask[top:bottom, left:right] = _binary(_resize(cut_out, (bottom - top, right - left)))
@@ -202,7 +202,7 @@ def _seed_from_plate(
     return np.where(region, seeds, cv2.GC_BGD).astype(np.uint8)
 
 
-def _cut(image: Picture, seeds: np.ndarray) -> Picture:
+def cut_by_colour(image: Picture, seeds: np.ndarray) -> Picture:
     """GrabCut from seeds; the largest component, with small holes filled. Empty where the seeds hold no object."""
     cv2 = import_optional("cv2", "capture")
     mask = seeds.copy()

@@ -15,12 +15,12 @@ import numpy as np
 from graf.base.extras import import_optional
 from graf.capture.cameras import LEVEL_ROUNDS, Lens, Picture, PosedPhotographs
 from graf.capture.errors import CaptureError
+from graf.capture.masks import cut_by_colour
 
 GRID = 56  # cells along the side of the cube in which the object is looked for
 FINE_GRID = 100  # in which its outline is drawn
 AGREEING = 0.95  # of the masks a part of the object has to lie in: one or the other may be wrong
 CENTRAL_DISC = 0.9  # of the shorter side: what is taken for the object's outline where there are no masks
-RECUT_ROUNDS = 4
 KEPT = 0.65  # of a mask that is cut again, at least
 POOR_MASK = 0.6  # of the hull's outline: a mask that covers less has missed the object
 
@@ -154,19 +154,14 @@ def recut_masks(photographs: PosedPhotographs) -> PosedPhotographs:
     """Masks that were found automatically, cut once more by colour: what surrounds them is known not to be the object.
 
     A fringe of the table, of the width of the hull's cells, is like what lies beside it. A mask that would lose more
-    than a third stays as it is. GrabCut: Rother, Kolmogorov & Blake (SIGGRAPH 2004).
+    than a third stays as it is.
     """
     if photographs.masks is None:
         return photographs
     cv2 = import_optional("cv2", "capture")
     masks = []
     for image, mask in zip(photographs.images, photographs.masks, strict=True):
-        inside = mask > 127
-        seeds = np.where(inside, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
-        if inside.any() and not inside.all():
-            cv2.setRNGSeed(0)  # of the mixtures' first guess
-            models = np.zeros((1, 65)), np.zeros((1, 65))
-            cv2.grabCut(np.ascontiguousarray(image), seeds, None, *models, RECUT_ROUNDS, cv2.GC_INIT_WITH_MASK)
-        cut = np.where((seeds == cv2.GC_FGD) | (seeds == cv2.GC_PR_FGD), mask, 0).astype(np.uint8)
-        masks.append(cut if (cut > 127).sum() > KEPT * inside.sum() else mask)
+        seeds = np.where(mask > 127, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
+        cut = np.minimum(mask, cut_by_colour(image, seeds))
+        masks.append(cut if (cut > 127).sum() > KEPT * (mask > 127).sum() else mask)
     return replace(photographs, masks=masks)
