@@ -118,7 +118,7 @@ def describe(inspection: Inspection) -> list[str]:
     problems = list(dataset.report.lines())
     if dataset.fov is not None and abs(dataset.fov - data.fov) > 0.1:
         problems.append(f"data.fov={data.fov} is not the photographs' own, {dataset.fov:.2f}, which is used instead")
-    if dataset.poses is not None and (radii - inspection.radius).abs().max() > 0.05 * inspection.radius:
+    if dataset.poses is not None and (radii.mean() - inspection.radius).abs() > 0.05 * inspection.radius:
         problems.append(f"data.radius={data.radius} is not the true poses' {radii.mean():.2f} (mean); set it to that")
     return lines + [f"problem: {problem}" for problem in problems or ["none found"]]
 

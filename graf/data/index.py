@@ -19,6 +19,8 @@ from torch import Tensor
 from graf.data.errors import DataError
 from graf.data.images import IMAGE_SUFFIXES
 from graf.data.labels import (
+    CAPTURE_FILE,
+    CAPTURE_FOLDER,
     LABELS_FILE,
     LabelRow,
     check_heights,
@@ -30,6 +32,7 @@ from graf.data.labels import (
     read_labels_csv,
 )
 from graf.geometry.cameras import angle_label, angles_from_pose
+from graf.runtime.run_lock import NAME as LOCK_FILE
 
 MAX_DERIVED_HEIGHTS = 8
 NAMES_SHOWN = 5
@@ -289,14 +292,16 @@ def _list_files(root: Path) -> list[str]:
 def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list[LabelRow]:
     """Rows whose file exists; image files that labels.csv leaves out go into the report, wherever they are.
 
-    Except companions of labelled photographs: depth/a.png and mask/a.png belong to a.png.
+    Except companions of labelled photographs: depth/a.png and mask/a.png belong to a.png; and what graf capture writes
+    besides photographs.
     """
     present = [row for row in rows if (root / row.file).is_file()]
     report.missing += [row.file for row in rows if not (root / row.file).is_file()]
     labelled = {PurePosixPath(row.file) for row in rows}
     folders = {PurePosixPath("."), *(file.parent for file in labelled)}
+    own_files = (LABELS_FILE, CAPTURE_FILE, LOCK_FILE)
     for file in map(PurePosixPath, _list_files(root)):
-        if file in labelled or file == PurePosixPath(LABELS_FILE):
+        if file in labelled or str(file) in own_files or file.parts[0] == CAPTURE_FOLDER:
             continue
         if file.suffix.lower() in IMAGE_SUFFIXES:
             if file.parent.parent / file.name not in labelled:

@@ -18,6 +18,7 @@ from torch import Tensor
 from graf.data.errors import DataError
 
 LABELS_FILE = "labels.csv"
+CAPTURE_FILE, CAPTURE_FOLDER = "capture.yaml", "capture_check"  # what graf capture leaves beside it, no photographs
 LABELS_HEADER = ("file", "class", "height", "angle")
 OPTIONAL_COLUMNS = ("instance", "split")
 SPLITS = ("train", "validation", "test")

@@ -1,5 +1,6 @@
 """The doctor's report and drawings, through its command line."""
 
+import json
 import math
 
 import numpy as np
@@ -60,6 +61,23 @@ def test_report_counts_instances_and_given_splits(photographs, capsys):
         "held out: 2 of 6 angles, 1 for test, 1 for validation",
         "split by labels.csv: 2 for test",
     )
+
+
+@pytest.mark.parametrize(("radius", "is_problem"), [(3.5, False), (3.0, True)])
+def test_the_radius_of_a_walk_is_compared_with_its_mean_distance(
+    restored_process, tmp_path, capsys, radius, is_problem
+):
+    frames = []
+    for number, distance in enumerate((3.2, 3.5, 3.8)):
+        pose = pose_from_angles(torch.tensor(number / 3), torch.tensor(0.3), distance)
+        frames.append({"file_path": f"{number}.png", "transform_matrix": pose.tolist()})
+        Image.new("RGB", (32, 32), (90, 50, 50)).save(tmp_path / f"{number}.png")
+    (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 0.6, "frames": frames}))
+    (tmp_path / "config.yaml").write_text(
+        f"data: {{type: transforms, datadir: {tmp_path}, imsize: 32, radius: {radius}, near: 2, far: 5}}"
+    )
+    assert run(tmp_path) == 0
+    assert ("is not the true poses' 3.50 (mean)" in capsys.readouterr().out) == is_problem
 
 
 def test_photographs_without_poses_show_the_sampled_ranges(photographs, capsys):

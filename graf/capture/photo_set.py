@@ -1,0 +1,162 @@
+"""The set of photographs that captures build up in a folder: labels.csv, a folder of pictures for each, their cameras.
+
+Whatever ends a capture leaves the set as it was: pictures go into a new folder, and labels.csv, which is replaced as a
+whole, is the last file to be written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from graf.base.files import sync_folder, write_atomically
+from graf.capture.errors import CaptureError
+from graf.data.errors import DataError
+from graf.data.labels import LABELS_FILE, LABELS_HEADER, LabelRow, check_name, read_labels_csv
+
+COLUMNS = (*LABELS_HEADER, "instance")
+SAME_HEIGHT = 0.004  # of v: about half a degree of elevation
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was photographed: an object's class, its name in the class or "", and the index of the camera's height."""
+
+    class_name: str
+    instance: str
+    height: int
+
+    def shows(self, row: LabelRow) -> bool:
+        """Whether a photograph is of this object from this height."""
+        return (row.class_name, row.instance, row.height) == (self.class_name, self.instance, self.height)
+
+    @property
+    def name(self) -> str:
+        """For folders and messages: duck, duck_mine, duck_h1."""
+        height = f"h{self.height}" if self.height else ""
+        return "_".join(part for part in (self.class_name, self.instance, height) if part)
+
+
+def read_rows(folder: Path) -> list[LabelRow]:
+    """The photographs that a set has; none where there is no set yet. Raises DataError for a broken labels.csv."""
+    file = folder / LABELS_FILE
+    return read_labels_csv(file) if file.is_file() else []
+
+
+def check_subject(rows: Sequence[LabelRow], subject: Subject, replace: bool) -> None:
+    """Raises CaptureError where a subject's names cannot be used, or it is there already and not to be replaced."""
+    for what, name in (("class", subject.class_name), ("instance", subject.instance)):
+        try:
+            check_name(name, what, f"--{what}")
+        except DataError as error:
+            raise CaptureError(str(error)) from error
+    if not subject.class_name.strip() or subject.class_name.startswith("."):
+        raise CaptureError(f"--class {subject.class_name!r}: expected a name, for example --class duck")
+    same = [row for row in rows if subject.shows(row)]
+    if same and not replace:
+        raise CaptureError(
+            f"--class {subject.class_name}: {len(same)} photographs of {subject.name} are there already; give another "
+            "--class, name the object with --instance, film it from another --elevation, or use --replace"
+        )
+    named = {bool(row.instance) for row in rows}
+    if named and named != {bool(subject.instance)}:
+        have = "have no names" if named == {False} else "have names (--instance)"
+        raise CaptureError(
+            f"--instance {subject.instance or 'is missing'}: the objects of this set {have}; name all of them or none, "
+            "for training takes a class without names for one object"
+        )
+
+
+def height_index(v_list: Sequence[float], v: float) -> tuple[int, list[float]]:
+    """The index of a height v among those of a set, which is extended where it is none of them, and all heights."""
+    distances = [abs(known - v) for known in v_list]
+    if distances and min(distances) < SAME_HEIGHT:
+        return distances.index(min(distances)), list(v_list)
+    return len(v_list), [*v_list, round(v, 4)]
+
+
+def widest_extent(folder: Path, rows: Iterable[LabelRow]) -> float | None:
+    """How wide an object is in its pictures, as a share of their side, by their transparency; None without any."""
+    held: Any = None
+    for row in rows:
+        with Image.open(folder / row.file) as image:
+            if image.mode != "RGBA":
+                return None
+            columns = (np.asarray(image.getchannel("A")) >= 128).any(axis=0)
+        held = columns if held is None or held.shape != columns.shape else held | columns
+    if held is None or not held.any():
+        return None
+    places = np.nonzero(held)[0]
+    return float((places[-1] - places[0] + 1) / len(held))
+
+
+def add_photographs(
+    folder: Path, rows: Sequence[LabelRow], subject: Subject, pictures: Iterable[tuple[int, Image.Image]]
+) -> list[LabelRow]:
+    """Add pictures, each with its angle in whole degrees, to the set of `rows`; returns all rows of the new one.
+
+    Photographs of the same subject are replaced. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".capture_", dir=folder) as temporary:
+        staged = Path(temporary) / "pictures"
+        staged.mkdir()
+        added = []
+        place = _free_folder(folder, subject.name)
+        for angle, picture in pictures:
+            file = _free_name(staged, f"{subject.name}_{angle:03d}")
+            picture.save(staged / file, format="PNG")
+            added.append(LabelRow(f"{place.name}/{file}", subject.class_name, subject.height, angle, subject.instance))
+        staged.rename(place)
+    sync_folder(folder)
+    kept = [row for row in rows if not subject.shows(row)]
+    write_atomically(folder / LABELS_FILE, _format_rows([*kept, *added]))
+    for row in rows:
+        if subject.shows(row):
+            (folder / row.file).unlink(missing_ok=True)
+            _remove_empty(folder, (folder / row.file).parent)
+    return [*kept, *added]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what captures that were killed left in a set, when no other one works there."""
+    for leftover in folder.glob(".capture_*"):
+        shutil.rmtree(leftover)
+
+
+def _format_rows(rows: Sequence[LabelRow]) -> str:
+    """labels.csv; `split` is kept where a person has filled it in."""
+    has_splits = any(row.split for row in rows)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*COLUMNS, "split"] if has_splits else COLUMNS)
+    for row in rows:
+        values = [row.file, row.class_name, row.height, row.angle, row.instance]
+        writer.writerow([*values, row.split] if has_splits else values)
+    return stream.getvalue()
+
+
+def _free_folder(folder: Path, name: str) -> Path:
+    """A folder of that name which is not there: name, name-2, ..."""
+    places = (folder / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
+    return next(place for place in places if not place.exists())
+
+
+def _free_name(folder: Path, stem: str) -> str:
+    """A file name that is not taken: two frames may have the same whole degree."""
+    names = (f"{stem}.png" if number == 1 else f"{stem}-{number}.png" for number in range(1, 10**6))
+    return next(name for name in names if not (folder / name).exists())
+
+
+def _remove_empty(root: Path, folder: Path) -> None:
+    if folder != root and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

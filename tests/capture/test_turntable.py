@@ -1,0 +1,138 @@
+"""A turn's length, its sense and the angles of frames, against toys that were filmed with known angles."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cv2")
+
+from graf.capture.errors import CaptureError
+from graf.capture.frames import GREY_SIDE, THUMBNAIL_SIDE, Scan, fit_within, open_source, scan
+from graf.capture.turntable import Turn, find_turn, lagged_differences, measure_turn
+
+PER_TURN = 40  # frames, of the films
+
+
+def scan_of(frames):
+    grey = np.stack([fit_within(frame.mean(axis=-1).astype(np.uint8), GREY_SIDE) for frame in frames])
+    thumbnails = np.stack([fit_within(frame, THUMBNAIL_SIDE) for frame in frames])
+    return Scan(np.arange(len(frames)) / 20, np.ones(len(frames)), grey, thumbnails)
+
+
+def angle_errors(turn, azimuths, numbers):
+    """Degrees between found and true angles, which both count from the frame where the turn starts."""
+    found = np.array([turn.angle(number) for number in numbers])
+    true = azimuths[list(numbers)] - azimuths[int(turn.start)]
+    return np.abs((found - true + 180) % 360 - 180)
+
+
+@pytest.mark.parametrize("toy", ["car", "duck", "house", "mug"])
+@pytest.mark.parametrize("camera", ["ccw", "cw"])
+def test_angles_of_every_toy_are_found_both_ways(film_of, toy, camera):
+    film = _films(film_of, toy)
+    film = film if camera == "ccw" else film.backwards()
+    turn = find_turn(scan_of(film.frames), None, None)
+    # The camera's azimuth grows as the toy sees it where the table turns clockwise seen from above.
+    assert turn.counter_clockwise == (camera == "cw")
+    assert angle_errors(turn, film.azimuths, range(PER_TURN)).mean() < 1
+
+
+_FILMS = {}
+
+
+def _films(film_of, toy):
+    if toy not in _FILMS:
+        _FILMS[toy] = film_of(toy, 1.3)
+    return _FILMS[toy]
+
+
+@pytest.mark.parametrize("frames", [38, 39, 40, 41, 45, 52, 100])
+def test_a_turn_is_found_in_videos_of_less_to_several_turns(mug_film, frames):
+    again = np.arange(frames) % PER_TURN
+    length, _ = measure_turn(scan_of(mug_film.frames[again]), 0, frames)
+    assert length == pytest.approx(PER_TURN, abs=0.4)  # 3.6 degrees at the very end, half of that on average
+
+
+def test_a_turn_that_is_no_whole_number_of_frames_is_measured_between_them():
+    """A light that goes around once in 33.4 frames."""
+    y, x = np.mgrid[:48, :48]
+    frames = []
+    for number in range(80):
+        angle = 2 * np.pi * number / 33.4
+        spot = np.exp(-((x - 24 - 14 * np.cos(angle)) ** 2 + (y - 24 - 10 * np.sin(angle)) ** 2) / 40)
+        frames.append(np.repeat((200 * spot).astype(np.uint8)[..., None], 3, axis=-1))
+    length, _ = measure_turn(scan_of(np.stack(frames)), 0, 80)
+    assert length == pytest.approx(33.4, abs=0.1)
+
+
+@pytest.mark.parametrize("brightness", [120, 60])
+def test_an_object_that_looks_alike_after_half_a_turn_is_pointed_out(brightness):
+    """Two lights opposite each other, one less bright: a whole turn is found, and the half one is told of."""
+    y, x = np.mgrid[:48, :48]
+    frames = []
+    for number in range(100):
+        angle = 2 * np.pi * number / 40
+        spots = [
+            value
+            * np.exp(-((x - 24 - sign * 14 * np.cos(angle)) ** 2 + (y - 24 - sign * 10 * np.sin(angle)) ** 2) / 30)
+            for sign, value in ((1, 150), (-1, brightness))
+        ]
+        frames.append(np.repeat(sum(spots).astype(np.uint8)[..., None], 3, axis=-1))
+    length, rival = measure_turn(scan_of(np.stack(frames)), 0, 100)
+    assert length == pytest.approx(40, abs=0.2)
+    assert rival == (pytest.approx(180, abs=5) if brightness == 120 else None)
+
+
+def test_stillness_before_and_after_the_turn_does_not_count(mug_film):
+    still = [mug_film.frames[0]] * 15 + list(mug_film.frames) + [mug_film.frames[-1]] * 9
+    turn = find_turn(scan_of(np.stack(still)), None, None)
+    assert turn.start == pytest.approx(15, abs=1)
+    assert turn.length == pytest.approx(PER_TURN, abs=0.4)
+
+
+def test_turns_are_taken_as_given(mug_film):
+    turn = find_turn(scan_of(mug_film.frames), 1.3, counter_clockwise=False)
+    assert turn.length == pytest.approx(PER_TURN)
+    assert angle_errors(turn, mug_film.azimuths, range(PER_TURN)).max() < 0.1
+
+
+def test_angles_through_a_video_file(tmp_path, write_video, mug_film):
+    video = write_video(tmp_path / "v.mp4", mug_film.frames, "-c:v", "libx264", "-crf", "26", "-pix_fmt", "yuv420p")
+    turn = find_turn(scan(open_source(video)), None, None)
+    assert not turn.counter_clockwise
+    assert angle_errors(turn, mug_film.azimuths, range(PER_TURN)).mean() < 1
+
+
+def test_angles_before_a_textured_wall(textured_film):
+    turn = find_turn(scan_of(textured_film.frames), None, None)
+    assert not turn.counter_clockwise
+    assert angle_errors(turn, textured_film.azimuths, range(PER_TURN)).mean() < 3
+
+
+def test_angles_follow_the_projects_convention():
+    clockwise, counter_clockwise = Turn(10, 40, False), Turn(10, 40, True)
+    assert [clockwise.angle(number) for number in (10, 20, 49)] == pytest.approx([0, 90, 351])
+    assert [counter_clockwise.angle(number) for number in (10, 20, 49)] == pytest.approx([0, 270, 9])
+
+
+def test_lagged_differences_are_those_of_all_pairs():
+    frames = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    for lag, found in enumerate(lagged_differences(frames)):
+        pairs = [np.mean((frames[n] - frames[n + lag]) ** 2) for n in range(7 - lag)]
+        assert found == pytest.approx(np.sqrt(np.mean(pairs)), abs=1e-3)
+
+
+def test_half_a_turn_is_not_taken_for_one(mug_film):
+    with pytest.raises(CaptureError, match="--turns"):
+        find_turn(scan_of(mug_film.frames[: PER_TURN // 2]), None, None)
+
+
+def test_a_picture_that_stands_still_is_an_error():
+    frames = np.full((20, 48, 48, 3), 90, np.uint8)
+    with pytest.raises(CaptureError, match="nothing moves"):
+        find_turn(scan_of(frames), None, None)
+
+
+def test_a_sense_that_cannot_be_seen_is_asked_for(mug_film):
+    there_and_back = np.concatenate([mug_film.frames[:20], mug_film.frames[19::-1]])
+    with pytest.raises(CaptureError, match="--direction"):
+        find_turn(scan_of(there_and_back), 1.0, None)

@@ -1,0 +1,140 @@
+"""Cameras from photographs alone: a real reconstruction with known truth, and what is said where there can be none."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.videos import Walk, film_walkaround
+from benchmarks.walkaround import compare_cameras
+from graf.capture import walkaround
+from graf.capture.errors import CaptureError
+from graf.capture.posed import centre_on_object
+from graf.capture.walkaround import WalkaroundSettings, read_result, reconstruct, run_worker, to_camera_to_world
+
+COUNT = 12
+IMAGES = [np.zeros((60, 80, 3), np.uint8)] * COUNT
+NAMES = [f"IMG_{number}.jpg" for number in range(COUNT)]
+FILES = [f"{number:04d}.png" for number in range(COUNT)]
+
+
+def camera_from_world(azimuth: float) -> list[list[float]]:
+    """COLMAP's matrix of a camera on a circle of radius 3 that looks at the origin, its y axis down."""
+    cosine, sine = np.cos(azimuth), np.sin(azimuth)
+    rotation = np.array([[-sine, cosine, 0], [0, 0, -1], [-cosine, -sine, 0]])
+    return np.column_stack([rotation, [0, 0, 3]]).tolist()
+
+
+def answer(*groups: range, step: float = 0.5, **changes: object) -> dict[str, object]:
+    """A worker's answer: a model for each group of photographs, their cameras `step` radians apart."""
+    camera = {"width": 80, "height": 60, "focal": 90.0, "centre": [40.0, 30.0], "radial": 0.0}
+    models = [
+        {
+            "camera": camera,
+            "poses": {FILES[number]: camera_from_world(step * number) for number in group},
+            "error": 0.5,
+            "points": 100,
+            "some_points": [],
+        }
+        for group in groups
+    ]
+    features = dict.fromkeys(FILES, 800)
+    return {"features": features, "pairs": 66, "matches": 1000, "still": 10, "models": models} | changes
+
+
+def test_a_walk_around_a_toy_on_a_patterned_table_gives_its_cameras():
+    pytest.importorskip("pycolmap")
+    footage = film_walkaround("duck", Walk(size=224, frames=20, elevations=(25.0, 45.0)))
+    settings = WalkaroundSettings(threads=1)
+    found = reconstruct(list(footage.frames), list(footage.masks), None, settings)
+    numbers = [int(name.split()[-1]) for name in found.photographs.names]
+    assert len(numbers) >= 18
+    rotations, centres, _ = compare_cameras(found.photographs.poses, footage.poses.numpy()[numbers])
+    assert np.quantile(rotations, 0.9) < 2
+    assert np.quantile(centres, 0.9) < 0.03  # the toy's radius is 1
+    assert found.photographs.lens.fov == pytest.approx(40, abs=1)
+    rotations, _, similarity = compare_cameras(
+        centre_on_object(found.photographs).poses, footage.poses.numpy()[numbers]
+    )
+    assert np.degrees(np.arccos(min(1, similarity.rotation[2, 2]))) < 0.5  # the table is level, the hand is not
+    assert np.linalg.norm(similarity.shift) < 0.15  # where the middle of the toy is found
+    assert 0.75 < similarity.scale < 1.05  # it lies inside a sphere of radius 0.95
+
+
+def test_photographs_of_nothing_are_an_error_that_says_what_to_do():
+    pytest.importorskip("pycolmap")
+    blank = [np.full((120, 160, 3), 90 + number, np.uint8) for number in range(8)]
+    with pytest.raises(CaptureError, match=r"8 of 8 photographs have fewer than .* textured"):
+        reconstruct(blank, settings=WalkaroundSettings(threads=1))
+
+
+def test_a_library_that_aborts_is_an_error_with_its_last_words(capfd):
+    code = "import os, sys; print('mutex poisoned', file=sys.stderr, flush=True); os.abort()"
+    with pytest.raises(CaptureError, match=r"ended by signal 6; its last words: mutex poisoned"):
+        run_worker([sys.executable, "-c", code], threads=1, patience=60)
+
+
+def test_a_library_that_hangs_is_stopped():
+    code = "import sys, time; print('I20260101 all is well', file=sys.stderr, flush=True); time.sleep(100)"
+    started = time.monotonic()
+    with pytest.raises(CaptureError, match="showed no progress for 1 seconds"):
+        run_worker([sys.executable, "-c", code], threads=1, patience=1.0)
+    assert time.monotonic() - started < 30
+
+
+def test_signs_of_progress_are_not_taken_for_a_hang():
+    code = "import time\nfor n in range(8):\n print('next', flush=True); time.sleep(0.25)"
+    run_worker([sys.executable, "-c", code], threads=1, patience=1.5)
+
+
+def test_a_worker_that_fails_says_why():
+    with pytest.raises(CaptureError, match=r"exit code 1; .*no-such-folder"):
+        run_worker([sys.executable, "-m", "graf.capture.colmap_worker", "no-such-folder"], threads=1, patience=60)
+
+
+def test_of_two_groups_that_do_not_connect_the_largest_is_taken_and_the_rest_is_named():
+    found = read_result(answer(range(7), range(7, 12)), IMAGES, None, NAMES, FILES)
+    assert list(found.photographs.names) == NAMES[:7]
+    assert found.lost == NAMES[7:]
+    assert found.other_models == [5]
+    report = "\n".join(found.report())
+    assert "placed 7 of 12" in report
+    assert "15-20 degrees apart" in report
+    assert "IMG_11.jpg" in report
+
+
+def test_cameras_that_all_stand_in_one_place_are_a_standing_background():
+    with pytest.raises(CaptureError, match=r"background stands still.*turntable"):
+        read_result(answer(range(12), step=0.002), IMAGES, None, NAMES, FILES)
+
+
+def test_matches_that_do_not_move_are_a_standing_background():
+    with pytest.raises(CaptureError, match=r"90% of all matches stand still.*turntable"):
+        read_result(answer(still=900), IMAGES, None, NAMES, FILES)
+
+
+def test_photographs_that_do_not_connect_are_an_error_with_advice():
+    with pytest.raises(CaptureError, match=r"could not be connected \(3 pairs.*textured"):
+        read_result(answer(pairs=3), IMAGES, None, NAMES, FILES)
+
+
+def test_colmaps_cameras_become_the_projects():
+    pose = to_camera_to_world(np.array(camera_from_world(0.0)))
+    np.testing.assert_allclose(pose[:3, 3], (3, 0, 0), atol=1e-12)
+    np.testing.assert_allclose(pose[:3, 2], (1, 0, 0), atol=1e-12)  # looks down -z, at the origin
+    np.testing.assert_allclose(pose[:3, 1], (0, 0, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [
+        (IMAGES[:5], {}, "at least 8"),
+        ([*IMAGES[:9], np.zeros((80, 60, 3), np.uint8)], {}, "one camera with one zoom"),
+        (IMAGES, {"features": "object"}, "need masks"),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_work(images, settings, message, monkeypatch):
+    monkeypatch.setattr(walkaround, "run_worker", lambda *_: pytest.fail("the worker was started"))
+    with pytest.raises(CaptureError, match=message):
+        reconstruct(images, settings=WalkaroundSettings(**settings))
