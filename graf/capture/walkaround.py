@@ -237,9 +237,9 @@ def _follow(lines: queue.Queue[tuple[str, str | None]], said: list[str], patienc
                 open_streams -= 1
             elif kind == "err":
                 said.append(line)
-                counted = re.search(r"\[(\d+)/(\d+)", line)  # "Processed file [3/40]"
-                if bar is not None and counted and int(counted[2]) == total:
-                    bar.update(max(0, int(counted[1]) - bar.n))
+                done = _share_done(line)
+                if bar is not None and done is not None:
+                    bar.update(max(0, round(done * total) - bar.n))
             elif line.startswith("stage "):
                 _, stage, number = line.split()
                 if bar is not None:
@@ -251,6 +251,14 @@ def _follow(lines: queue.Queue[tuple[str, str | None]], said: list[str], patienc
     finally:
         if bar is not None:
             bar.close()
+
+
+def _share_done(line: str) -> float | None:
+    """How far the library is by what it says: "Processed file [3/40]", or "Processing block [1/4, 3/4]"."""
+    if (counted := re.search(r"\[(\d+)/(\d+)(?:, (\d+)/(\d+))?\]", line)) is None:
+        return None
+    outer, outer_total, inner, inner_total = (int(part) for part in counted.groups(default="1"))
+    return (outer - 1 + inner / inner_total) / outer_total
 
 
 def _last_words(said: Sequence[str]) -> str:
