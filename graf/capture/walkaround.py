@@ -50,9 +50,10 @@ class WalkaroundSettings:
     """How cameras are looked for.
 
     features: "scene" uses everything in the pictures, "object" only what is inside the masks, for an object that moved
-    against what is behind it; fov: degrees across the width where it is known; patience: seconds without any sign of
-    progress after which the library is taken for hung; threads: 0 takes the processors that may be used, at most 4; with
-    1 a run repeats itself exactly, with more to about a ten-thousandth of a degree.
+    against what is behind it; ordered: taken one after the other, as a video's frames; fov: degrees across the width
+    where it is known; patience: seconds without any sign of progress after which the library is taken for hung;
+    threads: 0 takes the processors that may be used, at most 4. With one a run repeats itself exactly, with more to
+    about a ten-thousandth of a degree.
     """
 
     features: str = "scene"
