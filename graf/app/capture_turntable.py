@@ -12,7 +12,7 @@ from graf.base.files import replace_file
 from graf.capture.errors import CaptureError
 from graf.capture.frames import FULL_SIDE, Frame, Photographs, Picture, choose_frames, open_source, scan
 from graf.capture.framing import PHONE_FOV, Camera, Framing, cut, frame_masks, frame_whole, picture_side
-from graf.capture.masks import draw_masks, masks_of
+from graf.capture.masks import draw_masks, find_odd_masks, masks_of
 from graf.capture.photo_set import (
     Subject,
     add_photographs,
@@ -93,6 +93,7 @@ def _capture(options: TurntableOptions) -> list[str]:
         *_describe_turn(turn, options),
         f"{subject.name}: {len(frames)} pictures of {side}x{side}, elevation {elevation:g} degrees",
         *_warn_of_guesses(options, frames[0], camera, set_camera),
+        *_warn_of_masks(masks, angles),
         f"wrote {sheet}: the object should be bright in it and everything else dark red",
         f"{options.out} holds {len(all_rows)} photographs of {len(classes)} classes: {', '.join(classes)}",
         *next_steps(config_file),
@@ -149,6 +150,17 @@ def _describe_turn(turn: Turn, options: TurntableOptions) -> list[str]:
             f"note: after {turn.rival:.0f} degrees the object looks much alike; if that is a whole turn, give --turns"
         )
     return lines
+
+
+def _warn_of_masks(masks: Sequence[Picture], angles: Sequence[int]) -> list[str]:
+    odd = find_odd_masks(masks, angles)
+    if not odd:
+        return []
+    places = ", ".join(str(angles[number]) for number in odd[:6])
+    return [
+        f"note: {len(odd)} masks (at {places} degrees) lack what the opposite side has; where the object has the "
+        "colours of what is behind it, hang a plain cloth there"
+    ]
 
 
 def _warn_of_guesses(options: TurntableOptions, frame: Frame, camera: Camera, set_camera: SetCamera) -> list[str]:

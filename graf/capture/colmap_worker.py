@@ -22,6 +22,7 @@ CAMERA_MODEL = "SIMPLE_RADIAL"  # focal length, centre, one coefficient of disto
 MAX_FEATURES = 3000  # of an image; matching costs their square
 MAX_SIDE = 1280  # pixels in which features are looked for
 STILL_PIXELS = 0.004  # of the longer side: a point that moves less between two pictures stands still
+BLOCK = 10  # photographs compared with as many others between two signs of progress
 SMALLEST_MODEL = 5
 MAX_POINTS = 4000
 OVERLAP = 10  # frames to either side that a frame of a video is compared with, and in powers of two beyond
@@ -101,7 +102,9 @@ def match_features(pycolmap: Any, database: Path, job: Job) -> None:
         pairing.overlap, pairing.quadratic_overlap, pairing.loop_detection = OVERLAP, True, False
         pycolmap.match_sequential(database, pairing_options=pairing, **options)
     else:
-        pycolmap.match_exhaustive(database, **options)
+        pairing = pycolmap.ExhaustivePairingOptions()
+        pairing.block_size = BLOCK
+        pycolmap.match_exhaustive(database, pairing_options=pairing, **options)
 
 
 def measure_matches(pycolmap: Any, database: Path) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def measure_matches(pycolmap: Any, database: Path) -> dict[str, Any]:
 def map_incrementally(pycolmap: Any, folder: Path, database: Path, job: Job) -> list[dict[str, Any]]:
     """Reconstructions, the one of most images first: camera, camera-from-world 3 x 4 by name, error, points."""
     options = pycolmap.IncrementalPipelineOptions()
-    options.num_threads = options.mapper.num_threads = job.threads
+    options.num_threads = options.mapper.num_threads = 1  # sums of several threads differ from run to run
     options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = job.seed
     options.min_model_size = SMALLEST_MODEL
     options.extract_colors = False

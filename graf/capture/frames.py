@@ -135,7 +135,7 @@ def choose_frames(seen: Scan, count: int, start: float = 0.0, length: float | No
     available = len(seen) - start if length is None else min(length, len(seen) - start)
     if count > round(available):
         raise CaptureError(
-            f"--frames {count}: there are {round(available)} frames to choose from; ask for fewer, or film a slower turn"
+            f"--frames {count}: there are {round(available)} frames to choose from; ask for fewer, or film slower"
         )
     step = (available - 1) / max(count - 1, 1) if is_open else float(length or 0) / count
     chosen: list[int] = []

@@ -28,6 +28,7 @@ PLAIN = 8.0  # CIE Lab: standard deviation of a background of one colour, uneven
 PLATE_SHARE = 0.4  # of the frames in which a pixel has to be background, so that its colour behind the object is known
 PLATE_SPREAD = 5.0  # grey levels: a background that stands still varies less
 SAME, OTHER = 8.0, 40.0  # grey levels from the background behind: less is background, more is object
+ODD = 0.75  # of the area of the opposite side's outline, which is its mirror image but for perspective and elevation
 SHEET_COLUMNS, SHEET_TILE = 8, 160
 
 
@@ -243,6 +244,17 @@ def _binary(values: Picture) -> Picture:
 def _resize(values: Picture, shape: tuple[int, int]) -> Picture:
     cv2 = import_optional("cv2", "capture")
     return np.asarray(cv2.resize(values, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR))
+
+
+def find_odd_masks(masks: Sequence[Picture], angles: Sequence[float]) -> list[int]:
+    """Numbers of masks of a turn that hold much less than those from the opposite side, whose outlines are alike.
+
+    angles: in degrees, of each mask.
+    """
+    areas = np.array([(mask > 127).sum() for mask in masks], float)
+    places = np.asarray(angles, float)
+    opposite = [int(np.abs((places - place) % 360 - 180).argmin()) for place in places]
+    return np.nonzero(areas < ODD * areas[opposite])[0].tolist()
 
 
 def draw_masks(frames: Sequence[Frame], masks: Sequence[Picture], captions: Sequence[str]) -> Image.Image:

@@ -92,16 +92,16 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
     inner = differences[SHORTEST_TURN:-1]
     is_minimum = (inner <= differences[SHORTEST_TURN - 1 : -2]) & (inner <= differences[SHORTEST_TURN + 1 :])
     minima = [_refine_minimum(differences, SHORTEST_TURN + int(lag)) for lag in np.nonzero(is_minimum)[0]]
-    end = float(differences[-1])
+    last = float(differences[-1])
     # Little enough to be the same view again: less than a few degrees of turning make, if that were a turn.
     alike = [(lag, value) for lag, value in minima if value <= _turned(differences, lag, RETURN_DEGREES)]
     if alike:
         limit = ALIKE * min(value for _, value in alike)
         length = next(lag for lag, value in alike if value <= max(limit, _turned(differences, lag, RETURN_DEGREES / 2)))
-    elif end <= min(_turned(differences, count - 1, NEARLY_DEGREES), FLAT * usual):
+    elif last <= min(_turned(differences, count - 1, NEARLY_DEGREES), FLAT * usual):
         # The turn is not quite over: as far from the first frame as ever the last is, so far it has to go.
         rising = np.maximum.accumulate(differences[: max(2, count // 4)])
-        length = count - 1 + float(np.interp(end, rising, np.arange(len(rising))))
+        length = count - 1 + float(np.interp(last, rising, np.arange(len(rising))))
     elif minima and min(value for _, value in minima) <= FLAT * usual:
         length = min(minima, key=lambda minimum: minimum[1])[0]  # light or camera have changed meanwhile
     else:

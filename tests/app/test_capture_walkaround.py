@@ -1,4 +1,4 @@
-"""`graf capture --walkaround` with cameras that are known: what it makes of them. How they are found is tests/capture's."""
+"""`graf capture --walkaround` with cameras that are known: what is made of them; tests/capture finds them."""
 
 import numpy as np
 import pytest

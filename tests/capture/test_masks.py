@@ -8,7 +8,7 @@ pytest.importorskip("cv2")
 
 from graf.capture.errors import CaptureError
 from graf.capture.frames import Frame
-from graf.capture.masks import draw_masks, mask_of, masks_of
+from graf.capture.masks import draw_masks, find_odd_masks, mask_of, masks_of
 
 
 def overlap(mask, truth):
@@ -37,6 +37,14 @@ def test_a_textured_wall_that_stands_still_is_told_from_the_object(textured_film
     frames, truth = frames_of(textured_film, 2)
     masks = masks_of(frames, "auto", still=True)
     assert np.mean([overlap(mask, true) for mask, true in zip(masks, truth, strict=True)]) > 0.85
+
+
+def test_a_mask_that_lacks_what_the_opposite_side_has_is_found(mug_film):
+    masks = [np.where(mask, np.uint8(255), np.uint8(0)) for mask in mug_film.masks[:40]]
+    angles = 9 * np.arange(40)
+    assert find_odd_masks(masks, angles) == []
+    masks[3] = np.where(np.arange(96)[:, None] < 48, masks[3], 0).astype(np.uint8)
+    assert find_odd_masks(masks, angles) == [3]
 
 
 def test_masks_do_not_depend_on_chance(mug_film):

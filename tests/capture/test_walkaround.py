@@ -88,6 +88,18 @@ def test_signs_of_progress_are_not_taken_for_a_hang():
     run_worker([sys.executable, "-c", code], threads=1, patience=1.5)
 
 
+@pytest.mark.parametrize(
+    ("line", "share"),
+    [
+        ("I2026 feature_extraction.cc:284] Processed file [3/40]", 3 / 40),
+        ("I2026 pairing.cc:213] Processing block [2/4, 1/4]", 5 / 16),
+        ("I2026 timer.cc:90] Elapsed time: 0.056 [minutes]", None),
+    ],
+)
+def test_how_far_the_library_is_is_read_from_what_it_says(line, share):
+    assert walkaround._share_done(line) == (None if share is None else pytest.approx(share))
+
+
 def test_a_worker_that_fails_says_why():
     with pytest.raises(CaptureError, match=r"exit code 1; .*no-such-folder"):
         run_worker([sys.executable, "-m", "graf.capture.colmap_worker", "no-such-folder"], threads=1, patience=60)
