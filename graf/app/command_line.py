@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("graf.app.eval_command:main", "render and score a trained generator"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
     "view": ("graf.app.view_command:main", "look at a trained generator in the browser"),
+    "mesh": ("graf.app.mesh_command:main", "turn an object of a run into a mesh, a point cloud, depth maps"),
     "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
 }
 

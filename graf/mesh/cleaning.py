@@ -54,7 +54,20 @@ def decimate(vertices: Floats, faces: Indices, triangles: int) -> tuple[Floats, 
         return vertices, faces
     simplification = import_optional("fast_simplification", "mesh")
     fewer, corners = simplification.simplify(vertices, faces, target_count=triangles)
-    return np.asarray(fewer, np.float32), np.asarray(corners, np.int32)
+    return _drop_flaps(np.asarray(fewer, np.float32), np.asarray(corners, np.int32))
+
+
+def _drop_flaps(vertices: Floats, faces: Indices) -> tuple[Floats, Indices]:
+    """Without pairs of triangles that lie back to back, between which there is nothing, and without lone vertices."""
+    ordered = np.sort(faces, axis=1)
+    _, group = np.unique(ordered, axis=0, return_inverse=True)
+    # cyclic orders of three corners are two, which the smallest corner's successor tells apart
+    successor = np.take_along_axis(np.roll(faces, -1, axis=1), faces.argmin(axis=1)[:, None], axis=1)[:, 0]
+    balance = np.bincount(group.ravel(), np.where(successor == ordered[:, 1], 1, -1))
+    faces = faces[balance[group.ravel()] != 0]
+    used = np.zeros(len(vertices), np.bool_)
+    used[faces] = True
+    return vertices[used], (np.cumsum(used, dtype=np.int32) - np.int32(1))[faces]
 
 
 def _select(vertices: Floats, faces: Indices, kept: NDArray[np.bool_]) -> tuple[Floats, Indices]:

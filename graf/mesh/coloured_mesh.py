@@ -40,11 +40,13 @@ class ColouredMesh:
 
 
 def is_watertight(faces: NDArray[Any]) -> bool:
-    """Whether every edge of faces (F, 3) is passed once in each direction, so that it has two triangles that agree."""
+    """Whether every edge of faces (F, 3) is passed as often in one direction as in the other: they enclose a volume.
+
+    Four triangles may share an edge, as decimation leaves it where a wall had no thickness.
+    """
     edges = directed_edges(faces)
     forth, back = (np.sort(_edge_keys(*pair)) for pair in (edges, edges[::-1]))
-    distinct = len(forth) > 0 and bool((forth[1:] != forth[:-1]).all())
-    return distinct and bool((forth == back).all())
+    return len(forth) > 0 and bool((forth == back).all())
 
 
 def directed_edges(faces: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from graf.base.errors import UserError
 from graf.base.extras import import_optional
 from graf.mesh.coloured_mesh import Floats, Indices
+from graf.runtime.logs import progress_bar
 
 #: densities >= 0 (N,) at points (N, 3), both float32 on the CPU
 DensityFunction = Callable[[Tensor], Tensor]
@@ -84,20 +85,24 @@ class Grid:
         return (indices - 1) * self.cell - self.radius
 
 
-def extract_surface(density: DensityFunction, level: float, grid: Grid) -> tuple[Floats, Indices]:
+def extract_surface(
+    density: DensityFunction, level: float, grid: Grid, progress: bool = False
+) -> tuple[Floats, Indices]:
     """The surface where the density is `level`: vertices (V, 3) in world units and outward faces (F, 3); watertight.
 
     The density counts as 0 outside of the grid's cube. Raises EmptySurface where there is none, MissingExtra without
-    scikit-image.
+    scikit-image. progress: show a bar.
     """
     if not level > 0:
         raise UserError(f"level={level}: expected a density above 0")
     measure = import_optional("skimage.measure", "mesh")
     merged = _MergedSlabs()
-    for first, values in _signed_slabs(density, level, grid):
-        if values.min() < 0 < values.max():
-            vertices, faces, _, _ = measure.marching_cubes(values, 0.0, gradient_direction="ascent")
-            merged.append(first, values.shape[0] - 1, vertices, faces)
+    with progress_bar(total=grid.padded_points - 1, desc="marching", unit="layer", disable=not progress) as bar:
+        for first, values in _signed_slabs(density, level, grid):
+            if values.min() < 0 < values.max():
+                vertices, faces, _, _ = measure.marching_cubes(values, 0.0, gradient_direction="ascent")
+                merged.append(first, len(values) - 1, vertices, faces)
+            bar.update(len(values) - 1)
     vertices, faces = merged.joined()
     if not len(faces):
         raise EmptySurface(
