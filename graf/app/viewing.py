@@ -27,7 +27,7 @@ from graf.evaluation.pictures import Picture, to_uint8
 from graf.runtime.logs import logger, setup_console
 from graf.viewer.exhibit import Exhibit, Photograph
 from graf.viewer.follow import EVERY, Follower
-from graf.viewer.server import LOCAL_HOSTS, ViewerServer
+from graf.viewer.server import LOCAL_HOSTS, ViewerServer, import_viser
 
 #: training cameras of a class that are shown, evenly chosen, and the side of their thumbnails in pixels
 CAMERAS_PER_CLASS, THUMBNAIL = 24, 64
@@ -88,6 +88,7 @@ def view_run(options: ViewOptions) -> int:
 def start_viewer(options: ViewOptions) -> tuple[ViewerServer, Follower | None]:
     """The running page of a run and, with --follow, what brings it new checkpoints; both want to be stopped."""
     setup_console()
+    import_viser()  # what is missing is told before a run is opened
     if options.host not in LOCAL_HOSTS:
         logger.warning(
             "--host %s: whoever reaches this address can use the viewer: there is no password, and nothing is "

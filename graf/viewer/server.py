@@ -39,6 +39,11 @@ STATUS_EVERY = 0.5
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
+def import_viser() -> Any:
+    """The package that makes the page. Raises MissingExtra where it is not installed."""
+    return import_optional("viser", "viewer")
+
+
 @dataclass(frozen=True)
 class Asked:
     """One picture that a client wants."""
@@ -162,7 +167,7 @@ class ViewerServer:
     """
 
     def __init__(self, exhibit: Exhibit, host: str = "127.0.0.1", port: int = 8080) -> None:
-        viser = import_optional("viser", "viewer")
+        viser = import_viser()
         self.exhibit = exhibit
         self._clients: dict[int, Client] = {}
         self._lock = threading.Lock()

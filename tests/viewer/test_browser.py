@@ -293,6 +293,15 @@ def test_pictures_and_camera_paths_are_saved_as_files(page):
     page.page.get_by_text("keyframes: 0").wait_for()
 
 
+def test_the_object_is_exported_as_a_mesh(page):
+    pytest.importorskip("skimage")
+    page.choose("mesh resolution", "64")
+    with page.page.expect_download() as download:
+        page.click("export mesh")
+    assert download.value.suggested_filename == "car.glb"
+    assert download.value.path().read_bytes()[:4] == b"glTF"
+
+
 def test_newer_weights_are_shown_to_whoever_is_connected(page, server):
     former, title = server.exhibit.renderer, server.exhibit.title
     changed = replace(former, cameras=replace(former.cameras))

@@ -132,6 +132,12 @@ def test_options_out_of_range_are_told(changes, complaint):
         ViewOptions(**changes)
 
 
+def test_a_missing_extra_is_one_line_that_names_the_command(restored_process, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "viser", None)
+    assert main(["nowhere"]) == 1
+    assert capsys.readouterr().err.endswith('viser is not installed; run: pip install "graf-ccsr[viewer]"\n')
+
+
 def test_a_run_that_is_not_there_is_told(restored_process, capsys):
     assert main(["nowhere"]) == 1
     assert "nowhere: no run is there" in capsys.readouterr().err
