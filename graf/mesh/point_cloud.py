@@ -65,8 +65,8 @@ def write_depth_maps(shape: FieldOfObject, azimuths: int, resolution: int, folde
     for view in _one_by_one(views):
         rays = shape.renderer.rays(view, resolution).to("cpu")
         distance = meet_rays(shape.density, rays).distance
-        depth = torch.where(torch.isfinite(distance), distance * rays.axis_cosine[..., 0], 0.0)
-        depths.append(depth.view(resolution, resolution).numpy())
+        along_axis = torch.where(torch.isfinite(distance), distance * rays.axis_cosine[..., 0], 0.0)
+        depths.append(along_axis.view(resolution, resolution).numpy())
     max_depth = max(float(depth.max()) for depth in depths) or 1.0
     for number, (view, depth) in enumerate(zip(_one_by_one(views), depths, strict=True)):
         file = folder / f"{number:03d}.png"
