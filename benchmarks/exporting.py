@@ -26,7 +26,7 @@ from graf.sharing.programs import draw_inputs
 
 #: name -> shipped configuration and overrides
 KINDS = {
-    "mlp, 8 x 256 (carla)": ("carla"),
+    "mlp, 8 x 256 (carla)": ("carla",),
     "siren, 8 x 256": ("carla", "nerf.field=siren"),
     "triplane, table (toys)": ("toys",),
     "triplane, synthesis (default)": ("default",),
