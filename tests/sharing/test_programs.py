@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from graf.sharing import programs
-from graf.sharing.programs import ExportError, WholeField, draw_inputs, write_onnx, write_torch_program
+from graf.sharing.programs import Differences, ExportError, WholeField, draw_inputs, write_onnx, write_torch_program
 
 SIZES = ((2, 5, 3), (1, 1, 1), (4, 9, 2))
 META = {"classes": ["car", "duck", "mug"], "near": 2.5}
@@ -24,7 +24,9 @@ def expected_of(renderer, inputs):
 def test_the_torch_program_is_the_field_at_any_size(any_renderer, tmp_path):
     field = any_renderer.generator.field
     differences = write_torch_program(tmp_path / "field.pt2", field, 3, META)
-    assert max(differences.rgb, differences.density) <= 1e-5
+    assert differences.are_small
+    assert differences.rgb <= 1e-5
+    assert 1 < differences.largest_density < 100
     extra = {"graf.json": ""}
     program = torch.export.load(tmp_path / "field.pt2", extra_files=extra).module()
     assert json.loads(extra["graf.json"]) == META
@@ -38,7 +40,9 @@ def test_the_onnx_model_is_the_field_at_any_size_and_names_its_dimensions(any_re
     pytest.importorskip("onnxscript")
     field = any_renderer.generator.field
     differences = write_onnx(tmp_path / "field.onnx", field, 3, META)
-    assert max(differences.rgb, differences.density) <= 1e-5
+    assert differences.are_small
+    assert differences.rgb <= 1e-5
+    assert 1 < differences.largest_density < 100
     model = onnx.load(tmp_path / "field.onnx")
     assert json.loads({entry.key: entry.value for entry in model.metadata_props}["graf"]) == META
     session = onnxruntime.InferenceSession(str(tmp_path / "field.onnx"), providers=["CPUExecutionProvider"])
@@ -79,7 +83,7 @@ def test_a_program_that_differs_by_more_than_1e_5_is_not_written(make_renderer, 
     monkeypatch.setattr(programs, "_trace", trace_another)
     path = tmp_path / "field.pt2"
     path.write_bytes(b"an earlier one")
-    with pytest.raises(ExportError, match=r"field.pt2: not written: largest difference .* at most 1e-05 was expected"):
+    with pytest.raises(ExportError, match=r"pt2: not written: largest difference .* at most 1e-05 of each was"):
         write_torch_program(path, make_renderer().generator.field, 3, META)
     assert path.read_bytes() == b"an earlier one"
 
@@ -94,3 +98,19 @@ def test_a_program_whose_sizes_are_fixed_is_not_written(make_renderer, tmp_path)
 def test_weights_of_another_precision_are_exported_in_float32(make_renderer):
     whole = WholeField(make_renderer().generator.field.double())
     assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("rgb", "density", "largest", "expected"),
+    [
+        (1e-5, 1e-5, 0.0, True),
+        (1e-5, 0.9e-3, 100.0, True),
+        (1.1e-5, 0.0, 100.0, False),
+        (0.0, 1.1e-5, 0.5, False),
+        (0.0, 1.1e-3, 100.0, False),
+        (float("nan"), 0.0, 1.0, False),
+        (0.0, float("nan"), 1.0, False),
+    ],
+)
+def test_colours_are_held_to_1e_5_and_densities_to_that_share_of_the_largest(rgb, density, largest, expected):
+    assert Differences(rgb, density, largest).are_small is expected
