@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ def test_every_command_of_the_tutorial_works_in_its_order(tmp_path):
         words = shlex.split(f"{command} {shorter}")
         python = [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", *words]
         if command.startswith("graf view") and "--html" not in command:
-            assert_serves([*python, "--port", "0"], tmp_path, environment)
+            assert_serves([*python, "--port", str(free_port())], tmp_path, environment)
             continue
         result = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
@@ -52,6 +53,12 @@ def test_every_command_of_the_tutorial_works_in_its_order(tmp_path):
         "card/README.md",
     ]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def assert_serves(command: list[str], cwd: Path, environment: dict[str, str]) -> None:
