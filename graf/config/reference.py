@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from graf.config.schema import Config, Section
 
@@ -68,7 +67,7 @@ def _section_of(info: FieldInfo) -> type[BaseModel] | None:
 
 
 def _describe_key(key: str, info: FieldInfo) -> str:
-    default = "required" if info.default is PydanticUndefined else f"`{_spell(info.default)}`"
+    default = "required" if info.is_required() else f"`{_spell(info.default)}`"
     kind = _describe_type(info.annotation, info.metadata)
     cells = [f"`{key}`", kind, default, info.description or ""]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graf import __version__
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
 from graf.mesh.coloured_mesh import ColouredMesh, Floats, face_normals
 
-GENERATOR = f"graf {__version__}"
+GENERATOR = "graf"
 AXES = "z up, front towards +x; unit: one world unit, the object lies inside of the unit sphere"
 GLTF_AXES = "y up, front towards +z; unit: one metre is one world unit, the object lies inside of the unit sphere"
 #: numbers of glTF's specification
