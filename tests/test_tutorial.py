@@ -18,13 +18,13 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TUTORIAL, re.DOTALL
 
 #: what makes a command quick enough for a test, by how it begins
 SHORTER = {
-    "python -m benchmarks.videos": "--size 128 --frames 36",
-    "graf capture": "--frames 24",
+    "python -m benchmarks.videos": "--size 96 --frames 24",
+    "graf capture": "--frames 16",
     "graf train": "--max_iterations 2 data.imsize=32 nerf.plane_resolution=16 nerf.density_scale=20 "
     "training.fid_every=0 training.monitoring=[]",
     "graf mesh": "--resolution 24 --level 1",
     "graf view results/photos --html": "--resolution 24",
-    "graf card": "--frames 4",
+    "graf card": "--frames 0",
 }
 
 

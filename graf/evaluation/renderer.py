@@ -505,10 +505,12 @@ class Renderer:
         self, evaluate: Callable[..., tuple[Tensor, ...]], places: Tensor, z: Tensor, class_idx: Tensor
     ) -> tuple[Tensor, ...]:
         """`evaluate` of one object at places (1 or 2, N, 3), as many at once as a chunk of rays has samples."""
-        step, parts = self.generator.chunk * self.generator.sampling.total, []
+        count, step, parts = places.shape[1], self.generator.chunk * self.generator.sampling.total, []
+        if not count:  # one place says what is found, though there is nothing to be found
+            return tuple(found[:0] for found in self._in_chunks(evaluate, torch.zeros(len(places), 1, 3), z, class_idx))
         with self.precision.autocast():
             codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
-            for start in range(0, max(places.shape[1], 1), step):
+            for start in range(0, count, step):
                 part = places[:, start : start + step].to(self.device, torch.float32)
                 parts.append([values.float().cpu() for values in evaluate(codes, *part[:, None])])
         return tuple(map(torch.cat, zip(*parts, strict=True)))

@@ -107,6 +107,7 @@ def test_a_folder_that_exists_is_left_alone_and_a_failure_leaves_none(make_rende
     renderer = make_renderer()
     z, views = renderer.codes(0, range(1))[0], views_around(renderer, 0, 2)
     (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine.txt").touch()
     with pytest.raises(UserError, match="exists already"):
         write_transforms(tmp_path / "set", renderer, z, views)
     monkeypatch.setattr("graf.sharing.transforms.save_png", lambda *_: (_ for _ in ()).throw(OSError("full")))
