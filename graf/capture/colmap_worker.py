@@ -8,7 +8,10 @@ error the library's own words. COLMAP: Schönberger & Frahm, "Structure-from-mot
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,16 @@ class Job:
     seed: int
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process when the program that started it is gone, as after SIGTERM: nobody waits for the result."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def main(arguments: list[str]) -> int:
     """Work on the folder named; the exit code is 0 also where nothing could be reconstructed."""
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     folder = Path(arguments[0])
     job = Job(**json.loads((folder / JOB_FILE).read_text(encoding="utf-8")))
     pycolmap = import_optional("pycolmap", "capture")

@@ -1,7 +1,9 @@
 """Cameras from photographs alone: a real reconstruction with known truth, and what is said where there can be none."""
 
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from graf.capture.errors import CaptureError
 from graf.capture.posed import centre_on_object
 from graf.capture.walkaround import WalkaroundSettings, read_result, reconstruct, run_worker, to_camera_to_world
 
+ROOT = Path(__file__).resolve().parents[2]
 COUNT = 12
 IMAGES = [np.zeros((60, 80, 3), np.uint8)] * COUNT
 NAMES = [f"IMG_{number}.jpg" for number in range(COUNT)]
@@ -150,3 +153,32 @@ def test_what_cannot_work_is_said_before_any_work(images, settings, message, mon
     monkeypatch.setattr(walkaround, "run_worker", lambda *_: pytest.fail("the worker was started"))
     with pytest.raises(CaptureError, match=message):
         reconstruct(images, settings=WalkaroundSettings(**settings))
+
+
+def test_the_worker_goes_when_the_program_that_started_it_is_killed():
+    worker = (
+        "import os; from graf.capture.colmap_worker import end_with_parent\n"
+        "parent = os.getppid(); print('ready', flush=True); end_with_parent(parent)"
+    )
+    program = (
+        "import subprocess, sys, time\n"
+        f"process = subprocess.Popen([sys.executable, '-c', {worker!r}])\n"
+        "print(process.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        number = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_alive(number) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(number)
+
+
+def is_alive(number: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
