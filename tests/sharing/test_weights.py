@@ -50,7 +50,7 @@ def test_other_programs_read_the_tensors_and_the_strings(file, objects):
     assert (metadata["format"], metadata["graf_format"]) == ("pt", "1")
 
 
-def refuse(path, expected: str) -> None:
+def assert_refused_in_one_line(path, expected: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_weights(path)
     message = str(caught.value)
@@ -63,7 +63,7 @@ def refuse(path, expected: str) -> None:
 def test_a_file_that_is_cut_short_is_one_line(file, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    refuse(file, "cannot be read: it is cut short or no safetensors file")
+    assert_refused_in_one_line(file, "cannot be read: it is cut short or no safetensors file")
 
 
 def test_any_flipped_bit_is_noticed(file):
@@ -96,7 +96,7 @@ def rewrite(file, **changes: str | None) -> None:
 )
 def test_other_metadata_is_one_line(file, changes, expected):
     rewrite(file, **changes)
-    refuse(file, expected)
+    assert_refused_in_one_line(file, expected)
 
 
 @pytest.mark.parametrize("meaning", ["[" * 100_000, "nonsense", "[1]", "null"])
@@ -104,14 +104,14 @@ def test_a_description_that_is_none_is_one_line_though_its_hash_is_right(file, m
     header = {"format": "pt", "graf_format": "1", "graf": meaning}
     tensors = safetensors.load_file(file)
     safetensors.save_file(tensors, file, header | {"sha256": weights._hash(tensors, header)})
-    refuse(file, "its description of the run is")
+    assert_refused_in_one_line(file, "its description of the run is")
 
 
 def test_a_changed_shape_is_noticed(file):
     content = file.read_bytes()
     assert content.count(b"[4,3]") == 1
     file.write_bytes(content.replace(b"[4,3]", b"[3,4]"))
-    refuse(file, "is not what was written")
+    assert_refused_in_one_line(file, "is not what was written")
 
 
 def test_a_foreign_file_is_one_line(tmp_path):
@@ -126,4 +126,4 @@ def test_a_foreign_file_is_one_line(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             read_weights(path)
         assert "\n" not in str(caught.value)
-    refuse(tmp_path / "none.safetensors", "no such file of weights")
+    assert_refused_in_one_line(tmp_path / "none.safetensors", "no such file of weights")
