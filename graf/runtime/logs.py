@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from graf.base.files import write_atomically
-from graf.runtime.trackers import RESERVED, TRACKERS, Trackers
+from graf.runtime.trackers import RESERVED, TRACKERS, Trackers, read_row
 
 logger = logging.getLogger("graf")
 
@@ -199,21 +199,10 @@ def drop_rows_after(path: Path, iteration: int, scored: int | None = None) -> No
     lines = content.decode("utf-8", errors="replace").splitlines()
     limits = {"scores": iteration if scored is None else scored}
     kept = [
-        line for line in lines if (row := _read_row(line)) and row["iteration"] <= limits.get(row["kind"], iteration)
+        line for line in lines if (row := read_row(line)) and row["iteration"] <= limits.get(row["kind"], iteration)
     ]
     if len(kept) == len(lines) and content.endswith(b"\n" if lines else b""):
         return
     write_atomically(path, "".join(f"{line}\n" for line in kept))
     if len(kept) < len(lines):
         logger.info("%s: %d lines past iteration %d dropped", path, len(lines) - len(kept), iteration)
-
-
-def _read_row(line: str) -> dict[str, Any] | None:
-    """A row with its iteration and kind; None where the line is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-        return None
-    return {**row, "kind": str(row.get("kind", ""))}

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,17 @@ from graf.base.extras import MissingExtra, import_optional
 PROJECT = "graf"
 #: keys of a row of metrics.jsonl that are no scalars
 RESERVED = {"iteration", "time", "kind"}
+
+
+def read_row(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, with its iteration and kind; None where it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        return None
+    return {**row, "kind": str(row.get("kind", ""))}
 
 
 class Tracker(Protocol):
@@ -61,11 +72,8 @@ class TensorBoard:
                 self._write_again(line, start)
 
     def _write_again(self, line: str, iteration: int) -> None:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if isinstance(row, dict) and row.get("iteration") == iteration:
+        row = read_row(line)
+        if row is not None and row["iteration"] == iteration:
             for name in row.keys() - RESERVED:
                 with suppress(TypeError, ValueError):  # no number: not written by this program
                     self._writer.add_scalar(name, float(row[name]), iteration)
