@@ -13,16 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from graf.app import hooks, training_run
+from graf.config import Config
 from graf.evaluation.fidelity import read_scores
 from graf.evaluation.renderer import Renderer
 from graf.models.generator import Generator
 from graf.runtime.checkpoint import SaveError, read_checkpoint
+from graf.runtime.memory_settings import MemorySettings
 from graf.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,10 +270,11 @@ def test_a_second_copy_stops_at_once_and_says_who_is_there(run_in_group, train, 
     assert train(*BARE, "--max_iterations", "1") == 0  # released by kill -9
 
 
-def test_torchrun_is_refused(train, monkeypatch, capsys):
+def test_an_environment_of_several_processes_that_is_not_whole_is_refused(train, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
     assert train(*BARE) == 1
-    assert "WORLD_SIZE=2: training in several processes is not supported" in capsys.readouterr().err
+    assert "WORLD_SIZE=2, but RANK is not set: start with torchrun" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -415,7 +419,12 @@ def test_a_checkpoint_of_an_older_format_lets_the_budget_decide(train, tmp_path,
         del contents["objects"][name]
     torch.save(contents | {"format": 2}, file)
     asked: list[str] = []
-    monkeypatch.setattr(training_run, "apply_budget", lambda config, *_, **__: asked.append(config.expname))
+
+    def note(config: Config, trainer: Trainer, *_: Any) -> MemorySettings:
+        asked.append(config.expname)
+        return trainer.memory
+
+    monkeypatch.setattr(training_run, "choose_for_budget", note)
     assert train(*keys, "--max_iterations", "2") == 0
     assert asked == ["smoke"]
 
@@ -424,11 +433,16 @@ def test_a_budget_is_decided_once_and_again_when_asked(train, monkeypatch, capsy
     keys = (*BARE, "training.memory_budget=2GiB")
     assert train(*keys, "--max_iterations", "1") == 0
     assert "the fastest that fits training.memory_budget=2GiB" in capsys.readouterr().out
-    monkeypatch.setattr(training_run, "apply_budget", lambda *_, **__: pytest.fail("decided again"))
+    monkeypatch.setattr(training_run, "choose_for_budget", lambda *_, **__: pytest.fail("decided again"))
     assert train(*keys, "--max_iterations", "2") == 0
     assert "the fastest that fits" not in capsys.readouterr().out
     asked: list[str] = []
-    monkeypatch.setattr(training_run, "apply_budget", lambda config, *_, **__: asked.append(config.expname))
+
+    def note(config: Config, trainer: Trainer, *_: Any) -> MemorySettings:
+        asked.append(config.expname)
+        return trainer.memory
+
+    monkeypatch.setattr(training_run, "choose_for_budget", note)
     assert train(*BARE, "--memory_budget", "2GiB", "--max_iterations", "3") == 0
     assert asked == ["smoke"]
 

@@ -42,6 +42,7 @@ from graf.models.rrdb import RRDBTrunk, load_esrgan_weights
 from graf.models.siren_field import SirenField, SirenShape
 from graf.models.triplane_field import TriplaneField, TriplaneShape
 from graf.runtime.amp import Precision
+from graf.runtime.distributed import Processes
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
@@ -117,9 +118,13 @@ def check_batch_size(config: Config, num_images: int) -> None:
 
 
 def build_loader(
-    config: Config, photographs: PhotoDataset, start_iteration: int = 0, pin_memory: bool = False
+    config: Config,
+    photographs: PhotoDataset,
+    start_iteration: int = 0,
+    pin_memory: bool = False,
+    share: Callable[[int], range] = range,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Endless batches of photographs, beginning with that of an iteration."""
+    """Endless batches of photographs, beginning with that of an iteration; share: which places of each batch."""
     training = config.training
     return make_loader(
         photographs,
@@ -130,6 +135,7 @@ def build_loader(
         start_iteration=start_iteration,
         pin_memory=pin_memory,
         repeats=balance_instances(photographs.labels) if training.match_views else None,
+        share=share,
     )
 
 
@@ -417,10 +423,11 @@ def build_trainer(
     precision: Precision,
     device: torch.device,
     pretrained: bool = True,
+    processes: Processes | None = None,
 ) -> Trainer:
     """The networks of a configuration, on `device`, and the trainer that plays them against each other.
 
-    pretrained: as in :func:`build_ccsr`.
+    pretrained: as in :func:`build_ccsr`; processes: those that train together, one by default.
     """
     ccsr = build_ccsr(config, pretrained)
     generator = build_generator(config, dataset_info)
@@ -429,7 +436,7 @@ def build_trainer(
         if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved
             network.to(device)
     memory, caster = build_memory_settings(config), build_caster(config, dataset_info)
-    return Trainer(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr)
+    return Trainer(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr, processes)
 
 
 @contextmanager

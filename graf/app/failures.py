@@ -17,9 +17,13 @@ from graf.base.files import write_atomically
 
 @dataclass
 class ErrorLog:
-    """error.log of a run folder, which a command names as soon as it knows it."""
+    """error.log of a run folder, which a command names as soon as it knows it.
+
+    tells: whether this process prints the failure; of several that one has ended, only one does.
+    """
 
     folder: Path | None = None
+    tells: Callable[[Exception], bool] = lambda error: True
 
     def keep(self, error: Exception) -> str:
         """Write the traceback; returns where it is, or how to see it."""
@@ -53,6 +57,8 @@ def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted:
             where = "its traceback is above" if debug and log.folder is None else log.keep(error)
             what = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
             message = f"unexpected {what} ({where})"
+        if not log.tells(error):
+            return 1
         print(f"error: {message}", file=sys.stderr)
         return 1
 

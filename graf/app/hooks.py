@@ -1,6 +1,7 @@
 """What happens between training steps: logging, sample grids, scores, checkpoints, stopping.
 
-train.py injects these.
+train.py injects these. Of several processes every one calls every hook: what they share (renders, sums) is done by all,
+what is written by the first one, and what depends on time, signals or files is agreed on before anybody acts on it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graf.app import builders
@@ -22,12 +24,13 @@ from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.consistency import ConsistencyTask
-from graf.evaluation.fidelity import is_better, write_scores
-from graf.evaluation.grids import Showcase, draw_showcase, render_showcase
+from graf.evaluation.fidelity import Scores, is_better, write_scores
+from graf.evaluation.grids import Showcase, colour_rows, render_showcase, tile_showcase
 from graf.evaluation.pictures import save_png
 from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask, ValidationTask
 from graf.runtime.checkpoint import SaveError, checkpoint_name, prune_checkpoints, save_checkpoint
+from graf.runtime.distributed import Processes
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
 from graf.runtime.memory import CacheRelease, read_memory
@@ -68,7 +71,9 @@ class LogHook:
         progress, training = trainer.progress, trainer.config.training
         self.caches.after_step(progress.iteration)
         if is_due(progress.iteration, training.print_every) or progress.iteration == 1:
-            self._write(trainer, statistics)
+            trainer.share_statistics()
+            if trainer.processes.is_first:
+                self._write(trainer, trainer.latest)
         progress.logged = progress.iteration
 
     def catch_up(self, trainer: Trainer) -> None:
@@ -114,7 +119,7 @@ class SampleHook:
         if self._is_due(trainer):
             watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
             with watch, trainer.profiler.phase("sample"):
-                self.write(trainer.progress.iteration)
+                self.write(trainer.progress.iteration, trainer.processes)
             trainer.progress.sampled = trainer.progress.iteration
             self._measured = True
             self.caches.after_phase()
@@ -129,16 +134,24 @@ class SampleHook:
         every, early = training.sample_every, iteration in EARLY_SAMPLES and iteration < training.sample_every
         return every > 0 and iteration > 0 and (early or is_due(iteration, every) or _is_last(trainer))
 
-    def write(self, iteration: int) -> None:
-        """Render and save the grids of this iteration."""
+    def write(self, iteration: int, processes: Processes) -> None:
+        """Render the grids of this iteration, a share of the objects in each process, and save them."""
+        own = self.showcase[processes.share(len(self.showcase))]
+        shares = processes.gather(processes.together(lambda: self._render(own)))
+        processes.by_first(lambda: self._save(iteration, shares))
+
+    def _render(self, showcase: Showcase) -> dict[str, Tensor]:
         caster = self.renderer.caster
-        rows = render_showcase(self.renderer, self.showcase, super_resolve=self.renderer.ccsr is not None)
+        rows = render_showcase(self.renderer, showcase, super_resolve=self.renderer.ccsr is not None)
+        return colour_rows(rows, caster.near, caster.far)
+
+    def _save(self, iteration: int, shares: list[dict[str, Tensor]]) -> None:
         names = [self.renderer.classes[index] for index in self.showcase.class_idx.tolist()]
         columns = [f"{360 * float(u):.0f}" for u in self.showcase.u]
-        grids = draw_showcase(rows, self.showcase.columns, caster.near, caster.far, names, columns)
-        for name, picture in grids.items():
-            save_png(self.folder.samples / _grid_name(name, iteration), picture)
-            self.log.image(iteration, f"samples/{name}", picture)
+        whole = {kind: torch.cat([share[kind] for share in shares if share]) for kind in shares[0] or shares[-1]}
+        for kind, picture in tile_showcase(whole, self.showcase.columns, names, columns).items():
+            save_png(self.folder.samples / _grid_name(kind, iteration), picture)
+            self.log.image(iteration, f"samples/{kind}", picture)
 
 
 @dataclass
@@ -175,8 +188,15 @@ class ScoreHook:
     def _score(self, trainer: Trainer) -> None:
         iteration = trainer.progress.iteration
         provenance = {"iteration": iteration, "ema": trainer.config.training.model_average_beta > 0}
+        found: dict[str, Scores] = {}
         for output, photographs in self.photographs.items():
-            scores = self.task.score(output, photographs, photographs.fingerprint(), provenance)
+            found[output] = self.task.score(output, photographs, photographs.fingerprint(), provenance)
+        trainer.processes.by_first(lambda: self._keep(trainer, found))
+
+    def _keep(self, trainer: Trainer, found: Mapping[str, Scores]) -> None:
+        """Measure the rest, write everything down and save the best."""
+        iteration = trainer.progress.iteration
+        for output, scores in found.items():
             if output == "render" and self.validation is not None:
                 scores = replace(scores, values=scores.values | self.validation.measure())
             write_scores(self.folder.path, scores)
@@ -212,16 +232,27 @@ class CheckpointHook:
     _saved: tuple[int, ...] = ()
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        training = trainer.config.training
-        if time.monotonic() - self._last >= training.save_every or _is_last(trainer):
+        training, processes = trainer.config.training, trainer.processes
+        is_time = processes.any(processes.is_first and time.monotonic() - self._last >= training.save_every)
+        if is_time or _is_last(trainer):
             self.save_reached(trainer)
-        self._save_backup(trainer)
+        elif is_due(trainer.progress.iteration, training.backup_every):
+            trainer.share_statistics()
+            self._save_backup(trainer)
 
     def save_reached(self, trainer: Trainer) -> None:
+        """Save what has been reached, by all processes; :meth:`save_alone` says what."""
+        trainer.share_statistics()
+        self.save_alone(trainer)
+
+    def save_alone(self, trainer: Trainer) -> None:
         """Save model_XXXXXXXX.pt of this iteration, unless it holds all that there is, and drop the oldest ones.
 
-        A backup that is due is saved too, where a stop came before it.
+        A backup that is due is saved too, where a stop came before it. After a failure of one process the others are
+        not asked.
         """
+        if not trainer.processes.is_first:
+            return
         progress = trainer.progress
         reached = (progress.iteration, progress.logged, progress.sampled, progress.scored)
         if reached != self._saved:
@@ -232,6 +263,8 @@ class CheckpointHook:
 
     def _save_backup(self, trainer: Trainer) -> None:
         iteration = trainer.progress.iteration
+        if not trainer.processes.is_first:
+            return
         name = checkpoint_name(iteration).replace("model_", "backup_")
         if is_due(iteration, trainer.config.training.backup_every) and not (self.folder.checkpoints / name).exists():
             self.save(trainer, name)
@@ -271,9 +304,11 @@ class StopHook:
     started: float
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
-        self.request.leave_if_asked()
-        minutes = trainer.config.training.max_minutes
-        if minutes is not None and time.monotonic() - self.started >= 60 * minutes:
+        processes, minutes = trainer.processes, trainer.config.training.max_minutes
+        processes.together(self.request.leave_if_asked)
+        if minutes is None:
+            return
+        if processes.any(processes.is_first and time.monotonic() - self.started >= 60 * minutes):
             trainer.stop_reason = f"training.max_minutes={minutes:g} have passed"
 
 

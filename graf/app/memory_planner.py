@@ -175,28 +175,31 @@ def resolve_budget(text: str, device: torch.device) -> int:
     return round(USABLE_SHARE * usable)
 
 
-def apply_budget(config: Config, trainer: Trainer, dataset_info: DatasetInfo, offline_features: bool) -> Plan | None:
-    """Give a trainer what training.memory_budget asks for, and say so in one line; None without a budget."""
-    if config.training.memory_budget is None:
-        return None
+def choose_for_budget(
+    config: Config, trainer: Trainer, dataset_info: DatasetInfo, offline_features: bool
+) -> MemorySettings:
+    """What training.memory_budget, which has to be there, asks of each process; said in one line."""
+    text = config.training.memory_budget
+    assert text is not None
+    share = trainer.processes.largest_share(config.training.batch_size)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"batch_size": share})})
     started = time.monotonic()
     device = trainer.device
-    budget = resolve_budget(config.training.memory_budget, device)
+    budget = resolve_budget(text, device)
     if offline_features:
         evaluation = config.evaluation.model_copy(update={"feature_extractor": "offline"})
         config = config.model_copy(update={"evaluation": evaluation})
     plan = choose_settings(StepPlanner(config, dataset_info, trainer.objective.precision, device.type), budget)
-    trainer.use(plan.settings)
     logger.info(
         "memory: %s, the fastest that fits training.memory_budget=%s (%s): %s predicted, %s (%.0f s)",
         plan.settings,
-        config.training.memory_budget,
+        text,
         format_bytes(budget),
         format_bytes(plan.peak),
         describe_margin(device.type),
         time.monotonic() - started,
     )
-    return plan
+    return plan.settings
 
 
 # ---------------------------------------------------------------------------------------------------- text

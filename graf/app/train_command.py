@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
             program=program,
             errors=errors,
         )
-        return 0 if finished or options.exit_zero_when_stopped else EXIT_STOPPED
+        # to torchrun every other code is a failure, after which it would start the processes again
+        is_zero = finished or options.exit_zero_when_stopped or "TORCHELASTIC_RUN_ID" in os.environ
+        return 0 if is_zero else EXIT_STOPPED
 
     interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
     return run_command(command, debug=options.debug, interrupted=interrupted)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from graf.app import builders, hooks, resuming
 from graf.app.builders import DatasetInfo
 from graf.app.failures import ErrorLog
 from graf.app.loading import read_dataset_info, read_meta
-from graf.app.memory_planner import apply_budget
+from graf.app.memory_planner import choose_for_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
 from graf.app.tuned_run import refuse_tuned
@@ -27,10 +27,11 @@ from graf.evaluation.extractor import Extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import Precision, choose_precision
-from graf.runtime.checkpoint import restore
+from graf.runtime.checkpoint import read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device
+from graf.runtime.distributed import Launch, Processes
 from graf.runtime.interrupt import Stopped, StopRequest
-from graf.runtime.logs import RunLog, drop_rows_after, logger, setup_console
+from graf.runtime.logs import RunLog, SilentLog, drop_rows_after, logger, setup_console
 from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
 from graf.runtime.run_lock import RunLock
 from graf.training.trainer import Hook, Trainer
@@ -53,43 +54,73 @@ def train(
     what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; started: time.monotonic() from
     which training.max_minutes counts; program: what to type to go on; errors: is told the run folder.
     """
-    setup_console()
-    refuse_several_processes(os.environ)
+    launch = Launch.read(os.environ)
+    setup_console(launch.rank)
     prepare_allocator()
-    device = pick_device(config.training.device)
-    configure_backends(device, config.training.deterministic)
-    precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
+    training = config.training
+    device = pick_device(training.device, launch.local_rank, launch.local_size)
+    configure_backends(device, training.deterministic)
+    precision = choose_precision(training.use_amp, training.amp_dtype, device)
     logger.info("device: %s, %s", describe_device(device), precision.describe())
+    processes = launch.join(device.type, training.process_timeout)
+    errors.tells = processes.tells
+    check_launch(processes, config)
 
-    folder, checkpoints = choose_run_folder(config, resume)
+    folder, checkpoints = processes.by_first(lambda: choose_run_folder(config, resume))
     config = config.model_copy(update={"expname": folder.path.name})  # --resume none may have chosen a new one
-    with RunLock(folder.path):
-        errors.folder = folder.path
-        if resume == "auto":  # another process may have saved something until now
-            checkpoints = folder.newest_first()
-        for place in (folder.path, folder.checkpoints, folder.samples, folder.path / "feature_cache"):
-            remove_leftovers(place)
-        run = open_run(config, folder, checkpoints, accept_new_data, plan_again, device, precision)
+    with ExitStack() as stack:
+        checkpoints = processes.by_first(lambda: take_folder(stack, folder, checkpoints, resume))
+        errors.folder = folder.path if processes.is_first else None
+        run = open_run(config, folder, checkpoints, accept_new_data, plan_again, device, precision, processes)
         if run.is_complete:
             logger.info(
                 "%s has already run its %d iterations; raise training.max_iterations, or use --resume none",
                 folder.path,
                 run.trainer.progress.iteration,
             )
-            return True
-        snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
-        run.go_on(started, snapshot)
-        run.report(program)
+        else:
+            snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
+            run.go_on(started, snapshot)
+            run.report(program)
+    processes.close()
     return run.is_complete
 
 
-def refuse_several_processes(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError under torchrun and its like: several processes would train the same run side by side."""
-    size = environment.get("WORLD_SIZE", "1")
-    if size != "1":
+def check_launch(processes: Processes, config: Config) -> None:
+    """Say how the batch is shared; raise ConfigError where processes would have no image or are not told the same."""
+    if processes.size == 1:
+        return
+    batch_size = config.training.batch_size
+    if batch_size < processes.size:
         raise ConfigError(
-            f"WORLD_SIZE={size}: training in several processes is not supported; start train.py once, without torchrun"
+            f"training.batch_size={batch_size} for {processes.size} processes: it is the whole batch, of which every "
+            "process needs an image; raise it or start fewer processes"
         )
+    asked = {"configuration": config.to_yaml(), "torch": str(torch.__version__)}
+    by_first = processes.by_first(lambda: asked)
+    differing = [name for name, value in asked.items() if value != by_first[name]]
+    processes.together(lambda: _refuse_difference(processes, differing))
+    least, most = batch_size // processes.size, processes.largest_share(batch_size)
+    text = f"{most} each" if least == most else f"{least} or {most} each, and those with fewer wait for the others"
+    logger.info("%d processes share every batch of %d images: %s", processes.size, batch_size, text)
+
+
+def _refuse_difference(processes: Processes, differing: list[str]) -> None:
+    if differing:
+        raise ConfigError(
+            f"process {processes.rank} has another {' and '.join(differing)} than process 0: start all of them with "
+            "the same command, file and version of torch"
+        )
+
+
+def take_folder(stack: ExitStack, folder: RunFolder, checkpoints: list[Path], resume: str) -> list[Path]:
+    """Hold a run folder until the end of the stack, and clear it of what a killed run has left; returns what is to be
+    resumed from."""
+    stack.enter_context(RunLock(folder.path))
+    for place in (folder.path, folder.checkpoints, folder.samples, folder.path / "feature_cache"):
+        remove_leftovers(place)
+    # another process may have saved something until now
+    return folder.newest_first() if resume == "auto" else checkpoints
 
 
 @dataclass
@@ -105,6 +136,7 @@ class TrainingRun:
     pose_sampler: PoseSampler
     extractor: Extractor | None
     trainer: Trainer
+    processes: Processes
 
     @property
     def is_complete(self) -> bool:
@@ -119,33 +151,24 @@ class TrainingRun:
 
     def go_on(self, started: float, snapshot: Path | None) -> None:
         """Train until the end or until asked to stop; what has been reached is saved, whatever ends it."""
-        config, trainer, folder = self.config, self.trainer, self.folder
-        progress, training = trainer.progress, config.training
+        config, trainer, processes = self.config, self.trainer, self.processes
+        progress = trainer.progress
         start = progress.iteration
-        write_atomically(folder.config_file, config.to_yaml())
-        drop_rows_after(folder.path / "scores.jsonl", progress.scored)  # what is trained again is scored again
 
         def describe() -> str:
             iteration = progress.iteration
             return f"finishing iteration {iteration + 1}, then saving" if trainer.in_step else "saving"
 
         with ExitStack() as stack:
-            request = stack.enter_context(StopRequest(describe))
-            log = stack.enter_context(
-                RunLog(
-                    folder.path,
-                    total=training.max_iterations,
-                    start=start,
-                    scored=None if self.extractor is None else min(progress.scored, start),
-                    monitoring=training.monitoring,
-                )
-            )
-            loader = builders.build_loader(config, self.photographs, start, pin_memory=self.device.type == "cuda")
+            request = stack.enter_context(StopRequest(describe if processes.is_first else None))
+            log = stack.enter_context(self._open_log() if processes.is_first else SilentLog())
+            pin_memory = self.device.type == "cuda"
+            loader = builders.build_loader(config, self.photographs, start, pin_memory, processes.share)
             batches = stack.enter_context(Batches(loader))
             stack.enter_context(record_allocations(snapshot, self.device))
             save, between = self._build_hooks(log, request, started)
             try:
-                request.leave_if_asked()
+                processes.together(request.leave_if_asked)
                 for hook in between:
                     if start and isinstance(hook, hooks.LogHook | hooks.SampleHook | hooks.ScoreHook):
                         hook.catch_up(trainer)
@@ -157,6 +180,19 @@ class TrainingRun:
                     self._save_after_failure(save)
                 raise
             save.save_reached(trainer)
+
+    def _open_log(self) -> RunLog:
+        """Write down how the run goes on, and continue its records from there."""
+        folder, progress, training = self.folder, self.trainer.progress, self.config.training
+        write_atomically(folder.config_file, self.config.to_yaml())
+        drop_rows_after(folder.path / "scores.jsonl", progress.scored)  # what is trained again is scored again
+        return RunLog(
+            folder.path,
+            total=training.max_iterations,
+            start=progress.iteration,
+            scored=None if self.extractor is None else min(progress.scored, progress.iteration),
+            monitoring=training.monitoring,
+        )
 
     def _build_hooks(
         self, log: RunLog, request: StopRequest, started: float
@@ -191,13 +227,13 @@ class TrainingRun:
             if progress.scoring_batch:
                 protocol = replace(protocol, batch_size=progress.scoring_batch)
             cache = self.folder.path / "feature_cache"
-            task = ScoringTask(renderer, self.pose_sampler, self.extractor, protocol, count, cache)
+            task = ScoringTask(renderer, self.pose_sampler, self.extractor, protocol, count, cache, self.processes)
             between.append(hooks.build_score_hook(config, info, self.photographs, task, self.folder, log, save))
         return save, between
 
     def _save_after_failure(self, save: hooks.CheckpointHook) -> None:
         try:
-            save.save_reached(self.trainer)
+            save.save_alone(self.trainer)
         except Exception as error:  # the first failure is the one to tell
             logger.warning("%s", error)
         else:
@@ -224,18 +260,19 @@ def open_run(
     plan_again: bool,
     device: torch.device,
     precision: Precision,
+    processes: Processes,
 ) -> TrainingRun:
     """Find everything that can be missing: checkpoint, photographs, Inception weights; and build what they ask for.
 
     checkpoints: the first one that can be read is continued, none begin afresh. The rest is as for :func:`train`.
     """
-    file, checkpoint = read_first(checkpoints) if checkpoints else (None, None)
+    file, checkpoint = read_same(checkpoints, processes) if checkpoints else (None, None)
     meta = None if checkpoint is None or file is None else read_meta(checkpoint, file)
     if meta is not None and file is not None:
         refuse_tuned(meta, file)
-    if file is not None and file.parent == folder.checkpoints:
+    if file is not None and file.parent == folder.checkpoints and processes.is_first:
         set_aside(checkpoints[: checkpoints.index(file)])
-    photographs = builders.open_photographs(config)
+    photographs = processes.first_of_all(lambda: builders.open_photographs(config))
     builders.check_batch_size(config, len(photographs))
     info = builders.describe_dataset(config, photographs)
     logger.info(
@@ -246,7 +283,7 @@ def open_run(
         resuming.check_photographs(photographs, info, meta, config, file, accept_new_data)
     extractor = builders.find_extractor(config) if config.training.fid_every else None
     pose_sampler = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, info))
-    trainer = builders.build_trainer(config, info, pose_sampler, precision, device, pretrained=checkpoint is None)
+    trainer = builders.build_trainer(config, info, pose_sampler, precision, device, checkpoint is None, processes)
 
     keeps_sizes = False
     if checkpoint is not None and meta is not None and file is not None:
@@ -254,14 +291,31 @@ def open_run(
         changes = describe_changes(meta["config"], config.model_dump(mode="json"))
         shown = [f"\n  {change}" for change in changes if "refined_cameras" not in change]  # the weights have them
         logger.info("resuming from %s%s", file, "".join(shown))
-        resuming.bring_best(file, folder, trainer)
+        if processes.is_first:
+            resuming.bring_best(file, folder, trainer)
         has_sizes = bool(checkpoint["objects"]["limits"])  # older formats have none
         keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta) and not plan_again
         if not keeps_sizes:
             resuming.forget_sizes(config, trainer)
         elif trainer.memory != builders.build_memory_settings(config):
             logger.info("memory: %s, as this run has found out", trainer.memory)
-    run = TrainingRun(config, folder, device, precision, photographs, info, pose_sampler, extractor, trainer)
+    run = TrainingRun(config, folder, device, precision, photographs, info, pose_sampler, extractor, trainer, processes)
     if not run.is_complete and config.training.memory_budget is not None and not keeps_sizes:
-        apply_budget(config, trainer, info, offline_features=extractor is not None and extractor.suffix != "")
+        offline_features = extractor is not None and extractor.suffix != ""
+        trainer.use(processes.by_first(lambda: choose_for_budget(config, trainer, info, offline_features)))
     return run
+
+
+def read_same(checkpoints: list[Path], processes: Processes) -> tuple[Path, dict[str, Any]]:
+    """The first checkpoint that the first process can read, which the others then read too."""
+    if processes.size == 1:
+        return read_first(checkpoints)
+    found: list[dict[str, Any]] = []
+
+    def read() -> Path:
+        file, contents = read_first(checkpoints)
+        found.append(contents)
+        return file
+
+    file = processes.by_first(read)
+    return file, processes.together(lambda: found[0] if found else read_checkpoint(file))

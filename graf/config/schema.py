@@ -385,6 +385,12 @@ class TrainingConfig(Section):
         100_000, ge=0, description="iterations between checkpoints that are kept for ever; 0: none"
     )
     keep_checkpoints: int = Field(3, ge=1, description="how many of the timed checkpoints are kept")
+    process_timeout: float = Field(
+        1800.0, gt=0, description="several processes: seconds that they wait for one that does not answer"
+    )
+    sync_check_every: int = Field(
+        500, ge=0, description="several processes: iterations between checks that all hold the same weights; 0: none"
+    )
     save_best: Literal["fid", "kid", "psnr"] = Field(
         "fid", description="the score that decides model_best.pt; psnr: on the validation split"
     )

@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class BatchOrder(Sampler[list[int]]):
 
     Epoch e is a permutation of the images, each as often as `repeats` says, drawn from (seed, e) alone; iteration i is
     batch i mod P of epoch i // P with P batches in an epoch. With `drop_last` each epoch leaves out what does not fill
-    its last batch, else that one is short.
+    its last batch, else that one is short. share: which places of a batch of so many images are wanted, all by default;
+    several processes share the batches, none of which may be too small for them.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class BatchOrder(Sampler[list[int]]):
         drop_last: bool = True,
         seed: int = 0,
         start_iteration: int = 0,
+        share: Callable[[int], range] = range,
     ) -> None:
         self.indices = torch.arange(len(repeats)).repeat_interleave(torch.tensor(repeats, dtype=torch.int64))
         length = len(self.indices)
@@ -58,6 +61,18 @@ class BatchOrder(Sampler[list[int]]):
         self.batch_size = batch_size
         self.seed = seed
         self.start_iteration = start_iteration
+        self.share = share
+        smallest = self.size_of(self.batches_per_epoch - 1)
+        if not share(smallest):
+            raise DataError(
+                f"training.batch_size={batch_size}: of a batch of {smallest} images this process would get none; use "
+                "fewer processes, a larger batch, or training.drop_last=true"
+            )
+
+    def size_of(self, iteration: int) -> int:
+        """Images in the whole batch of an iteration."""
+        batch = iteration % self.batches_per_epoch
+        return min(self.batch_size, len(self.indices) - batch * self.batch_size)
 
     def order_of_epoch(self, epoch: int) -> list[int]:
         """The permutation that epoch number `epoch` follows."""
@@ -70,7 +85,8 @@ class BatchOrder(Sampler[list[int]]):
         while True:
             order = self.order_of_epoch(epoch)
             for first in range(batch * self.batch_size, self.batches_per_epoch * self.batch_size, self.batch_size):
-                yield order[first : first + self.batch_size]
+                batch_indices = order[first : first + self.batch_size]
+                yield [batch_indices[place] for place in self.share(len(batch_indices))]
             epoch, batch = epoch + 1, 0
 
 
@@ -95,24 +111,28 @@ def start_worker(worker_id: int, seed: int) -> None:
 class Batches:
     """The batches of a loader, one after another; a context manager, whose end is the end of its processes.
 
-    A batch that does not come raises what went wrong with its photographs, or a DataError about the process.
+    Images float32 (B, 3, H, W), labels int64 (B, 4), and the size of the whole batch, of which these are a share. A
+    batch that does not come raises what went wrong with its photographs, or a DataError about the process.
     """
 
     def __init__(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> None:
         with _starting_workers() if loader.num_workers else nullcontext():
             self._iterator: Any = iter(loader)
+        order: Any = loader.batch_sampler
+        self._sizes = (order.size_of(iteration) for iteration in count(order.start_iteration))
 
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, Tensor, int]:
         try:
-            return next(self._iterator)  # type: ignore[no-any-return]
+            images, labels = next(self._iterator)
         except (RuntimeError, OSError, EOFError) as error:  # what the end of a worker looks like from here
             exitcode = self._find_exitcode()
             if exitcode is None:
                 raise
             raise DataError(_describe_death(exitcode, len(self._workers))) from error
+        return images, labels, next(self._sizes)
 
     def __enter__(self) -> Batches:
         return self
@@ -184,15 +204,16 @@ def make_loader(
     start_iteration: int = 0,
     pin_memory: bool = False,
     repeats: Sequence[int] | None = None,
+    share: Callable[[int], range] = range,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
 
     Batches are (images float32 (B, 3, H, W), labels int64 (B, 4)). `repeats`: how often an epoch shows each image, once
-    by default. At most min(nworkers, 4, usable CPUs) workers; the global random state is left as it is. Raises
-    DataError for a data set smaller than a batch with `drop_last`.
+    by default; share: as for :class:`BatchOrder`. At most min(nworkers, 4, usable CPUs) workers; the global random
+    state is left as it is. Raises DataError for a data set smaller than a batch with `drop_last`.
     """
     repeats = [1] * len(dataset) if repeats is None else repeats  # type: ignore[arg-type]
-    order = BatchOrder(repeats, batch_size, drop_last, seed, start_iteration)
+    order = BatchOrder(repeats, batch_size, drop_last, seed, start_iteration, share)
     workers = max(0, min(nworkers, MAX_WORKERS, count_usable_cpus()))
     return DataLoader(
         dataset,

@@ -10,8 +10,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,8 @@ import torch
 import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity import utils
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from graf.base.errors import UserError
 from graf.base.files import replace_file
@@ -30,6 +32,8 @@ from graf.runtime.logs import info_once, warn_once
 from graf.runtime.randomness import preserve_rng
 
 Plain = str | int | float | bool | None
+#: features (N, C) of N images by the extractor's layers
+Features = dict[str, Tensor]
 NEIGHBOURS = 3  # of precision and recall, as published
 # Scores can be compared only where all of these agree; FID and KID depend on every one of them.
 COMPARABLE = ("extractor", "extractor_hash", "n_real", "n_fake", "resolution", "kid_subset_size")
@@ -151,6 +155,7 @@ def score_images(
     real_cache_name: str | None = None,
     cache_root: str | Path | None = None,
     provenance: Mapping[str, Plain] | None = None,
+    fake_features: Features | None = None,
 ) -> Scores:
     """Compute FID and KID between two data sets of uint8 (3, H, W) images, and precision and recall.
 
@@ -189,14 +194,16 @@ def score_images(
             parts = [real_cache_name, n_real, resolution, extractor.name, extractor.hash, asdict(protocol)]
             cache = FeatureCache(cache_root, parts)
         _verify_weights(extractor)
-        with nullcontext() if cache is None else cache.lend() as private, warnings.catch_warnings():
-            # torch's own pinning thread, https://github.com/pytorch/pytorch/issues/174546
-            warnings.filterwarnings("ignore", message=".*pin_memory", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", message=".*pin memory thread", category=DeprecationWarning)
+        with nullcontext() if cache is None else cache.lend() as private, _quiet_pinning():
+            known = None
+            if fake_features is not None:
+                assert private is not None  # torch-fidelity takes features from its cache alone
+                known = _hand_over(fake_features, private, extractor)
             metrics = torch_fidelity.calculate_metrics(
                 input1=real,
                 input2=fake,
                 input1_cache_name=None if cache is None else cache.name,
+                input2_cache_name=known,
                 cache=cache is not None,
                 cache_root=None if private is None else str(private),
                 cuda=device.type == "cuda",
@@ -222,6 +229,41 @@ def score_images(
         names["recall"]: float(metrics[torch_fidelity.KEY_METRIC_PRECISION]),
     }
     return Scores(values, {**own, **extra})
+
+
+def extract_features(
+    images: Dataset[Tensor], extractor: Extractor, protocol: FidelityProtocol, device: torch.device
+) -> Features:
+    """The features that :func:`score_images` compares, of uint8 images (3, H, W), on the CPU."""
+    _verify_weights(extractor)
+    on_cuda = device.type == "cuda"
+    path = None if extractor.weights_path is None else str(extractor.weights_path)
+    with preserve_rng(), _quiet_pinning():
+        kind = FEATURE_EXTRACTORS_REGISTRY[extractor.name]
+        layers = sorted({kind.get_default_feature_layer_for_metric(metric) for metric in ("fid", "kid", "prc")})
+        network = utils.create_feature_extractor(
+            extractor.name, layers, cuda=on_cuda, feature_extractor_weights_path=path, verbose=False
+        )
+        return utils.get_featuresdict_from_dataset(  # type: ignore[no-any-return]
+            images, network, protocol.batch_size, on_cuda, save_cpu_ram=True, verbose=False
+        )
+
+
+def _hand_over(features: Features, folder: Path, extractor: Extractor) -> str:
+    """Put features where torch-fidelity looks for those of an input of this name, which is returned."""
+    name = "generated"
+    for layer, values in features.items():
+        torch.save(values, folder / f"{name}-{extractor.name}-features-{layer}.pt")
+    return name
+
+
+@contextmanager
+def _quiet_pinning() -> Iterator[None]:
+    """Without the warnings of torch's own pinning thread, https://github.com/pytorch/pytorch/issues/174546."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*pin memory thread", category=DeprecationWarning)
+        yield
 
 
 def _common_resolution(real: Dataset[Tensor], fake: Dataset[Tensor]) -> str:

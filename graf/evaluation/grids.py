@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ class Showcase:
         """Views per object."""
         return len(self.u)
 
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __getitem__(self, rows: range) -> Showcase:
+        """Some of the objects, from the same sides."""
+        return replace(self, z=self.z[rows.start : rows.stop], class_idx=self.class_idx[rows.start : rows.stop])
+
 
 def render_showcase(renderer: Renderer, showcase: Showcase, super_resolve: bool = False) -> Iterator[Renders]:
     """The C views of one object after the other, on the CPU, rendered as they are asked for."""
@@ -56,6 +63,23 @@ def colour_showcase(renders: Renders, near: float, far: float) -> dict[str, Tens
     return kinds
 
 
+def colour_rows(rows: Iterable[Renders], near: float, far: float) -> dict[str, Tensor]:
+    """All images of several objects by name, as in :func:`colour_showcase`; of rendered rows only bytes are kept."""
+    kinds: dict[str, list[Tensor]] = {}
+    for row in rows:
+        for name, images in colour_showcase(row, near, far).items():
+            kinds.setdefault(name, []).append(images)
+        del row  # else it would wait here until the next one is rendered
+    return {name: torch.cat(images) for name, images in kinds.items()}
+
+
+def tile_showcase(
+    images: Mapping[str, Tensor], columns: int, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
+) -> dict[str, Picture]:
+    """The captioned grids by name of uint8 images (R C, 3, H, W), one row for each object."""
+    return {name: label_grid(tile_grid(rows, columns), row_labels, column_labels) for name, rows in images.items()}
+
+
 def draw_showcase(
     rows: Iterable[Renders],
     columns: int,
@@ -64,16 +88,8 @@ def draw_showcase(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
 ) -> dict[str, Picture]:
-    """The captioned grids by name, as in :func:`colour_showcase`; of the rows drawn already only bytes are kept."""
-    kinds: dict[str, list[Tensor]] = {}
-    for row in rows:
-        for name, images in colour_showcase(row, near, far).items():
-            kinds.setdefault(name, []).append(images)
-        del row  # else it would wait here until the next one is rendered
-    return {
-        name: label_grid(tile_grid(torch.cat(images), columns), row_labels, column_labels)
-        for name, images in kinds.items()
-    }
+    """The captioned grids by name, as in :func:`colour_showcase`."""
+    return tile_showcase(colour_rows(rows, near, far), columns, row_labels, column_labels)
 
 
 def compare_with_photographs(

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from graf.evaluation.extractor import Extractor
-from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, Plain, RenderedImages, Scores, score_images
+from graf.evaluation.fidelity import (
+    Features,
+    FidelityProtocol,
+    ImagesAsUint8,
+    Plain,
+    RenderedImages,
+    Scores,
+    extract_features,
+    score_images,
+)
 from graf.evaluation.metrics import psnr, ssim
 from graf.evaluation.renderer import Renderer
 from graf.geometry.views import PoseSampler, Views
 from graf.models.ccsr import upsample
+from graf.runtime.distributed import Processes
 from graf.runtime.logs import progress_bar
 from graf.runtime.memory import retry_smaller
 
@@ -48,6 +58,7 @@ class ScoringTask:
 
     Codes and views of the generated images come from protocol.seed; features of the real images are cached under
     cache_root. Where memory runs out, protocol.batch_size, images per pass of the extractor, is halved from then on.
+    Several processes render and look at a share of the images each; the first one compares, and all have its scores.
     """
 
     renderer: Renderer
@@ -56,6 +67,7 @@ class ScoringTask:
     protocol: FidelityProtocol
     num_images: int
     cache_root: Path
+    processes: Processes = field(default_factory=Processes)
 
     def score(
         self, output: str, photographs: Dataset[Any], fingerprint: str, provenance: Mapping[str, Plain] | None = None
@@ -87,16 +99,36 @@ class ScoringTask:
                 bar.update(len(indices))
                 return self._render(output, range(indices[0], indices[-1] + 1))
 
-            return score_images(
-                ImagesAsUint8(photographs, self.renderer.before_image),
-                RenderedImages(render, self.num_images, RENDER_BATCH),
-                self.extractor,
-                self.protocol,
-                self.renderer.device,
-                real_cache_name=fingerprint,
-                cache_root=self.cache_root,
-                provenance=provenance,
-            )
+            fakes = RenderedImages(render, self.num_images, RENDER_BATCH)
+            features = None
+            if self.processes.size > 1:
+                features = self._share_features(fakes)
+
+            def compare() -> Scores:
+                return score_images(
+                    ImagesAsUint8(photographs, self.renderer.before_image),
+                    fakes,
+                    self.extractor,
+                    self.protocol,
+                    self.renderer.device,
+                    real_cache_name=fingerprint,
+                    cache_root=self.cache_root,
+                    provenance=provenance,
+                    fake_features=features,
+                )
+
+            return self.processes.by_first(compare)
+
+    def _share_features(self, fakes: RenderedImages) -> Features:
+        """The features of all images, by the layers that they come from, in the first process; {} in the others."""
+        blocks = self.processes.share(-(-self.num_images // RENDER_BATCH))  # whole ones: rounding depends on them
+        numbers = range(blocks.start * RENDER_BATCH, min(blocks.stop * RENDER_BATCH, self.num_images))
+        extractor, device = self.extractor, self.renderer.device
+        own = self.processes.together(
+            lambda: extract_features(Subset(fakes, numbers), extractor, self.protocol, device) if numbers else {}
+        )
+        shares = [share for share in self.processes.gather(own) if share]
+        return {layer: torch.cat([share[layer] for share in shares]) for layer in (shares[0] if shares else {})}
 
     def _halve_batch(self) -> str | None:
         size = self.protocol.batch_size

@@ -25,12 +25,21 @@ class DeviceError(UserError):
     """A device was asked for that this machine or this build of torch does not have."""
 
 
-def pick_device(request: str) -> torch.device:
+def pick_device(request: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """The device that `request` names: `auto` (first of cuda, mps, cpu), `cpu`, `cuda`, `cuda:1`, `mps`.
 
+    local_rank, local_size: which of the processes of this machine asks, each of which gets a GPU of its own.
     Raises `DeviceError` with the request, what is available and the next step when it is not there.
     """
     available = list_devices()
+    if local_size > 1 and request != "cpu":
+        gpus = [name for name in available if name.startswith("cuda")]
+        if request not in ("auto", "cuda") or (len(gpus) < local_size and (gpus or request == "cuda")):
+            raise DeviceError(
+                f"device {request!r} for {local_size} processes on this machine, which offers {', '.join(available)}; "
+                "each process takes a GPU of its own: start as many as there are GPUs, or use training.device=cpu"
+            )
+        return torch.device(gpus[local_rank] if gpus else "cpu")
     if request == "auto":
         return torch.device(available[0])
     wanted = "cuda:0" if request == "cuda" else request

@@ -29,10 +29,10 @@ class StopRequest:
 
     Senders that repeat themselves find the program at its end: until those seconds have passed they are not heard.
 
-    describe: says what is still done, for the line that answers the first signal at once.
+    describe: says what is still done, for the line that answers the first signal at once; None: another process does.
     """
 
-    def __init__(self, describe: Callable[[], str] = lambda: "stopping") -> None:
+    def __init__(self, describe: Callable[[], str] | None = lambda: "stopping") -> None:
         self.reason: str | None = None
         self.describe = describe
         self._since = 0.0
@@ -71,6 +71,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.reason, self._since = signal.Signals(number).name, time.monotonic()
+        if self.describe is None:
+            return
         with suppress(OSError):  # who asked may have gone, with the terminal or the pipe
             # written past Python's buffers, in which the interrupted code may be at work
             os.write(2, f"\n{self.reason}: {self.describe()}; again to stop without\n".encode())

@@ -28,6 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 MONITORS = (*TRACKERS, "jsonl")
 
 _said: set[str] = set()
+_silent_bars: set[int] = set()  # of this process's number, where another one shows its progress
 
 
 class ConsoleHandler(logging.Handler):
@@ -66,17 +67,29 @@ class _ForgivingStream:
         return hash(self.stream)
 
 
-def setup_console() -> None:
-    """Show the "graf" logger's INFO lines and above on the console; calling it again changes nothing."""
-    logger.setLevel(logging.INFO)
+def setup_console(rank: int = 0) -> None:
+    """Show the "graf" logger's INFO lines and above on the console; calling it again changes nothing.
+
+    Of several processes the first one speaks; of the others only warnings are heard, with their number.
+    """
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if rank and not logger.filters:
+        _silent_bars.add(rank)
+        logger.addFilter(lambda record: _mark(record, rank))
     if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
         logger.addHandler(ConsoleHandler())
+
+
+def _mark(record: logging.LogRecord, rank: int) -> bool:
+    record.msg = f"process {rank}: {record.msg}"
+    return True
 
 
 def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A tqdm bar that disappears when it is done, and that writes one line per 10 seconds where stderr is a file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, file=_ForgivingStream(sys.stderr), leave=False, mininterval=interval, **options)
+    options |= {"leave": False, "mininterval": interval, "disable": bool(_silent_bars)}
+    return tqdm(items, file=_ForgivingStream(sys.stderr), **options)
 
 
 def warn_once(message: str, key: str | None = None) -> None:
@@ -178,6 +191,28 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class SilentLog(RunLog):
+    """Records nothing: of several processes that train one run, the first one writes for all."""
+
+    def __init__(self) -> None:
+        """There is nothing to open."""
+
+    def _record(self, iteration: int, values: Mapping[str, float], more: Mapping[str, str]) -> None:
+        """Nothing is recorded."""
+
+    def flush(self) -> None:
+        """There is nothing to hand over."""
+
+    def progress(self, iteration: int, status: str | Mapping[str, float]) -> None:
+        """There is no bar."""
+
+    def image(self, iteration: int, tag: str, pixels: np.ndarray) -> None:
+        """Nothing is shown."""
+
+    def close(self) -> None:
+        """There is nothing to finish."""
 
 
 def _append_line(path: Path, line: str) -> None:

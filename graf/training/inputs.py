@@ -91,11 +91,15 @@ class RealInputs(TensorBatch):
 
 @dataclass(frozen=True)
 class StepInputs(TensorBatch):
-    """The inputs of all players in one step; where D and G share their fakes, fakes_d is None."""
+    """The inputs of all players in one step; where D and G share their fakes, fakes_d is None.
+
+    batch_size: images of the whole batch, of which these are all, or a process's share.
+    """
 
     reals: RealInputs
     fakes_g: FakeInputs
     fakes_d: FakeInputs | None
+    batch_size: int
 
     @property
     def fakes_of_d(self) -> FakeInputs:
@@ -143,13 +147,16 @@ class InputSampler:
     mix_latents: Callable[[Tensor], LatentMixture] | None = None
     agreement_degrees: float | None = None
 
-    def draw(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings) -> StepInputs:
-        """The inputs of a step on photographs (B, 3, H, W) with labels (B, 4), on the device."""
+    def draw(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings, batch_size: int) -> StepInputs:
+        """The inputs of a step on photographs (B, 3, H, W) with labels (B, 4), on the device.
+
+        batch_size: of the whole batch, in which these have the places that `draws` names.
+        """
         reals = self.draw_reals(draws, labels, settings)
         matched = reals if self.match_views else None
         fakes_g = self.draw_fakes(draws, "g", settings, matched)
         fakes_d = None if self.share_fakes else self.draw_fakes(draws, "d", settings, matched)
-        inputs = move_in_one_copy(StepInputs(reals, fakes_g, fakes_d), self.device)
+        inputs = move_in_one_copy(StepInputs(reals, fakes_g, fakes_d, batch_size), self.device)
         return replace(inputs, reals=self.add_photographs(inputs.reals, images))
 
     def draw_fakes(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, find_inf, optimizer_step
+from graf.runtime.distributed import Processes
 from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
 
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
@@ -31,6 +32,7 @@ class Player:
     lr: float
     schedule: LearningRateSchedule
     betas: tuple[float, float]
+    processes: Processes = field(default_factory=Processes)
     skipped: int = 0
 
     @property
@@ -56,17 +58,24 @@ class Player:
         self.scaler.scale(loss).backward()
 
     def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
-        """Unscale, check, clip, step and update the loss scale; returns the terms with the gradient's norm.
+        """Add up over the processes, unscale, check, clip, step and update the loss scale.
 
-        Raises DivergenceError for a term or gradient that is not finite, unless the scaler skips the update for it.
+        Returns the terms with the gradient's norm. All processes come to the same decisions. Raises DivergenceError for
+        a term or gradient that is not finite, unless the scaler skips the update for it.
         """
+        summed = self.processes.sum_gradients(self.parameters, terms)
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.parameters)
         terms = terms | {f"grad_norm_{self.suffix}": norm}
         finite = torch.isfinite(torch.stack([value.float().to(norm.device) for value in terms.values()])).all()
         inf = find_inf(self.scaler, self.optimizer)
+        read = [finite if summed is None else torch.isfinite(norm) & summed.finite]
+        read += [torch.zeros_like(finite) if inf is None else inf, *([] if summed is None else summed.present)]
         # The one wait for the device of an update; without it, everything after a NaN would be lost.
-        is_finite, skip = torch.stack([finite, torch.zeros_like(finite) if inf is None else inf]).tolist()
+        is_finite, skip, *present = torch.stack(read).tolist()
+        for parameter, is_present in zip(self.parameters if present else [], present, strict=True):
+            if not is_present:  # as where there is one process: an optimiser would move it by its momentum
+                parameter.grad = None
         if not is_finite and not skip:  # with a scaler: an infinite loss with finite gradients, which it does not see
             raise DivergenceError(self._describe_divergence(terms, iteration))
         if is_finite:

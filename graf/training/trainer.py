@@ -27,6 +27,7 @@ from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
 from graf.runtime.amp import Precision, scale_of
 from graf.runtime.checkpoint import Stateful
+from graf.runtime.distributed import Processes
 from graf.runtime.logs import info_once
 from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
@@ -117,7 +118,8 @@ class LatestStatistics:
         return {name: float(value) for name, value in self.trainer.latest.items()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.trainer.latest = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.items()}
+        share = float(self.trainer.processes.is_first)  # of sums over the processes
+        self.trainer.latest = {name: torch.tensor(share * value, dtype=torch.float64) for name, value in state.items()}
 
 
 Result = TypeVar("Result")
@@ -153,8 +155,10 @@ class Trainer:
         precision: Precision,
         device: torch.device,
         ccsr: CCSR | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.device = config, device
+        self.processes = processes or Processes()
         self.generator, self.discriminator, self.ccsr = generator, discriminator, ccsr
         training = config.training
         self.average = ModelAverage(generator, training.model_average_beta)
@@ -243,7 +247,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def run(self, batches: Iterator[tuple[Tensor, Tensor]], hooks: Sequence[Hook]) -> None:
+    def run(self, batches: Iterator[tuple[Any, ...]], hooks: Sequence[Hook]) -> None:
         """Step until max_iterations, or until a hook sets `stop_reason` or raises Stopped.
 
         Hooks get every statistic's latest value: some are not computed in every step. Where something raises, `in_step`
@@ -251,28 +255,47 @@ class Trainer:
         """
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
-            images, labels = next(batches)
+            batch = next(batches)  # the arguments of a step
             self.in_step = True
-            self.latest |= self.step(images, labels)
+            self.latest |= self.step(*batch)
+            self._check_equality()
             self.in_step = False
             self.progress.seconds += time.monotonic() - started
             for hook in hooks:
                 hook(self, self.latest)
 
-    def step(self, images: Tensor, labels: Tensor) -> Statistics:
-        """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 4)."""
+    def step(self, images: Tensor, labels: Tensor, batch_size: int | None = None) -> Statistics:
+        """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 4).
+
+        batch_size: of the whole batch, of which several processes have a share each. The statistics are those of the
+        share, in which the whole batch's add up; :meth:`share_statistics` does so.
+        """
         iteration = self.progress.iteration
+        batch_size = len(images) if batch_size is None else batch_size
         parts = self.objective.penalty_is_due(iteration), self.objective.super_resolution_is_due(iteration)
         if parts in self._watched and iteration % WATCH_EVERY:
-            return self._step(images, labels)
+            return self._step(images, labels, batch_size)
         self._watched.add(parts)
         with self.profiler.watch(*self.owners):
-            return self._step(images, labels)
+            return self._step(images, labels, batch_size)
 
-    def _step(self, images: Tensor, labels: Tensor) -> Statistics:
+    def _check_equality(self) -> None:
+        """Every sync_check_every steps: all processes still hold the same networks, else the run is none."""
+        every = self.config.training.sync_check_every
+        if self.processes.size > 1 and every and self.progress.iteration % every == 0:
+            modules = {player.name: player.network for player in self.players}
+            modules |= {f"{name}_average": average.module for name, average in self.averages.items()}
+            tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in _tensors_of(module)}
+            self.processes.check_equal(tensors)
+
+    def share_statistics(self) -> None:
+        """Add up the latest statistics over the processes: the first one has the sums, which it may write."""
+        self.latest = self.processes.sum_to_first(self.latest)
+
+    def _step(self, images: Tensor, labels: Tensor, batch_size: int) -> Statistics:
         iteration = self.progress.iteration
-        draws = Draws(self.config.seed, iteration, range(len(images)))
-        inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration))
+        draws = Draws(self.config.seed, iteration, self.processes.share(batch_size))
+        inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration), batch_size)
         for player in self.players:
             player.begin(iteration)
         self.discriminator.advance_spectral_norm()
@@ -281,7 +304,7 @@ class Trainer:
 
         # With share_fakes one rendering serves D and G; in a split batch a part's graph cannot wait for the others.
         shared = SharedRender()
-        if self.config.training.share_fakes and self.memory.micro_batch_size >= len(inputs):
+        if self.config.training.share_fakes and self.memory.micro_batch_size >= self._largest_share(inputs):
             shared.render = self._in_phase("render", inputs, shared, self._render_shared)
         else:
             self.profiler.forget("render")
@@ -308,7 +331,8 @@ class Trainer:
         """Run one phase over the micro-batches of a step; when memory runs out, again with smaller ones.
 
         A phase only adds up gradients of its own player, so it is repeated from zeroed gradients with the same random
-        numbers; updates that earlier phases of the step have made stay.
+        numbers; updates that earlier phases of the step have made stay. All processes finish a phase before one goes
+        on, and repeat it together.
         """
 
         def run() -> Result:
@@ -321,7 +345,16 @@ class Trainer:
 
         with self.profiler.phase(name):
             advice = SR_ADVICE if name == "sr" else ADVICE
-            return retry_smaller(run, lambda: self._shrink(name, len(inputs), shared), self.device, advice)
+            return retry_smaller(
+                lambda: self.processes.together(run),
+                lambda: self._shrink(name, self._largest_share(inputs), shared),
+                self.device,
+                advice,
+            )
+
+    def _largest_share(self, inputs: StepInputs) -> int:
+        """Images of the process that has most of the batch: all of them have to split alike."""
+        return self.processes.largest_share(inputs.batch_size)
 
     def _shrink(self, phase: str, batch_size: int, shared: SharedRender) -> str | None:
         """Take the next smaller memory settings and say so; None when nothing is left."""
@@ -337,7 +370,7 @@ class Trainer:
         return self.objective.render_patches(inputs.fakes_g) if len(parts) == 1 else None
 
     def _accumulate_discriminator(self, inputs: StepInputs, parts: list[slice], shared: SharedRender) -> Statistics:
-        objective, batch_size, statistics = self.objective, len(inputs), Statistics()
+        objective, batch_size, statistics = self.objective, inputs.batch_size, Statistics()
         for rows in parts:
             reals, fakes = inputs.reals[rows], inputs.fakes_of_d[rows]
             with torch.no_grad():
@@ -359,7 +392,7 @@ class Trainer:
         self, inputs: StepInputs, parts: list[slice], shared: SharedRender
     ) -> tuple[Statistics, SuperResolutionRenders]:
         """The statistics, and the batch's renders for super-resolution, without their graph, before G's update."""
-        objective, batch_size, statistics = self.objective, len(inputs), Statistics()
+        objective, batch_size, statistics = self.objective, inputs.batch_size, Statistics()
         renders: list[Render] = []
         neighbours: list[Render] = []
         with _frozen(self.discriminator):
@@ -386,15 +419,18 @@ class Trainer:
             for rows in parts:
                 own, fakes, reals = renders[rows], inputs.fakes_g[rows], inputs.reals[rows]
                 loss, more = self.objective.super_resolution_loss(
-                    fakes, own.render, own.neighbours, reals, len(inputs), self.progress.iteration
+                    fakes, own.render, own.neighbours, reals, inputs.batch_size, self.progress.iteration
                 )
                 self.sr.backward(loss)
                 _accumulate(statistics, more)
         return statistics
 
     def _apply(self, player: Player, statistics: Statistics) -> Statistics:
-        training = self.config.training
-        return player.apply(statistics, self.progress.iteration, training.grad_clip, training.grad_clip_at)
+        training, norm = self.config.training, f"grad_norm_{player.suffix}"
+        statistics = player.apply(statistics, self.progress.iteration, training.grad_clip, training.grad_clip_at)
+        if not self.processes.is_first:  # all processes know the norm, and statistics are summed
+            statistics[norm] = torch.zeros_like(statistics[norm])
+        return statistics
 
     # ------------------------------------------------------------------------------------------------ schedules
 
@@ -440,7 +476,7 @@ class Trainer:
             training.lr_decay_start,
             training.lr_warmup,
         )
-        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, betas)
+        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, betas, self.processes)
 
 
 def _choose_placement(config: Config) -> Callable[[Tensor, float, float], Patches]:
@@ -472,6 +508,12 @@ def _read_loss_settings(config: Config, poses_known: bool) -> LossSettings:
         augmentation=Augmentation(**config.discriminator.augment.model_dump()),
         super_resolution=super_resolution if ccsr.enabled else None,
     )
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, those that a checkpoint leaves out too."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _accumulate(statistics: Statistics, more: Statistics) -> None:

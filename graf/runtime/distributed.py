@@ -1,0 +1,368 @@
+"""Processes that train one model together: their shares of the work, and how they agree; the only file that names
+torch.distributed.
+
+A single process is a :class:`Processes`, whose methods hand back what they are given. Several are
+:class:`JoinedProcesses`, which a :class:`Launch` makes of what torchrun, or another launcher, has put into the
+environment. Every method here is called by all processes, in the same order: what one of them alone finds out (memory
+that has run out, a signal, a full disk) is agreed on first, so that nobody waits for who has left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from graf.base.errors import UserError
+from graf.runtime.interrupt import Stopped
+from graf.runtime.memory import is_out_of_memory
+
+Result = TypeVar("Result")
+
+#: seconds in which those that are left make themselves known before the others are called missing
+GRACE = 3.0
+#: bytes of gradients that are summed at once: `python -m benchmarks.scaling` shows what other sizes cost
+BUCKET = 16 * 2**20
+#: numbers of a tensor that its hash holds in memory at once
+HASHED_AT_ONCE = 2**20
+
+# How a piece of work has ended, in order of weight: the heaviest of all processes is what it has come to.
+_DONE, _OUT_OF_MEMORY, _STOPPED, _FAILED = range(4)
+_RANKS = 2**20
+
+
+class LaunchError(UserError):
+    """The environment names processes that cannot train together; the message says what to change."""
+
+
+class PeerError(UserError):
+    """Another process has failed, has gone or does not answer; its own message, where it could give one, says why."""
+
+
+class DesynchronisedError(UserError):
+    """Processes that have to hold the same tensors do not; the message names the first one."""
+
+
+class PeerOutOfMemory(MemoryError):
+    """Memory has run out in another process: this one takes the smaller sizes too."""
+
+
+@dataclass(frozen=True)
+class SummedGradients:
+    """present: which parameters have a gradient in some process, bool (P,); finite: whether every term is, ()."""
+
+    present: Tensor
+    finite: Tensor
+
+
+class Processes:
+    """One process, which has all the work and agrees with itself."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes, logs and decides for all."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """The numbers of 0 .. count - 1 that are this process's work: a run of them, as long as the others' or by one
+        longer."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def largest_share(self, count: int) -> int:
+        """How much of it the busiest process has."""
+        return -(-count // self.size)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """`work()`, which raises in every process if it does in one: out of memory, Stopped, or any other failure.
+
+        The process that has failed raises its own error, the others PeerOutOfMemory, Stopped or PeerError.
+        """
+        return work()
+
+    def by_first(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns in the first process, in every process; a plain value, since it is sent."""
+        return work()
+
+    def first_of_all(self, work: Callable[[], Result]) -> Result:
+        """`work()` in every process, in the first one before the others, which may then find what it has left."""
+        return work()
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in some process."""
+        return value
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every process's value in order in the first one; an empty list in the others. Values are pickled."""
+        return [value]
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> SummedGradients | None:
+        """Add up the gradients of all processes; None where there is one. A missing one counts as zero, and is zero
+        afterwards.
+
+        terms: the losses that led to them, whose finiteness is agreed on with the same message.
+        """
+        return None
+
+    def sum_to_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars, added up over the processes: the sums in the first one, zeros in the others."""
+        return values
+
+    def check_equal(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise DesynchronisedError, which names the first tensor, where processes hold different ones."""
+
+    def tells(self, error: Exception) -> bool:
+        """Whether this process is the one to tell people of an error that has ended them all."""
+        return True
+
+    def close(self) -> None:
+        """Leave the others, after all work is done."""
+
+
+class JoinedProcesses(Processes):
+    """Processes that torch.distributed connects; what is said on the CPU goes through gloo, gradients by the device.
+
+    store: where those that are left find each other when messages no longer come through.
+    """
+
+    def __init__(self, launch: Launch, store: Any) -> None:
+        self.rank, self.size, self.store = launch.rank, launch.size, store
+        self._lost: PeerError | None = None
+
+    # ------------------------------------------------------------------------------------------------ agreement
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        outcome, error, result = _DONE, None, None
+        try:
+            result = work()
+        except (Exception, Stopped) as caught:
+            outcome, error = _weigh(caught), caught
+        worst, rank = divmod(self._largest(outcome * _RANKS + self.rank), _RANKS)
+        if error is not None and (outcome == worst or isinstance(error, PeerError)):
+            raise error
+        if worst == _OUT_OF_MEMORY:
+            raise PeerOutOfMemory(f"in process {rank}, out of memory")
+        if worst == _STOPPED:
+            raise Stopped(f"process {rank} was asked to stop")
+        if worst == _FAILED:
+            raise PeerError(f"process {rank} of {self.size} has failed, and says why itself")
+        return result  # type: ignore[return-value]
+
+    def by_first(self, work: Callable[[], Result]) -> Result:
+        result = self.together(lambda: work() if self.is_first else None)
+        values: list[Any] = [result]
+        with self._connected():
+            _distributed().broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]  # type: ignore[no-any-return]
+
+    def first_of_all(self, work: Callable[[], Result]) -> Result:
+        mine = self.together(lambda: work() if self.is_first else None)
+        others = self.together(lambda: None if self.is_first else work())
+        return mine if self.is_first else others  # type: ignore[return-value]
+
+    def any(self, value: bool) -> bool:
+        return bool(self._largest(int(value)))
+
+    def gather(self, value: Result) -> list[Result]:
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        with self._connected():
+            _distributed().gather_object(value, values, dst=0)
+        return values or []
+
+    def _largest(self, number: int) -> int:
+        found = torch.tensor([number])
+        with self._connected():
+            _distributed().all_reduce(found, op=_distributed().ReduceOp.MAX)
+        return int(found)
+
+    # ------------------------------------------------------------------------------------------------ sums
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> SummedGradients:
+        first = parameters[0]
+        present = [parameter.grad is not None for parameter in parameters]
+        total = torch.stack([value.detach().to(first.device, first.dtype) for value in terms.values()]).sum()
+        notes = torch.tensor([*map(float, present)], dtype=first.dtype, device=first.device)
+        parts = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
+        flat = torch.cat([*(part.reshape(-1) for part in parts), notes, total.reshape(1)])
+        with self._connected():
+            self._sum(flat)
+        sizes = [parameter.numel() for parameter in parameters]
+        *sums, notes, total = flat.split([*sizes, len(parameters), 1])
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return SummedGradients(notes > 0.5, torch.isfinite(total[0]))
+
+    def sum_to_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        numbers = torch.stack([value.detach().cpu().double() for value in values.values()])
+        with self._connected():
+            _distributed().all_reduce(numbers)
+        if not self.is_first:
+            numbers = torch.zeros_like(numbers)
+        return dict(zip(values, numbers, strict=True))
+
+    def _sum(self, flat: Tensor) -> None:
+        buckets = flat.split(max(1, BUCKET // flat.element_size()))
+        for work in [_distributed().all_reduce(bucket, async_op=True) for bucket in buckets]:
+            work.wait()
+
+    # ------------------------------------------------------------------------------------------------ equality
+
+    def check_equal(self, tensors: Mapping[str, Tensor]) -> None:
+        own = torch.stack([hash_tensor(tensor) for tensor in tensors.values()]).cpu()
+        extremes = torch.stack([own, ~own])  # the largest of the complements is the complement of the smallest
+        with self._connected():
+            _distributed().all_reduce(extremes, op=_distributed().ReduceOp.MAX)
+        differs = (extremes[0] != ~extremes[1]).tolist()
+        for name, is_different in zip(tensors, differs, strict=True):
+            if is_different:
+                raise DesynchronisedError(
+                    f"{name} ({sum(differs)} of {len(differs)} tensors) is not the same in all processes: different "
+                    "processors or versions of torch round differently; train on machines of one kind, and resume "
+                    "from the last checkpoint"
+                )
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """What goes wrong with a message becomes a PeerError that names who is missing."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            yield
+        except RuntimeError as error:  # torch has no closer type before 2.2
+            self._lost = self._find_lost(error)
+            raise self._lost from error
+
+    def _find_lost(self, error: RuntimeError) -> PeerError:
+        reason = str(error).strip().partition("\n")[0][:200]
+        missing = []
+        with suppress(Exception):  # the store may have gone with its machine, which is no news
+            self.store.set(f"here/{self.rank}", "")
+            until = time.monotonic() + GRACE
+            missing = [rank for rank in range(self.size) if rank != self.rank]
+            while missing and time.monotonic() < until:
+                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+                time.sleep(0.05)
+        who = f"process {', '.join(map(str, missing))} of {self.size}" if missing else f"one of {self.size} processes"
+        return PeerError(
+            f"{who} has ended or does not answer [{reason}]; the last checkpoint is untouched: start again with the "
+            "same command, or let torchrun do it with --max-restarts 3"
+        )
+
+    def tells(self, error: Exception) -> bool:
+        if isinstance(error, PeerError):
+            time.sleep(GRACE / 3)  # who has the cause goes first
+        try:
+            self.store.set(f"here/{self.rank}", "")
+            return int(self.store.add("told", 1)) == 1
+        except Exception:  # without the store everybody says what it knows
+            return True
+
+    def close(self) -> None:
+        if self._lost is None:
+            _distributed().destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher has said of this process: its number among all and among those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = ""
+    is_watched: bool = False
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Launch:
+        """From RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them.
+
+        One process alone (WORLD_SIZE 1, or none of it) is told nothing. is_watched: by torchrun, to which every exit
+        code but 0 is a failure. Raises LaunchError for an environment that is not whole.
+        """
+        size = _read_number(environment, "WORLD_SIZE", 1)
+        if size <= 1:
+            return cls()
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                raise LaunchError(
+                    f"WORLD_SIZE={size}, but {name} is not set: start with torchrun, or set it as docs/distributed.md "
+                    "shows"
+                )
+        return cls(
+            rank=_read_number(environment, "RANK", 0),
+            size=size,
+            local_rank=_read_number(environment, "LOCAL_RANK", 0),
+            local_size=_read_number(environment, "LOCAL_WORLD_SIZE", size),
+            address=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
+            is_watched="TORCHELASTIC_RUN_ID" in environment,
+        )
+
+    def join(self, device_type: str, timeout: float) -> Processes:
+        """Meet the other processes. timeout: seconds that they are waited for, here and at every agreement.
+
+        Raises LaunchError where torch cannot connect processes, and PeerError where the others do not come.
+        """
+        if self.size == 1:
+            return Processes()
+        distributed, wait = _distributed(), timedelta(seconds=timeout)
+        if not distributed.is_available():
+            raise LaunchError(f"WORLD_SIZE={self.size}: this build of torch connects no processes; train in one")
+        backend = "gloo"
+        if device_type == "cuda" and distributed.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+        try:
+            store, _, _ = next(distributed.rendezvous("env://", rank=self.rank, world_size=self.size, timeout=wait))
+            store.set_timeout(wait)
+            group = distributed.PrefixStore("group", store)
+            distributed.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=wait)
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise PeerError(
+                f"process {self.rank} of {self.size} did not find the others at {self.address} within {timeout:g} s "
+                f"(training.process_timeout) [{reason}]"
+            ) from error
+        return JoinedProcesses(self, distributed.PrefixStore("people", store))
+
+
+def hash_tensor(tensor: Tensor) -> Tensor:
+    """An int64 scalar that depends on every bit of a tensor and on its place: equal tensors have equal ones."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().reshape(-1)
+    flat = flat.to(torch.uint8) if flat.dtype is torch.bool else flat.view(words[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(flat), HASHED_AT_ONCE):
+        part = flat[start : start + HASHED_AT_ONCE].long()
+        places = torch.arange(start, start + len(part), device=flat.device)
+        total += ((part + 1) * (places * 0x5851F42D4C957F2D + 0x14057B7EF767814F)).sum()  # Knuth's MMIX constants
+    return total
+
+
+def _weigh(error: BaseException) -> int:
+    if isinstance(error, Stopped):
+        return _STOPPED
+    return _OUT_OF_MEMORY if is_out_of_memory(error) else _FAILED
+
+
+def _read_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise LaunchError(f"{name}={text!r}: expected a whole number, as torchrun sets it")
+    return int(text)
+
+
+def _distributed() -> Any:
+    """torch.distributed, which takes a moment to import and which a single process does without."""
+    import torch.distributed
+
+    return torch.distributed
