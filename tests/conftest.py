@@ -1,17 +1,23 @@
 """Every test starts from one global random state; whole-program tests share one smoke run and run programs here."""
 
 import importlib.util
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from graf.runtime import logs
+from graf.runtime.distributed import Launch, Processes
 from graf.runtime.live_tensors import LiveTensorMeter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,5 +126,59 @@ def run_program(restored_process: None) -> RunProgram:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return int(module.main([str(argument) for argument in arguments]))
+
+    return run
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _work_in_process(rank: int, size: int, port: int, timeout: float, work: Callable[[Processes], Any], pipe: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        processes = Launch(rank, size, rank, size, f"127.0.0.1:{port}").join("cpu", timeout)
+        pipe.send(work(processes))
+    except BaseException as error:
+        pipe.send(error)
+    time.sleep(3600)  # the first one keeps the store until all are done
+
+
+@pytest.fixture
+def run_processes() -> Callable[..., list[Any]]:
+    """`work(processes)` in each of several processes that are joined by gloo; their results, or errors, by rank.
+
+    They are forks of this one: nothing is imported again, and closures need not be pickled; results are.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs processes that are copies of this one")
+    context = multiprocessing.get_context("fork")
+
+    def run(size: int, work: Callable[[Processes], Any], timeout: float = 60.0) -> list[Any]:
+        port, children = free_port(), []
+        for rank in range(size):
+            here, there = context.Pipe()
+            arguments = (rank, size, port, timeout, work, there)
+            child = context.Process(target=_work_in_process, args=arguments, daemon=True)
+            with warnings.catch_warnings():  # Python 3.12: of threads, which the children do without
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child.start()
+            there.close()
+            children.append((child, here))
+        results = []
+        for child, pipe in children:
+            assert pipe.poll(timeout + 60), "a process has not come to its end"
+            try:
+                results.append(pipe.recv())
+            except EOFError:  # it has been killed
+                results.append(None)
+        for child, pipe in children:
+            child.kill()
+            child.join()
+            pipe.close()
+        return results
 
     return run

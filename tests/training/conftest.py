@@ -13,6 +13,7 @@ from graf.config import Config, load_config
 from graf.data.datasets import PhotoDataset
 from graf.data.loader import make_loader
 from graf.runtime.amp import Precision
+from graf.runtime.distributed import Processes
 from graf.training.trainer import Trainer
 
 SMOKE = Path(__file__).resolve().parents[2] / "configs" / "smoke.yaml"
@@ -41,7 +42,12 @@ def photographs(smoke_config: Callable[..., Config]) -> PhotoDataset:
 def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset) -> Callable[..., Trainer]:
     """Build the trainer of the smoke configuration with overrides, as train.py does; CCSR's latents are not zero."""
 
-    def make(*overrides: str, data: PhotoDataset = photographs, precision: Precision | None = None) -> Trainer:
+    def make(
+        *overrides: str,
+        data: PhotoDataset = photographs,
+        precision: Precision | None = None,
+        processes: Processes | None = None,
+    ) -> Trainer:
         config = smoke_config(*overrides)
         dataset_info = builders.describe_dataset(config, data)
         ccsr = builders.build_ccsr(config)
@@ -60,6 +66,7 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
             precision or Precision("cpu", None),
             CPU,
             ccsr,
+            processes,
         )
 
     return make

@@ -1,0 +1,235 @@
+"""What processes agree on, add up and compare: the same in every one of them, whoever fails."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graf.runtime.distributed import (
+    DesynchronisedError,
+    Launch,
+    LaunchError,
+    PeerError,
+    PeerOutOfMemory,
+    Processes,
+    hash_tensor,
+)
+from graf.runtime.interrupt import Stopped
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("count", range(20))
+@pytest.mark.parametrize("size", range(1, 6))
+def test_shares_are_all_of_the_work_in_order_and_nearly_equal(count, size):
+    shares = []
+    for rank in range(size):
+        processes = Processes()
+        processes.rank, processes.size = rank, size
+        shares.append(processes.share(count))
+        assert processes.largest_share(count) == -(-count // size)
+    assert [number for share in shares for number in share] == list(range(count))
+    lengths = [len(share) for share in shares]
+    assert max(lengths) == -(-count // size)
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_one_process_agrees_with_itself_and_imports_nothing():
+    processes = Launch.read({"WORLD_SIZE": "1", "RANK": "0"}).join("cpu", 1.0)
+    assert type(processes) is Processes
+    assert (processes.is_first, processes.share(7)) == (True, range(7))
+    assert processes.together(lambda: 3) == processes.by_first(lambda: 3) == processes.first_of_all(lambda: 3) == 3
+    assert processes.gather("a") == ["a"]
+    parameter = nn.Parameter(torch.ones(2))
+    assert processes.sum_gradients([parameter], {}) is None
+    assert parameter.grad is None
+    with pytest.raises(ZeroDivisionError):
+        processes.together(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two': expected a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "LOCAL_RANK": "0", **ADDRESS}, "RANK='-1': expected a whole number"),
+    ],
+)
+def test_an_environment_that_is_not_whole_is_refused(environment, message):
+    with pytest.raises(LaunchError, match=message):
+        Launch.read(environment)
+
+
+def test_what_torchrun_says_is_read():
+    environment = {"WORLD_SIZE": "6", "RANK": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **ADDRESS}
+    assert Launch.read(environment) == Launch(4, 6, 1, 3, "127.0.0.1:1")
+    assert Launch.read(environment | {"TORCHELASTIC_RUN_ID": "x"}).is_watched
+
+
+def test_who_is_alone_says_whom_it_did_not_find(monkeypatch):
+    for name, value in ADDRESS.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PeerError, match=r"process 1 of 2 did not find the others at 127.0.0.1:1 within 1 s"):
+        Launch(1, 2, 1, 2, "127.0.0.1:1").join("cpu", 1.0)
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """The result, or the kind and text of the error."""
+    try:
+        return work()
+    except (Exception, Stopped) as error:
+        return type(error), str(error)
+
+
+def raise_in(processes: Processes, errors: dict[int, BaseException]) -> Any:
+    error = errors.get(processes.rank)
+    if error is not None:
+        raise error
+    return processes.rank
+
+
+@pytest.mark.parametrize(
+    ("errors", "kinds"),
+    [
+        ({}, (0, 1, 2)),
+        ({1: torch.cuda.OutOfMemoryError("CUDA out of memory")}, (PeerOutOfMemory, torch.cuda.OutOfMemoryError, PeerOutOfMemory)),
+        ({0: MemoryError(), 2: Stopped("SIGTERM")}, (Stopped, Stopped, Stopped)),
+        ({0: Stopped("SIGTERM"), 1: ValueError("no")}, (PeerError, ValueError, PeerError)),
+        ({0: ValueError("a"), 1: ValueError("b"), 2: ValueError("c")}, (ValueError, ValueError, ValueError)),
+    ],
+    ids=["none", "memory", "memory and a signal", "a signal and a failure", "all"],
+)
+def test_what_happens_to_one_happens_to_all(run_processes, errors, kinds):
+    def work(processes):
+        first = attempt(partial(processes.together, partial(raise_in, processes, errors)))
+        return first, processes.together(lambda: "and on")
+
+    for (outcome, after), expected in zip(run_processes(3, work), kinds, strict=True):
+        assert outcome == expected if isinstance(expected, int) else outcome[0] is expected
+        assert after == "and on"  # nobody waits for who has left
+
+
+def test_the_first_one_decides_works_first_and_collects(run_processes, tmp_path):
+    def work(processes):
+        decided = processes.by_first(lambda: f"by {processes.rank}")
+        seen = processes.first_of_all(lambda: (tmp_path / "made").exists() or (tmp_path / "made").touch())
+        any_of = [processes.any(processes.rank == rank) for rank in (2, 5)]
+        gathered = processes.gather(torch.full((processes.rank,), processes.rank))
+        sums = processes.sum_to_first({"a": torch.tensor(0.1), "b": torch.tensor(processes.rank)})
+        return decided, seen, any_of, [part.tolist() for part in gathered], {k: float(v) for k, v in sums.items()}
+
+    first, *others = run_processes(3, work)
+    assert first == ("by 0", None, [True, False], [[], [1], [2, 2]], {"a": pytest.approx(0.3), "b": 3.0})
+    for other in others:
+        assert other == ("by 0", True, [True, False], [], {"a": 0.0, "b": 0.0})
+
+
+def make_gradients(rank: int) -> list[nn.Parameter]:
+    """Three parameters: with gradients everywhere, in process 1 alone, nowhere."""
+    parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(()))]
+    generator = torch.Generator().manual_seed(rank)
+    parameters[0].grad = torch.randn(3, 2, generator=generator)
+    if rank == 1:
+        parameters[1].grad = torch.ones(5)
+    return parameters
+
+
+@pytest.mark.parametrize("bucket", [2**20, 8])
+@pytest.mark.parametrize("terms", [(1.0, 2.0, 3.0), (1.0, float("inf"), 3.0), (1.0, 2.0, float("nan"))])
+def test_gradients_are_summed_wherever_they_are(run_processes, monkeypatch, bucket, terms):
+    monkeypatch.setattr("graf.runtime.distributed.BUCKET", bucket)
+
+    def work(processes):
+        parameters = make_gradients(processes.rank)
+        summed = processes.sum_gradients(parameters, {"loss": torch.tensor(terms[processes.rank])})
+        return [parameter.grad for parameter in parameters], summed.present.tolist(), bool(summed.finite)
+
+    expected = torch.stack([make_gradients(rank)[0].grad for rank in range(3)]).sum(0)
+    for gradients, present, finite in run_processes(3, work):
+        torch.testing.assert_close(gradients[0], expected)
+        assert torch.equal(gradients[1], torch.ones(5))
+        assert torch.equal(gradients[2], torch.zeros(()))
+        assert present == [True, True, False]
+        assert finite == all(abs(term) < 10 for term in terms)
+
+
+def test_the_first_tensor_that_differs_is_named(run_processes):
+    def work(processes):
+        tensors = {"a": torch.arange(5.0), "b": torch.ones(3, dtype=torch.float16), "c": torch.zeros(2) == 0}
+        processes.check_equal(tensors)
+        if processes.rank == 1:
+            tensors |= {"b": torch.nextafter(tensors["b"], torch.tensor(2.0).half()), "c": ~tensors["c"]}
+        return attempt(lambda: processes.check_equal(tensors))
+
+    for kind, message in run_processes(3, work):
+        assert kind is DesynchronisedError
+        assert message.startswith("b (2 of 3 tensors) is not the same in all processes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_a_hash_depends_on_every_number_and_its_place(dtype):
+    tensor = torch.arange(9).to(dtype)
+    others = [tensor.flip(0), tensor[:-1], torch.zeros(9, dtype=dtype)]
+    for place in range(9):
+        changed = tensor.clone()
+        changed[place] = 1 - changed[place].int() if dtype is torch.bool else changed[place] + 1
+        others.append(changed)
+    hashes = {int(hash_tensor(other)) for other in [tensor, *others]}
+    assert len(hashes) == len({tuple(other.tolist()) for other in [tensor, *others]})
+    assert int(hash_tensor(tensor)) == int(hash_tensor(tensor.clone().reshape(3, 3)))
+
+
+def test_a_hash_of_parts_is_that_of_the_whole(monkeypatch):
+    tensor = torch.randn(1000)
+    whole = int(hash_tensor(tensor))
+    monkeypatch.setattr("graf.runtime.distributed.HASHED_AT_ONCE", 7)
+    assert int(hash_tensor(tensor)) == whole
+
+
+@pytest.mark.parametrize("end", ["killed", "hanging"])
+def test_who_is_missing_is_named_by_one_of_the_others(run_processes, end):
+    def work(processes):
+        processes.together(lambda: None)
+        if processes.rank == 1:
+            if end == "hanging":
+                time.sleep(6)
+            os.kill(os.getpid(), signal.SIGKILL)
+        started = time.monotonic()
+        try:
+            processes.together(lambda: None)
+        except PeerError as error:
+            again = attempt(lambda: processes.together(lambda: None))  # no further waiting
+            return str(error), again[0] is PeerError, time.monotonic() - started, processes.tells(error)
+
+    results = run_processes(3, work, timeout=2.0)
+    for message, again, seconds, _ in (results[0], results[2]):
+        assert message.startswith("process 1 of 3 has ended or does not answer")
+        assert again
+        assert seconds < 10
+    assert [results[0][3], results[2][3]].count(True) == 1
+
+
+def test_the_cause_is_told_before_its_consequences(run_processes):
+    def work(processes):
+        try:
+            processes.together(partial(raise_in, processes, {2: ValueError("the cause")}))
+        except Exception as error:
+            return processes.tells(error)
+
+    assert run_processes(3, work) == [False, False, True]
+
+
+def test_tensors_of_peers_arrive_as_they_are(run_processes):
+    def work(processes: Processes) -> list[Tensor]:
+        return processes.gather(torch.full((processes.rank + 1, 2), float(processes.rank)))
+
+    first, second = run_processes(2, work)
+    assert [tuple(part.shape) for part in first] == [(1, 2), (2, 2)]
+    assert second == []
