@@ -137,11 +137,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _work_in_process(rank: int, size: int, port: int, timeout: float, work: Callable[[Processes], Any], pipe: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _work_in_process(launch: Launch, timeout: float, work: Callable[[Processes], Any], pipe: Any) -> None:
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address.split(":")
     try:
-        processes = Launch(rank, size, rank, size, f"127.0.0.1:{port}").join("cpu", timeout)
-        pipe.send(work(processes))
+        pipe.send(work(launch.join("cpu", timeout)))
     except BaseException as error:
         pipe.send(error)
     time.sleep(3600)  # the first one keeps the store until all are done
@@ -161,7 +160,7 @@ def run_processes() -> Callable[..., list[Any]]:
         port, children = free_port(), []
         for rank in range(size):
             here, there = context.Pipe()
-            arguments = (rank, size, port, timeout, work, there)
+            arguments = (Launch(rank, size, rank, size, f"127.0.0.1:{port}"), timeout, work, there)
             child = context.Process(target=_work_in_process, args=arguments, daemon=True)
             with warnings.catch_warnings():  # Python 3.12: of threads, which the children do without
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -169,7 +168,7 @@ def run_processes() -> Callable[..., list[Any]]:
             there.close()
             children.append((child, here))
         results = []
-        for child, pipe in children:
+        for _, pipe in children:
             assert pipe.poll(timeout + 60), "a process has not come to its end"
             try:
                 results.append(pipe.recv())

@@ -99,7 +99,7 @@ def raise_in(processes: Processes, errors: dict[int, BaseException]) -> Any:
     ("errors", "kinds"),
     [
         ({}, (0, 1, 2)),
-        ({1: torch.cuda.OutOfMemoryError("CUDA out of memory")}, (PeerOutOfMemory, torch.cuda.OutOfMemoryError, PeerOutOfMemory)),
+        ({1: MemoryError()}, (PeerOutOfMemory, MemoryError, PeerOutOfMemory)),
         ({0: MemoryError(), 2: Stopped("SIGTERM")}, (Stopped, Stopped, Stopped)),
         ({0: Stopped("SIGTERM"), 1: ValueError("no")}, (PeerError, ValueError, PeerError)),
         ({0: ValueError("a"), 1: ValueError("b"), 2: ValueError("c")}, (ValueError, ValueError, ValueError)),
