@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import graf
 from graf.app import builders
@@ -68,7 +68,7 @@ class PretendedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         on_device = [tensor for tensor in given if isinstance(tensor, DeviceTensor)]
         on_cpu = [tensor for tensor in given if not isinstance(tensor, DeviceTensor)]
         packet, target = func.overloadpacket, kwargs.get("device")
