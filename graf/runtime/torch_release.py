@@ -1,4 +1,5 @@
-"""Which release of torch this is, and whether it may read files of strangers; what a release lacks is asked where used.
+"""Which release of torch this is, whether it fits NumPy and may read files of strangers; what else it lacks is asked
+where it is used.
 
 `weights_only=True` is what keeps a pickle from running code. Two holes in it were closed by new releases of torch:
 below 2.6 a file can run code (CVE-2025-32434), below 2.10 it can corrupt memory (CVE-2026-24747).
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from graf.base.errors import UserError
@@ -30,6 +32,15 @@ def torch_release() -> tuple[int, int]:
     """The first two numbers of torch's version: (2, 10) for "2.10.0a0+git1234" and "2.10.1+cpu"."""
     major, minor = str(torch.__version__).split("+")[0].split(".")[:2]
     return int(major), int(minor)
+
+
+def require_fitting_numpy() -> None:
+    """Raise UserError where NumPy is newer than torch knows, so that no tensor could become an array."""
+    if torch_release() < (2, 3) and int(np.__version__.split(".")[0]) >= 2:
+        raise UserError(
+            f"torch {torch.__version__} does not work with NumPy {np.__version__}: torch before 2.3 was built for "
+            'NumPy 1; run: pip install "numpy<2", or update torch'
+        )
 
 
 def find_hole() -> str | None:

@@ -20,6 +20,7 @@ from graf.runtime.amp import (
     scale_of,
 )
 from graf.runtime.device import read_processor
+from graf.runtime.torch_release import torch_release
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
@@ -242,8 +243,10 @@ def test_a_step_works_again_after_a_skip() -> None:
 
 
 def test_a_fused_optimiser_reports_its_skip() -> None:
-    weight, optimizer = make_pair(torch.optim.Adam, fused=True)
     scaler = enabled_scaler()
+    if torch_release() < (2, 4):
+        pytest.skip("this torch fuses Adam on CUDA alone")
+    weight, optimizer = make_pair(torch.optim.Adam, fused=True)
     scaler.scale((weight * float("inf")).sum()).backward()
     assert optimizer_step(scaler, optimizer) is False
     assert torch.equal(weight, torch.ones(3))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+from graf.base.errors import UserError
+from graf.runtime.device import pick_device
 from graf.runtime.torch_release import UntrustedFile, find_hole, require_trust, torch_release
 
 PretendRelease = Callable[[str], None]
@@ -18,6 +21,20 @@ PretendRelease = Callable[[str], None]
 def test_a_release_is_two_numbers(pretend_release: PretendRelease, version: str, expected: tuple[int, int]) -> None:
     pretend_release(version)
     assert torch_release() == expected
+
+
+@pytest.mark.parametrize("numpy", ["1.26.4", "2.0.0", "2.5.5"])
+@pytest.mark.parametrize("version", ["1.13.1", "2.1.2", "2.2.2+cpu", "2.3.0", "2.15.0"])
+def test_a_numpy_that_torch_does_not_know_is_said_before_anything_is_computed(
+    pretend_release: PretendRelease, monkeypatch: pytest.MonkeyPatch, version: str, numpy: str
+) -> None:
+    pretend_release(version)
+    monkeypatch.setattr(np, "__version__", numpy)
+    if numpy == "1.26.4" or version in ("2.3.0", "2.15.0"):
+        pick_device("cpu")
+        return
+    with pytest.raises(UserError, match=rf"does not work with NumPy {numpy}.*pip install \"numpy<2\""):
+        pick_device("cpu")
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.1.2+cpu", "2.5.1"])
