@@ -17,8 +17,9 @@ import numpy as np
 
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from benchmarks.videos import Footage, Shot, film_turntable
-from graf.capture.frames import FULL_SIDE, Source, choose_frames, open_source, scan
+from graf.capture.frames import FULL_SIDE, Source, choose_frames, scan
 from graf.capture.masks import masks_of
+from graf.capture.sources import open_source
 from graf.capture.turntable import Turn, find_turn
 from graf.data.shapes import CLASS_NAMES
 from graf.evaluation.pictures import write_video

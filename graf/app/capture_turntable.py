@@ -10,7 +10,7 @@ from pathlib import Path
 from graf.app.capture_configuration import SetCamera, next_steps, read_set_camera, write_set_camera
 from graf.base.files import replace_file
 from graf.capture.errors import CaptureError
-from graf.capture.frames import FULL_SIDE, Frame, Photographs, Picture, choose_frames, open_source, scan
+from graf.capture.frames import DEFAULT_FRAMES, FULL_SIDE, Frame, Picture, choose_frames, scan
 from graf.capture.framing import PHONE_FOV, Camera, Framing, cut, frame_masks, frame_whole, picture_side
 from graf.capture.masks import draw_masks, find_odd_masks, masks_of
 from graf.capture.photo_set import (
@@ -27,7 +27,7 @@ from graf.data.labels import CAPTURE_FILE, CAPTURE_FOLDER, LabelRow, natural_key
 from graf.geometry.cameras import height_from_elevation
 from graf.runtime.run_lock import RunLock, UnwritableError
 
-DEFAULT_FRAMES = 72  # one in 5 degrees
+
 DEFAULT_ELEVATION = 20.0
 UNLIKE = 1.2  # ratio of two distances from which perspective differs visibly
 

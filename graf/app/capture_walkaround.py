@@ -12,7 +12,7 @@ import numpy as np
 from graf.app.capture_configuration import next_steps, write_posed_configuration
 from graf.base.files import replace_file
 from graf.capture.errors import CaptureError
-from graf.capture.frames import Frame, Photographs, Picture, open_source, select_frames
+from graf.capture.frames import DEFAULT_FRAMES, Frame, Picture, select_frames
 from graf.capture.markers import centre_on_sheet, poses_from_markers
 from graf.capture.masks import draw_masks, masks_of
 from graf.capture.posed import (

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from graf.base.extras import import_optional
 from graf.capture.errors import CaptureError
-from graf.capture.frames import Frame, Picture, fit_within, read_photograph
+from graf.capture.frames import Frame, Picture, fit_within
+from graf.capture.photographs import read_photograph
 
 WORK_SIDE = 320  # pixels of the longer side of what GrabCut sees: its cost grows with their number
 BORDER = 0.03  # of the shorter side: what is nearer to the edge of a picture is background

@@ -68,7 +68,7 @@ def test_none_takes_everything_and_transparency_wins_over_auto(mug_film):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg.png"])
-@pytest.mark.parametrize("mode", ["L", "1", "RGBA", "large"])
+@pytest.mark.parametrize("mode", ["L", "1", "I;16", "RGBA", "large"])
 def test_mask_files_are_found_by_name(tmp_path, mug_film, name, mode):
     truth = mug_film.masks[0]
     mask = Image.fromarray(np.where(truth, np.uint8(255), np.uint8(0)))
@@ -77,6 +77,8 @@ def test_mask_files_are_found_by_name(tmp_path, mug_film, name, mode):
         mask.putalpha(alpha)
     elif mode == "large":  # of the photograph's full size, which is read reduced
         mask = mask.resize((192, 192), Image.Resampling.NEAREST)
+    elif mode == "I;16":
+        mask = Image.fromarray(np.where(truth, np.uint16(65535), np.uint16(20000)))  # 20000 is dark
     else:
         mask = mask.convert(mode)
     mask.save(tmp_path / name)

@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip("cv2")
 
 from graf.capture.errors import CaptureError
-from graf.capture.frames import GREY_SIDE, THUMBNAIL_SIDE, Scan, fit_within, open_source, scan
+from graf.capture.frames import GREY_SIDE, THUMBNAIL_SIDE, Scan, fit_within, scan
+from graf.capture.sources import open_source
 from graf.capture.turntable import Turn, find_turn, lagged_differences, measure_turn
 
 PER_TURN = 40  # frames, of the films
