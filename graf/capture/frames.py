@@ -133,10 +133,12 @@ def drop_duplicates(seen: Scan, numbers: Sequence[int]) -> list[int]:
     return [numbers[place] for place in kept]
 
 
-def select_frames(source: Source, count: int | None) -> list[Frame]:
-    """`count` frames of a whole source (None: all) in full, evenly spaced, sharp, no two the same."""
+def select_frames(source: Source, count: int | None, most: int | None = None) -> list[Frame]:
+    """`count` frames of a whole source (None: all, or the `most`) in full, evenly spaced, sharp, no two the same."""
     seen = scan(source)
-    return list(source.read(FULL_SIDE, choose_frames(seen, len(seen) if count is None else count)))
+    if count is None:
+        count = min(len(seen), most or len(seen))
+    return list(source.read(FULL_SIDE, choose_frames(seen, count)))
 
 
 def fit_within(image: Picture, side: int) -> Picture:

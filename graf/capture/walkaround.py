@@ -181,7 +181,7 @@ def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(places))
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # by whose end the worker knows that this process is gone
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -190,6 +190,7 @@ def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
     )
     said: list[str] = []
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue()
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     readers = [
@@ -206,8 +207,8 @@ def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
         process.wait()
         for reader in readers:
             reader.join()
-        process.stdout.close()
-        process.stderr.close()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
     if code:
         signal_name = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         raise CaptureError(

@@ -181,7 +181,7 @@ def test_what_is_there_is_replaced_only_when_asked(videos, mug, capsys):
     assert all((mug / row["file"]).is_file() for row in rows)
 
 
-@pytest.mark.parametrize("failing", ["draw_masks", "cut", "write_set_camera"])
+@pytest.mark.parametrize("failing", ["draw_masks", "cut", "compose_set_configuration"])
 def test_a_failed_run_leaves_the_set_whole(videos, mug, monkeypatch, failing):
     before = contents(mug)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,25 +156,34 @@ def test_what_cannot_work_is_said_before_any_work(images, settings, message, mon
         reconstruct(images, settings=WalkaroundSettings(**settings))
 
 
-def test_the_worker_goes_when_the_program_that_started_it_is_killed():
+def test_the_worker_goes_when_the_program_that_started_it_is_killed_even_before_it_looks(tmp_path):
+    folder = tmp_path / "job"
+    folder.mkdir()
     worker = (
-        "import os; from graf.capture.colmap_worker import end_with_parent\n"
-        "parent = os.getppid(); print('ready', flush=True); end_with_parent(parent)"
+        "import os, pathlib, sys, time; from graf.capture.colmap_worker import end_with_parent\n"
+        "folder, parent = pathlib.Path(sys.argv[1]), os.getppid()\n"
+        "(folder / 'number').write_text(str(os.getpid()))\n"
+        "(folder / 'number').rename(folder / 'ready')\n"
+        "while os.getppid() == parent: time.sleep(0.02)\n"
+        "end_with_parent(folder)"
     )
     program = (
-        "import subprocess, sys, time\n"
-        f"process = subprocess.Popen([sys.executable, '-c', {worker!r}])\n"
-        "print(process.pid, flush=True)\n"
-        "time.sleep(60)"
+        "import sys; from graf.capture.walkaround import run_worker\n"
+        f"run_worker([sys.executable, '-c', {worker!r}, sys.argv[1]], threads=1, patience=60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
-        number = int(parent.stdout.readline())
-        assert parent.stdout.readline() == "ready\n"
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], cwd=ROOT) as parent:
+        assert wait_until((folder / "ready").is_file)
+        number = int((folder / "ready").read_text())
         parent.kill()
-    deadline = time.monotonic() + 20
-    while is_alive(number) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_alive(number)
+    assert wait_until(lambda: not is_alive(number))
+    assert not folder.exists()
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return is_true()
 
 
 def is_alive(number: int) -> bool:
