@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,7 +118,8 @@ def reconstruct(
     settings = settings or WalkaroundSettings()
     names = list(names or [f"photograph {number}" for number in range(len(images))])
     check_photographs(images, masks, names, settings)
-    import_optional("pycolmap", "capture")  # here, where the message about a missing one is a plain error
+    if find_spec("pycolmap") is None:  # not imported where it is there: it would take this process's signals over
+        import_optional("pycolmap", "capture")  # says how to get it
     with tempfile.TemporaryDirectory(prefix="graf_walkaround_") as temporary:
         folder = Path(temporary)
         files = write_photographs(folder, images, masks if settings.features == "object" else None)

@@ -135,6 +135,13 @@ def test_duplicates_are_dropped(tmp_path, write_video, corner_frames):
     assert len(select_frames(source, 15)) == 12
 
 
+def test_all_frames_or_the_most_are_taken_where_no_number_is_given(tmp_path, corner_frames):
+    source = open_source(write_photographs(tmp_path / "p", corner_frames))
+    assert len(select_frames(source, None)) == 12
+    assert [frame.time for frame in select_frames(source, None, 8)] == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert len(select_frames(source, None, 80)) == 12
+
+
 def test_more_frames_than_there_are_is_an_error():
     thumbnails = np.zeros((20, 8, 8, 3), np.uint8)
     with pytest.raises(CaptureError, match="--frames 40: there are 20 frames"):

@@ -45,6 +45,7 @@ def test_a_mask_that_lacks_what_the_opposite_side_has_is_found(mug_film):
     assert find_odd_masks(masks, angles) == []
     masks[3] = np.where(np.arange(96)[:, None] < 48, masks[3], 0).astype(np.uint8)
     assert find_odd_masks(masks, angles) == [3]
+    assert find_odd_masks(masks[:15], angles[:15]) == []  # of 126 degrees: nothing has an opposite side
 
 
 def test_masks_do_not_depend_on_chance(mug_film):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,22 @@ import pytest
 
 from benchmarks.videos import Walk, film_walkaround
 from benchmarks.walkaround import compare_cameras
+from graf.base.extras import MissingExtra
 from graf.capture import walkaround
 from graf.capture.errors import CaptureError
+from graf.capture.frames import DEFAULT_FRAMES
 from graf.capture.posed import centre_on_object
-from graf.capture.walkaround import WalkaroundSettings, read_result, reconstruct, run_worker, to_camera_to_world
+from graf.capture.walkaround import (
+    EXHAUSTIVE_BELOW,
+    WalkaroundSettings,
+    read_result,
+    reconstruct,
+    run_worker,
+    to_camera_to_world,
+)
 
+#: it is looked for and not imported: it takes the signals of its process over
+needs_pycolmap = pytest.mark.skipif(find_spec("pycolmap") is None, reason="needs pycolmap")
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 12
 IMAGES = [np.zeros((60, 80, 3), np.uint8)] * COUNT
@@ -47,8 +59,8 @@ def answer(*groups: range, step: float = 0.5, **changes: object) -> dict[str, ob
     return {"features": features, "pairs": 66, "matches": 1000, "still": 10, "models": models} | changes
 
 
+@needs_pycolmap
 def test_a_walk_around_a_toy_on_a_patterned_table_gives_its_cameras():
-    pytest.importorskip("pycolmap")
     footage = film_walkaround("duck", Walk(size=224, frames=20, elevations=(25.0, 45.0)))
     settings = WalkaroundSettings(threads=1)
     found = reconstruct(list(footage.frames), list(footage.masks), None, settings)
@@ -66,11 +78,21 @@ def test_a_walk_around_a_toy_on_a_patterned_table_gives_its_cameras():
     assert 0.75 < similarity.scale < 1.05  # it lies inside a sphere of radius 0.95
 
 
+@needs_pycolmap
 def test_photographs_of_nothing_are_an_error_that_says_what_to_do():
-    pytest.importorskip("pycolmap")
     blank = [np.full((120, 160, 3), 90 + number, np.uint8) for number in range(8)]
     with pytest.raises(CaptureError, match=r"8 of 8 photographs have fewer than .* textured"):
         reconstruct(blank, settings=WalkaroundSettings(threads=1))
+
+
+def test_without_the_library_the_command_that_brings_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    with pytest.raises(MissingExtra, match=r"pycolmap is not installed; run: pip install .*\[capture\]"):
+        reconstruct(IMAGES, settings=WalkaroundSettings(threads=1))
+
+
+def test_frames_of_a_video_are_compared_each_with_each_unless_more_are_asked_for():
+    assert DEFAULT_FRAMES < EXHAUSTIVE_BELOW
 
 
 def test_a_library_that_aborts_is_an_error_with_its_last_words(capfd):
