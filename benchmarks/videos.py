@@ -139,7 +139,7 @@ def walk_poses(walk: Walk) -> Tensor:
 def film_posed_photographs(transforms: Path, ground: float | None, size: int | None = None) -> Footage:
     """Posed RGBA photographs (NeRF's transforms_train.json), on a patterned table at z = `ground` or else on grey.
 
-    size: pixels along the side where they are enlarged. Their object is scaled to the unit sphere by its masks' extent.
+    size: pixels along the side where they are enlarged. The world is that of the file.
     """
     content = json.loads(transforms.read_text(encoding="utf-8"))
     poses = torch.tensor([frame["transform_matrix"] for frame in content["frames"]], dtype=torch.float32)

@@ -66,7 +66,7 @@ def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: 
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train.",
         f"inherit_from: {POSED_INHERITED if side >= 128 else INHERITED}",
-        f"expname: {_quote(folder.resolve().name)}",
+        f"expname: {_quote(_run_name(folder))}",
         "data:",
         "  type: transforms",
         f"  datadir: {_quote(folder.as_posix())}",
@@ -86,7 +86,7 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train. Later captures change v_list only.",
         f"inherit_from: {INHERITED}",
-        f"expname: {_quote(folder.resolve().name)}",
+        f"expname: {_quote(_run_name(folder))}",
         "data:",
         "  type: turntable",
         f"  datadir: {_quote(folder.as_posix())}",
@@ -104,6 +104,11 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -
         lines += ["z_dist:", "  dim: 16", "  dim_appearance: 8", "discriminator:", "  augment: {colour: 0}"]
         lines += ["training:", "  lr_d: 1e-3", "  reg_param: 0.1", "  instance_prior: 0.02"]
     return "\n".join([*lines, *(["nerf:", *nerf] if nerf else []), ""])
+
+
+def _run_name(folder: Path) -> str:
+    """The folder's name as expname may be: letters, digits, and _ . - behind the first."""
+    return re.sub(r"[^\w.-]", "_", folder.resolve().name).lstrip(".-") or "photos"
 
 
 def _quote(text: str) -> str:

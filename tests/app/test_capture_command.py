@@ -278,9 +278,11 @@ def test_photographs_with_masks_of_their_own_and_without_any(sources, photos, tm
     assert len(labels(photos)) == 18
     angles = [int(row["angle"]) for row in labels(photos)]
     np.testing.assert_allclose(angles, np.arange(18) * 20, atol=6)
-    assert main([str(folder), *options, "--class", "bare", "--mask", "none", "--out", "bare", "--turns", "1"]) == 0
-    assert load_config("bare/capture.yaml").nerf.background == "learned"
-    with Image.open(tmp_path / "bare" / labels(tmp_path / "bare")[0]["file"]) as image:
+    bare = "-its bare, 'mine'"  # a name that has to become one of a run
+    assert main([str(folder), *options, "--class", "bare", "--mask", "none", f"--out={bare}", "--turns", "1"]) == 0
+    config = load_config(f"{bare}/capture.yaml")
+    assert (config.nerf.background, config.expname, config.data.datadir) == ("learned", "its_bare___mine_", bare)
+    with Image.open(tmp_path / bare / labels(tmp_path / bare)[0]["file"]) as image:
         assert image.mode == "RGB"
 
 
