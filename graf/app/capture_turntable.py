@@ -88,7 +88,8 @@ def _capture(options: TurntableOptions) -> list[str]:
         options.out / CAPTURE_FOLDER / f"{subject.name}.png",
         draw_masks(frames, masks, [f"{angle} degrees" for angle in angles]),
     )
-    set_camera = SetCamera(*((known.radius, known.fov) if known else (camera.radius, camera.fov)), v_list, is_masked)
+    first = known or camera
+    set_camera = SetCamera(first.radius, first.fov, v_list, is_masked)
     configuration = compose_set_configuration(config_file, set_camera, many_objects=bool(options.instance))
     all_rows = add_photographs(options.out, rows, subject, pictures, configuration)
     with replace_file(sheet) as stream:

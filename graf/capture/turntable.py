@@ -109,8 +109,8 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
         length = min(minima, key=lambda minimum: minimum[1])[0]  # light or camera have changed meanwhile
         if count <= 2 * length <= HALVES * count:
             raise CaptureError(
-                f"after {length:.0f} of {count} frames the object looks much as it did at first: that is a whole turn, or "
-                f"half of one that is not quite over; say --turns {count / length:.2g} or {count / length / 2:.2g}"
+                f"after {length:.0f} of {count} frames the object looks much as it did at first: that is a whole turn, "
+                f"or half of one that is not quite over; say --turns {count / length:.2g} or {count / length / 2:.2g}"
             )
     else:
         raise CaptureError(f"no frame looks like an earlier one, so that no turn can be found; {advice}")
