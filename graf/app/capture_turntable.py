@@ -84,14 +84,12 @@ def _capture(options: TurntableOptions) -> list[str]:
         (angle, cut(frame, mask if is_masked else None, framing, side))
         for angle, frame, mask in zip(angles, frames, masks, strict=True)
     )
-    sheet, drawn = (
-        options.out / CAPTURE_FOLDER / f"{subject.name}.png",
-        draw_masks(frames, masks, [f"{angle} degrees" for angle in angles]),
-    )
+    drawn = draw_masks(frames, masks, [f"{angle} degrees" for angle in angles])
     first = known or camera
     set_camera = SetCamera(first.radius, first.fov, v_list, is_masked)
     configuration = compose_set_configuration(config_file, set_camera, many_objects=bool(options.instance))
     all_rows = add_photographs(options.out, rows, subject, pictures, configuration)
+    sheet = options.out / CAPTURE_FOLDER / f"{subject.name}.png"
     with replace_file(sheet) as stream:
         drawn.save(stream, format="PNG")
 
@@ -121,7 +119,7 @@ def _read_cameras(options: TurntableOptions, rows: Sequence[LabelRow]) -> SetCam
             "back, or choose another folder"
         )
     is_masked = options.mask != "none"
-    if rows and known is not None and known.masked != is_masked:
+    if known is not None and known.masked != is_masked:
         have = "transparent around their objects" if known.masked else "not transparent around their objects"
         want = "leave out --mask none" if known.masked else "use --mask none"
         raise CaptureError(
