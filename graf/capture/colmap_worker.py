@@ -21,6 +21,7 @@ import numpy as np
 
 from graf.base.extras import import_optional
 
+TEMPORARY = "graf_walkaround_"  # how the names of the folders begin that this program makes for a worker
 JOB_FILE, RESULT_FILE, IMAGES, MASKS = "job.json", "result.json", "images", "masks"
 CAMERA_MODEL = "SIMPLE_RADIAL"  # focal length, centre, one coefficient of distortion: as much as phones need
 MAX_FEATURES = 3000  # of an image; matching costs their square
@@ -47,13 +48,14 @@ class Job:
 
 
 def end_with_parent(folder: Path) -> None:
-    """End this process, and remove its folder, when the program that started it is gone: nobody waits for the result.
+    """End this process, and remove its temporary folder, when the program that started it is gone.
 
     However that ended, and be it before this process looks, the system then closes the other end of standard input.
     """
     while os.read(0, 1):
         pass
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.name.startswith(TEMPORARY):  # and is not one that somebody has named by hand
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from graf.base.extras import import_optional
 from graf.capture.cameras import Lens, Picture, PosedPhotographs, find_floor
-from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, Job, write_job
+from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, TEMPORARY, Job, write_job
 from graf.capture.errors import CaptureError
 from graf.data.loader import count_usable_cpus
 from graf.runtime.logs import progress_bar
@@ -120,7 +120,7 @@ def reconstruct(
     check_photographs(images, masks, names, settings)
     if find_spec("pycolmap") is None:  # not imported where it is there: it would take this process's signals over
         import_optional("pycolmap", "capture")  # says how to get it
-    with tempfile.TemporaryDirectory(prefix="graf_walkaround_") as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:
         folder = Path(temporary)
         files = write_photographs(folder, images, masks if settings.features == "object" else None)
         threads = settings.threads or min(4, count_usable_cpus())

@@ -179,7 +179,7 @@ def test_what_cannot_work_is_said_before_any_work(images, settings, message, mon
 
 
 def test_the_worker_goes_when_the_program_that_started_it_is_killed_even_before_it_looks(tmp_path):
-    folder = tmp_path / "job"
+    folder = tmp_path / "graf_walkaround_1"
     folder.mkdir()
     worker = (
         "import os, pathlib, sys, time; from graf.capture.colmap_worker import end_with_parent\n"
@@ -199,6 +199,15 @@ def test_the_worker_goes_when_the_program_that_started_it_is_killed_even_before_
         parent.kill()
     assert wait_until(lambda: not is_alive(number))
     assert not folder.exists()
+
+
+def test_a_worker_without_a_program_that_waits_ends_and_leaves_a_folder_that_somebody_named(tmp_path):
+    (tmp_path / "job.json").write_text("{")
+    code = "import pathlib, sys; from graf.capture.colmap_worker import end_with_parent as end; "
+    code += "end(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 1
+    assert (tmp_path / "job.json").is_file()
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float = 30) -> bool:
