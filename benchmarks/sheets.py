@@ -29,7 +29,7 @@ def walk_around_sheet(count: int, elevations: Sequence[float], distances: tuple[
 
 
 def photograph_sheet(pose: np.ndarray, lens: Lens, paper: str = "a4", noise: float = 3.0, seed: int = 1) -> np.ndarray:
-    """What a pinhole camera sees of the sheet, uint8 (H, W, 3): a homography of it, with noise of so many grey levels."""
+    """What a pinhole camera sees of the sheet, uint8 (H, W, 3): a homography of it, and noise of some grey levels."""
     cv2 = import_optional("cv2", "capture")
     sheet = lay_out_markers(paper)
     to_millimetres = np.array(
