@@ -62,7 +62,7 @@ def read_object(path: Path) -> ObjectFile:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected object.json of graf invert") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected object.json of graf invert") from error
     try:
         if values["format"] != FORMAT:
@@ -80,7 +80,7 @@ def read_object(path: Path) -> ObjectFile:
             weights=tuple(str(hashed) for hashed in values["weights"]),
             details={key: value for key, value in values.items() if key not in known},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: describes no object ({error!r}); expected object.json of graf invert") from error
 
 

@@ -40,13 +40,10 @@ class ColouredMesh:
 
 
 def is_watertight(faces: NDArray[Any]) -> bool:
-    """Whether every edge of faces (F, 3) is passed as often in one direction as in the other: they enclose a volume.
-
-    Four triangles may share an edge, as decimation leaves it where a wall had no thickness.
-    """
-    edges = directed_edges(faces)
-    forth, back = (np.sort(_edge_keys(*pair)) for pair in (edges, edges[::-1]))
-    return len(forth) > 0 and bool((forth == back).all())
+    """Whether every edge of faces (F, 3) has two triangles, one passing it in each direction: they enclose a volume."""
+    start, end = directed_edges(faces)
+    forth, back = np.sort(_edge_keys(start, end)), np.sort(_edge_keys(end, start))
+    return len(forth) > 0 and bool((forth == back).all() and (forth[1:] != forth[:-1]).all())
 
 
 def directed_edges(faces: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from graf.base.extras import MissingExtra, import_optional
+from graf.base.files import write_atomically
 
 #: the project under which W&B and Trackio list runs
 PROJECT = "graf"
@@ -203,5 +204,5 @@ def _reason(error: Exception) -> str:
 def _own_id(file: Path) -> str:
     """A name for this run alone, kept in its folder."""
     if not file.exists():
-        file.write_text(secrets.token_hex(8), encoding="ascii")
+        write_atomically(file, secrets.token_hex(8))
     return file.read_text(encoding="ascii")
