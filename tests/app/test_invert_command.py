@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import graf
+from graf.app.card_tasks import describe_model
 from graf.app.command_line import main
 from graf.app.run_arguments import object_code, open_run
 from graf.base.errors import UserError
@@ -137,7 +138,9 @@ def test_a_file_that_describes_no_object_is_refused(smoke_run, inverted, tmp_pat
             object_code(trained, {"class_name": None, "object_file": str(tmp_path / "object.json")})
 
     refuses("{", "cannot be read")
+    refuses("[" * 100_000, "cannot be read")
     refuses("[]", "describes no object")
+    refuses(json.dumps(values | {"z": [10**400] * 8}), "describes no object")
     refuses(json.dumps(values | {"format": 9}), "format 9, this version reads 1")
     refuses(json.dumps(values | {"z": []}), "describes no object")
     refuses(json.dumps(values | {"z": [0.0] * 3}), "its code has 3 numbers, those of this run 8")
@@ -169,6 +172,32 @@ def test_what_cannot_be_done_is_one_line(smoke_run, photograph, tmp_path, restor
         assert expected in error
         assert error.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_photograph_is_never_replaced_by_a_result(smoke_run, photograph, tmp_path, restored_process, capsys):
+    mine = tmp_path / "comparison.png"
+    shutil.copyfile(photograph, mine)
+    assert main(["invert", str(smoke_run.folder), str(mine), "--out", str(tmp_path), *QUICK]) == 1
+    assert "comparison.png: would be replaced by a result of that name" in capsys.readouterr().err
+    assert mine.read_bytes() == photograph.read_bytes()
+
+
+def test_what_a_tuned_run_is_handed_on_as_says_so_without_places_of_this_machine(
+    smoke_run, inverted, tmp_path, restored_process
+):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "model.safetensors"
+    assert main(["export", str(inverted / "tuned"), "--to", "safetensors", "--out", str(file)]) == 0
+    opened = open_run(str(file), "cpu", 1.0)
+    assert opened.trained.tuned == {"photograph": "my duck", "from": "model_best.pt"}
+    assert open_run(str(smoke_run.folder), "cpu", 1.0).trained.tuned == {}
+    assert "tuned to one photograph (`graf invert --tune`), called `my duck`" in describe_model(opened, [], False).data
+    assert "tuned" not in describe_model(open_run(str(smoke_run.folder), "cpu", 1.0), [], False).data
+    # and it can be tuned once more
+    arguments = [str(file), str(inverted / "comparison.png"), "--class", "duck", "--tune", "1", "--mask", "none"]
+    assert main(["invert", *arguments, "--out", str(tmp_path / "again"), *QUICK]) == 0
+    again = read_checkpoint(tmp_path / "again" / "tuned" / "checkpoints" / "model_best.pt")["meta"]
+    assert again["tuned"] == {"photograph": "comparison", "from": str(file)}
 
 
 def test_a_run_of_training_is_never_replaced_by_a_tuned_one(smoke_run, photograph, tmp_path, restored_process, capsys):

@@ -33,6 +33,12 @@ def make_renderer() -> Callable[..., Renderer]:
     return _make_renderer
 
 
+@pytest.fixture(scope="session")
+def make_field_renderer() -> Callable[[str], Renderer]:
+    """A kind of field (mlp, siren, table, synthesis) -> a new renderer of it."""
+    return lambda kind: _make_renderer(*FIELDS[kind])
+
+
 @pytest.fixture(params=FIELDS)
 def any_renderer(request: pytest.FixtureRequest) -> Renderer:
     """One with each kind of field."""
