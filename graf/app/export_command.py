@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", help="file, or folder of --transforms (default: in the run's eval/)")
     pictures = parser.add_argument_group("which object --transforms shows, and how")
-    add_object_arguments(pictures)  # type: ignore[arg-type]
+    add_object_arguments(pictures)
     pictures.add_argument("--resolution", type=int, help="side of the pictures, pixels (default: data.imsize)")
     pictures.add_argument(
         "--elevations", type=float, nargs="+", help="degrees above the horizon, in turn (default: the data set's)"

@@ -27,7 +27,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
 
 
-def add_object_arguments(parser: argparse.ArgumentParser) -> None:
+def add_object_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--class and --seed, or --instance, or --object."""
     parser.add_argument(
         "--class", dest="class_name", help="name or index of the class (default: the object's own, else the first)"
