@@ -320,7 +320,7 @@ class Renderer:
         >>> renderer.instance_codes([-1, -1]).shape
         torch.Size([2, 8])
         """
-        numbers = torch.as_tensor(instances, device=self.device)
+        numbers = torch.as_tensor(instances, dtype=torch.int64, device=self.device)  # an empty list would be float
         zero = torch.zeros(len(numbers), self.generator.dim_z, device=self.device)
         return self.generator.codes(zero, numbers).detach().cpu()
 

@@ -94,7 +94,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run, which a resumed run continues; WANDB_MODE=offline keeps it in the run's folder."""
+    """A W&B run, which a resumed run continues; WANDB_MODE=offline keeps it in the run's folder.
+
+    Without network it gives up after W&B's own time (90 s and a little), and the run begins without it. Where the
+    network goes later, W&B tries again for as long as the run lasts, and `close` until Ctrl-C: all is saved by then.
+    """
 
     title = "W&B"
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 import graf
 from graf.app.card_tasks import describe_model
 from graf.app.command_line import main
+from graf.app.invert_command import choose_starts
 from graf.app.run_arguments import object_code, open_run
 from graf.base.errors import UserError
 from graf.inversion.object_file import ObjectFile, fingerprint, read_object
@@ -172,6 +174,17 @@ def test_what_cannot_be_done_is_one_line(smoke_run, photograph, tmp_path, restor
         assert expected in error
         assert error.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_of_which_no_object_is_known_is_searched_from_drawn_codes(smoke_run, restored_process):
+    trained = open_run(str(smoke_run.folder), "cpu", 1.0).trained
+    trained.renderer.generator.instances = torch.nn.Parameter(torch.randn(2, trained.renderer.generator.dim_z))
+    known = replace(
+        trained, dataset_info=replace(trained.dataset_info, instance_names=("car/red", "car/blue")), tuned={}
+    )
+    starts = choose_starts(known, None, count=3, seed=0)
+    assert [len(starts[number]) for number in range(4)] == [1 + 3 + 2, 1 + 3, 1 + 3, 1 + 3]
+    torch.testing.assert_close(starts[0][4:], known.renderer.instance_codes([0, 1]))
 
 
 def test_a_photograph_is_never_replaced_by_a_result(smoke_run, photograph, tmp_path, restored_process, capsys):
