@@ -16,7 +16,7 @@ from graf.app.run_arguments import OpenedRun, object_code, output_path
 from graf.base.errors import UserError
 from graf.config import Config
 from graf.sharing.programs import write_onnx, write_torch_program
-from graf.sharing.transforms import views_around, write_transforms
+from graf.sharing.transforms import turntable_views, write_transforms
 from graf.sharing.weights import write_weights
 
 PROGRAMS = {"pt2": write_torch_program, "onnx": write_onnx}
@@ -117,7 +117,7 @@ def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOp
             raise UserError(f"--resolution {pictures.resolution}: expected 8 to 8192 pixels")
         renderer = replace(renderer, resolution=pictures.resolution)
     folder = output_path(out, opened, f"transforms_{name}")
-    views = views_around(renderer, renderer.class_index(class_name), pictures.count, pictures.elevations)
+    views = turntable_views(renderer, renderer.class_index(class_name), pictures.count, pictures.elevations)
     provenance = {"class": class_name, "object": name, "iteration": opened.trained.iteration, "graf": __version__}
     write_transforms(folder, renderer, z, views, provenance | {"truncation": renderer.truncation})
     keys = f"data.type=transforms data.datadir={shlex.quote(str(folder))} data.imsize={renderer.resolution}"

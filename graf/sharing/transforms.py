@@ -29,7 +29,7 @@ FILE_NAME, IMAGE_FOLDER = "transforms.json", "images"
 _INVISIBLE = 0.5 / 255
 
 
-def views_around(renderer: Renderer, class_idx: int, count: int, elevations: Sequence[float] | None = None) -> Views:
+def turntable_views(renderer: Renderer, class_idx: int, count: int, elevations: Sequence[float] | None = None) -> Views:
     """`count` cameras around an object, evenly over one turn, at each of the elevations (degrees) in turn.
 
     elevations: None for those of the data set. Raises UserError for fewer than two cameras, or an elevation out of
