@@ -103,7 +103,7 @@ def _object_of_file(path: Path, renderer: Renderer, class_name: str | None) -> t
     from graf.inversion.object_file import read_object
 
     found = read_object(path)
-    found.check_generator(renderer.generator, renderer.generator.dim_z, path)
+    found.check_generator(renderer.generator, path)
     index = renderer.class_index(found.class_name if class_name is None else class_name)
     return renderer.classes[index], found.code, f"{renderer.classes[index]}_{found.name}"
 

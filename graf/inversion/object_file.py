@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
+from graf.models.generator import Generator
 from graf.runtime.logs import logger
 
 FORMAT = 1
@@ -48,10 +49,12 @@ class ObjectFile:
         details = values.pop("details")
         write_atomically(path, json.dumps({"format": FORMAT, **values, **details}, indent=2) + "\n")
 
-    def check_generator(self, generator: nn.Module, dim_z: int, path: Path) -> None:
+    def check_generator(self, generator: Generator, path: Path) -> None:
         """Raise UserError where the code does not fit a generator; say so where it was found in another one."""
-        if len(self.z) != dim_z:
-            raise UserError(f"{path}: its code has {len(self.z)} numbers, those of this run {dim_z}; use its own run")
+        if len(self.z) != generator.dim_z:
+            raise UserError(
+                f"{path}: its code has {len(self.z)} numbers, those of this run {generator.dim_z}; use its own run"
+            )
         if self.weights and fingerprint(generator) not in self.weights:
             logger.warning("%s: was found in another generator, whose code means another object in this one", path)
 
