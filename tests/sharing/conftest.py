@@ -15,7 +15,7 @@ FIELDS = {
     "mlp": ("nerf.field=mlp", "nerf.netdepth=4", "nerf.netwidth=16"),
     "siren": ("nerf.field=siren", "nerf.netdepth=3", "nerf.netwidth=16", "nerf.use_viewdirs=false"),
     "table": ("nerf.field=triplane", "nerf.planes=table", "nerf.bounding_radius=1", "nerf.plane_resolution=8"),
-    "synthesis": ("nerf.field=triplane", "nerf.planes=synthesis", "nerf.bounding_radius=1", "nerf.plane_resolution=24"),
+    "synthesis": ("nerf.field=triplane", "nerf.planes=synthesis", "nerf.bounding_radius=1", "nerf.plane_resolution=12"),
 }
 CLASSES = ("car", "duck", "mug")
 
