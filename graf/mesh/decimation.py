@@ -21,7 +21,7 @@ def decimate(vertices: Floats, faces: Indices, triangles: int) -> tuple[Floats, 
     """About `triangles` triangles that keep the shape, by quadric edge collapse (Garland & Heckbert, SIGGRAPH 1997).
 
     A closed surface stays one: see :func:`separate_walls`. Raises MissingExtra without fast-simplification, UserError
-    for fewer than four triangles.
+    for fewer than four triangles, or so few that nothing is left.
     """
     if triangles < FEWEST_TRIANGLES:
         raise UserError(f"triangles={triangles}: expected at least {FEWEST_TRIANGLES}, a tetrahedron")
@@ -30,6 +30,8 @@ def decimate(vertices: Floats, faces: Indices, triangles: int) -> tuple[Floats, 
     simplification = import_optional("fast_simplification", "mesh")
     fewer, corners = simplification.simplify(vertices, faces, target_count=triangles)
     fewer, faces = np.asarray(fewer, np.float32), drop_flaps(np.asarray(corners, np.int32))
+    if not len(faces):
+        raise UserError(f"triangles={triangles}: nothing of this shape is left of so few; ask for more")
     used = np.zeros(len(fewer), np.bool_)
     used[faces] = True
     return separate_walls(fewer[used], (np.cumsum(used, dtype=np.int32) - np.int32(1))[faces])
@@ -57,25 +59,23 @@ def separate_walls(vertices: Floats, faces: Indices) -> tuple[Floats, Indices]:
     Where several walls meet in one edge, it becomes an edge of each: its middle is doubled, and every copy is moved a
     little into its wall. Edges have to be passed as often in one direction as in the other.
     """
-    places = [vertices]
-    count = len(vertices)
     while len(shared := _shared_edges(faces)):
+        middles: list[Floats] = []
         halves: list[tuple[int, int, int]] = []
         split: set[int] = set()
+        near = np.flatnonzero(np.isin(faces, shared).sum(axis=1) >= 2)  # the few faces that have such an edge
         for start, end in shared.tolist():
-            around = np.flatnonzero((faces == start).any(axis=1) & (faces == end).any(axis=1)).tolist()
+            around = near[((faces[near] == start) | (faces[near] == end)).sum(axis=1) == 2].tolist()
             if not split.isdisjoint(around):
                 continue  # a triangle with several such edges is split at one at a time
             split.update(around)
-            middles = _walls_at(np.concatenate(places), faces, start, end, around)
-            for number, (middle, wall) in enumerate(middles, count):
-                places.append(middle[None])
+            for middle, wall in _walls_at(vertices, faces, start, end, around):
                 for face in wall:
-                    halves += _halve(faces[face].tolist(), start, end, number)
-            count += len(middles)
-        whole = np.delete(faces, sorted(split), axis=0)
-        faces = np.concatenate([whole, np.array(halves, np.int32)])
-    return np.concatenate(places), faces
+                    halves += _halve(faces[face].tolist(), start, end, len(vertices) + len(middles))
+                middles.append(middle)
+        vertices = np.concatenate([vertices, np.stack(middles)])
+        faces = np.concatenate([np.delete(faces, sorted(split), axis=0), np.array(halves, np.int32)])
+    return vertices, faces
 
 
 def _shared_edges(faces: Indices) -> NDArray[np.int64]:

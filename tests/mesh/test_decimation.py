@@ -54,6 +54,14 @@ def test_decimation_keeps_the_shape():
         decimate(vertices, faces, 3)
 
 
+def test_a_shape_of_which_nothing_is_left_is_told(monkeypatch):
+    vertices, faces = fan_of_tetrahedra(5)
+    flat = np.array([[0, 1, 2], [2, 1, 0]])
+    monkeypatch.setattr("fast_simplification.simplify", lambda *_, **__: (vertices, flat))
+    with pytest.raises(UserError, match="triangles=4: nothing of this shape is left"):
+        decimate(vertices, faces, 4)
+
+
 @pytest.mark.parametrize("triangles", [3000, 300])
 def test_thin_walls_stay_watertight_in_indices_and_in_a_file_of_places(tmp_path, triangles):
     trimesh = pytest.importorskip("trimesh")
