@@ -6,7 +6,6 @@ It opens no files: `graf.load` makes a Renderer of a trained run.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -256,10 +255,18 @@ class Renderer:
     @property
     def fov(self) -> float:
         """Field of view of the run's images, degrees, with the lens as it was learned."""
+        return self.lens().vertical_fov
+
+    def lens(self, resolution: int | None = None) -> Intrinsics:
+        """The camera that square renders are taken with, as its focal length was learned.
+
+        >>> renderer.lens(64).width
+        64
+        """
+        size = self.resolution if resolution is None else resolution
         view = self.cameras.views_at(torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1))
         _, patches = self.generator.aim(view.to(self.device), Patches.whole(1, self.device))
-        half = patches.scale.item() * self.caster.intrinsics.width / (2 * self.caster.intrinsics.focal)
-        return math.degrees(2 * math.atan(half))
+        return Intrinsics(size, size, self.caster.intrinsics.resized(size, size).focal / patches.scale.item())
 
     def density(
         self,
@@ -313,7 +320,7 @@ class Renderer:
         >>> renderer.instance_codes([-1, -1]).shape
         torch.Size([2, 8])
         """
-        numbers = torch.as_tensor(instances, device=self.device)
+        numbers = torch.as_tensor(instances, dtype=torch.int64, device=self.device)  # an empty list would be float
         zero = torch.zeros(len(numbers), self.generator.dim_z, device=self.device)
         return self.generator.codes(zero, numbers).detach().cpu()
 

@@ -11,6 +11,7 @@ from graf.base.tensors import TensorBatch
 from graf.evaluation.renderer import Renderer
 from graf.geometry.rays import Patches, Rays
 from graf.geometry.volume_rendering import RaySampling, Render
+from graf.models.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Candidates(TensorBatch):
     def turned(self, degrees: float) -> Candidates:
         """The same objects from cameras turned around them."""
         return replace(self, u=self.u + degrees / 360)
+
+
+def shrink_activations(generator: Generator) -> str | None:
+    """Have a generator keep fewer activations, then fewer rays at once; returns what was done, None: nothing."""
+    if generator.strategy == "dense":
+        generator.strategy = "checkpoint"
+        return "activations are computed again instead of kept"
+    return generator.halve_chunk()
 
 
 def cast_candidates(renderer: Renderer, candidates: Candidates, places: Tensor) -> Rays:
