@@ -102,8 +102,8 @@ class Renderer:
     uniform_z: the distribution of the codes, uniform in [-1, 1] instead of normal; sampling: samples per ray, None for
     as many as in training; config: the configuration that the networks were trained with; truncation: factor in [0, 1]
     on drawn codes, as the truncation trick of Brock et al. (ICLR 2019) limits them: nearer to the mean object, which
-    z = 0 stands for, renders are surer and less various; before_image: is called before each image; it may raise, to
-    end a long piece of work.
+    z = 0 stands for, renders are surer and less various; before_image: is called before each image, and before
+    each chunk of points whose densities or colours are asked for; it may raise, to end a long piece of work.
 
     Every method works in eval mode and without gradients, in chunks that are halved where memory runs out, and returns
     float32 tensors on the CPU. Arguments that cannot be used raise UserError.
@@ -533,6 +533,8 @@ class Renderer:
         with self.precision.autocast():
             codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
             for start in range(0, count, step):
+                if self.before_image is not None:
+                    self.before_image()
                 part = places[:, start : start + step].to(self.device, torch.float32)
                 parts.append([values.float().cpu() for values in evaluate(codes, *part[:, None])])
         return tuple(map(torch.cat, zip(*parts, strict=True)))

@@ -126,6 +126,21 @@ def test_a_picture_is_left_before_the_chunk_in_which_it_is_interrupted(renderer,
     assert len(calls) == 3
 
 
+def test_a_mesh_is_left_in_the_middle_of_its_grid(renderer):
+    """Else Ctrl-C would wait for all of it."""
+    calls = []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise Interrupted
+
+    points = torch.zeros(4 * CHUNK * renderer.generator.sampling.total, 3)
+    with pytest.raises(Interrupted):
+        interruptible(renderer, check).density(points)
+    assert len(calls) == 3
+
+
 def test_watching_leaves_the_renderer_as_it_was_and_its_pictures_equal(renderer, look):
     chunk, expected = renderer.generator.chunk, draw(renderer, look, VIEWPOINT, 24)
     renderer.generator.chunk = chunk = 64
