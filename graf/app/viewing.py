@@ -5,7 +5,6 @@ It reads no command line.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,7 @@ from graf.data.errors import DataError
 from graf.evaluation.pictures import Picture, to_uint8
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import logger, setup_console
+from graf.runtime.priority import give_way
 from graf.viewer.exhibit import Exhibit, Photograph
 from graf.viewer.follow import EVERY, Follower, Signature, sign
 from graf.viewer.listening import LOCAL_HOSTS
@@ -35,8 +35,6 @@ from graf.viewer.session import MAX_SEED
 
 #: training cameras of a class that are shown, evenly chosen, and the side of their thumbnails in pixels
 CAMERAS_PER_CLASS, THUMBNAIL = 24, 64
-#: a viewer of a run in training takes what training leaves of the processor
-NICENESS = 10
 MAX_HEIGHT = 2048
 #: seconds after which a signal is noticed
 STOP_WITHIN = 0.2
@@ -104,8 +102,7 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
         )
     with ExitStack() as stack:
         if options.follow:
-            if hasattr(os, "nice"):
-                os.nice(NICENESS)
+            stack.enter_context(give_way())
             opened, seen = open_followed(options)
         else:
             opened, seen = open_run(options.run, options.device, options.truncation), sign([])

@@ -27,7 +27,7 @@ from graf.evaluation.camera_paths import path_from_json
 from graf.evaluation.renderer import Renderer
 from graf.viewer.drawing import Look, draw
 from graf.viewer.exhibit import Exhibit, Photograph
-from graf.viewer.session import Session
+from graf.viewer.session import DRAWN, Session
 
 pytest.importorskip("viser")
 playwright_api = pytest.importorskip("playwright.sync_api")
@@ -76,7 +76,12 @@ def server(lasting_renderer: Renderer) -> Iterator[ViewerServer]:
 def browser() -> Iterator[object]:
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
+        # One for all pages, so that the program of the page is compiled once. A tall window, so that every control can
+        # be reached; a small canvas would be hidden by the panel. Of few pixels, since a browser without a GPU takes a
+        # processor from the viewer for each of them.
+        yield browser.new_context(
+            viewport={"width": 640, "height": 1180}, device_scale_factor=0.5, accept_downloads=True
+        )
         browser.close()
 
 
@@ -93,8 +98,7 @@ class Visitor:
     def __init__(self, server: ViewerServer, browser) -> None:
         before = {client.handle.client_id for client in server.clients()}
         self.server = server
-        # a tall window, so that every control can be reached; a small canvas would be hidden by the panel
-        self.page = browser.new_page(viewport={"width": 640, "height": 1180}, accept_downloads=True)
+        self.page = browser.new_page()
         self.page.set_default_timeout(1000 * SECONDS)
         self.page.add_init_script(KEEP_PICTURES)
         self.page.goto(f"http://localhost:{server.port}")
@@ -117,6 +121,9 @@ class Visitor:
         box = self.row(label).locator("input[type=text]")
         box.fill(str(value))
         box.press("Enter")
+
+    def value(self, label: str) -> str:
+        return self.row(label).locator("input[role=combobox]").input_value()
 
     def press(self, label: str, option: str) -> None:
         self.row(label).get_by_role("button", name=option, exact=True).click()
@@ -167,14 +174,19 @@ def test_the_page_connects_and_shows_the_first_object_from_the_default_camera(pa
     assert camera.position[2] == pytest.approx(3.5 * math.sin(math.radians(renderer.default_elevation)), abs=1e-3)
 
 
-def test_a_drag_changes_the_picture_to_that_of_the_new_camera(page):
+def test_a_drag_changes_the_picture_to_that_of_the_new_camera(page, monkeypatch):
     before, position = page.picture(), page.client.handle.camera.position
+    asked, ask = [], page.server.loop.ask
+    monkeypatch.setattr(page.server.loop, "ask", lambda *given: asked.append(threading.get_ident()) or ask(*given))
+    page.choose("class", "mug")
     page.drag(120, 30)
     wait_for(lambda: not np.allclose(page.client.handle.camera.position, position, atol=0.1), "the camera to move")
     time.sleep(0.5)
     page.wait_for_look(page.client.session.look)
     after = page.picture()
     assert before.shape != after.shape or np.abs(before.astype(int) - after).mean() > 1
+    assert len(asked) > 2
+    assert len(set(asked)) == 1  # by one thread, so that the newest camera and choice are asked for last
 
 
 CHOICES = {
@@ -229,9 +241,9 @@ def test_cameras_stand_where_presets_say_and_scenery_is_shown(page):
     camera = page.client.handle.camera
     page.press("azimuth", "180°")
     wait_for(lambda: np.allclose(camera.position[:2] / abs(camera.position[0]), [-1, 0], atol=1e-3), "azimuth 180")
-    low = min(page.server.exhibit.renderer.cameras.v_list, key=lambda v: 1 - 2 * v)
-    page.choose("elevation", f"{math.degrees(math.asin(1 - 2 * low)):.0f}°")
-    wait_for(lambda: abs(camera.position[2] - 3.5 * (1 - 2 * low)) < 0.05, "the lower height")
+    low = max(page.server.exhibit.renderer.cameras.v_list)
+    page.choose("elevation", f"{math.degrees(math.asin(1 - 2 * low)):.1f}°")
+    wait_for(lambda: abs(camera.position[2] - 3.5 * (1 - 2 * low)) < 1e-3, "the lower height")
     page.enter("field of view", 45)
     wait_for(lambda: math.degrees(camera.fov) == pytest.approx(45, abs=0.1), "the field of view")
     page.wait_for_look(page.client.session.look)
@@ -240,6 +252,39 @@ def test_cameras_stand_where_presets_say_and_scenery_is_shown(page):
         page.page.get_by_role("checkbox", name=name).check()
         wait_for(lambda before=before: page.page.screenshot() != before, name)
         before = page.page.screenshot()
+    assert len(page.client.scenery._frustums) == 1
+    page.choose("known object", "duck/0")  # and with it another class, which other cameras saw
+    wait_for(lambda: page.client.scenery._frustums == [], "the other class's cameras")
+
+
+def test_controls_show_what_others_have_chosen(page):
+    """So that a known object can be chosen again after another one was drawn."""
+    page.choose("known object", "duck/0")
+    wait_for(lambda: page.value("class") == "duck", "the known object's class")
+    page.enter("seed", 3)
+    wait_for(lambda: page.value("known object") == DRAWN, "a drawn object")
+    page.choose("known object", "duck/0")
+    expected = Session(page.server.exhibit.renderer, INSTANCES)
+    expected.choose_instance("duck/0")
+    page.wait_for_look(expected.look)
+
+
+def test_axes_inside_of_an_object_are_hidden_by_it(page, server, ball):
+    former, title = server.exhibit.renderer, server.exhibit.title
+    page.page.get_by_role("checkbox", name="axes").check()
+    seen = []
+    try:
+        for radius in (0.05, 0.9):
+            server.take(ball((0.0, 0.0, 0.0), radius), f"radius {radius}")
+            page.wait_for_look(page.client.session.look)
+            time.sleep(0.5)  # until the page has drawn what it was sent
+            # the page's picture covers 65 of these columns, the rest is nothing
+            picture = page.client.handle.get_render(120, 160, transport_format="png")[:, 50:110, :3].astype(int)
+            seen.append(int(((picture.max(-1) - picture[..., 0]) > 80).sum()))  # the green and the blue axis
+    finally:
+        server.take(former, title)
+    assert seen[0] > 50
+    assert seen[1] < 0.25 * seen[0]
 
 
 def test_two_clients_do_not_disturb_each_other(page, server, browser):
@@ -259,7 +304,7 @@ def test_two_clients_do_not_disturb_each_other(page, server, browser):
     page.wait_for_look(replace(own, class_name="mug"))
 
 
-def test_pictures_and_camera_paths_are_saved_as_files(page):
+def test_pictures_camera_paths_and_meshes_are_saved_as_files(page):
     page.choose("show", "opacity")
     page.wait_for_look(replace(page.client.session.look, mode="opacity"))
     with page.page.expect_download() as download:
@@ -292,8 +337,6 @@ def test_pictures_and_camera_paths_are_saved_as_files(page):
     page.click("clear")
     page.page.get_by_text("keyframes: 0").wait_for()
 
-
-def test_the_object_is_exported_as_a_mesh(page):
     pytest.importorskip("skimage")
     page.choose("mesh resolution", "64")
     with page.page.expect_download() as download:
@@ -323,18 +366,17 @@ def test_a_killed_browser_leaves_no_thread_and_no_client(lasting_renderer, tmp_p
     """What a visit adds goes with it: viser keeps a pool of threads for its callbacks, this program none."""
     before = own_threads()
     server = ViewerServer(Exhibit(lasting_renderer, "toys", (), (), FULL_HEIGHT), port=18180)
-    for visit in range(2):
-        url, profile = f"http://localhost:{server.port}", f"--user-data-dir={tmp_path / str(visit)}"
-        with subprocess.Popen(
-            [CHROMIUM, *ARGUMENTS, profile, url], start_new_session=True, stderr=subprocess.DEVNULL
-        ) as browser:
-            try:
-                wait_for(lambda: server.clients(), "the client to connect")
-                (client,) = server.clients()
-                client.export_mesh()  # work that it will not be there to receive
-            finally:
-                os.killpg(browser.pid, signal.SIGKILL)
-        wait_for(lambda: not server.clients(), "the client to be forgotten")
+    url, profile = f"http://localhost:{server.port}", f"--user-data-dir={tmp_path}"
+    with subprocess.Popen(
+        [CHROMIUM, *ARGUMENTS, profile, url], start_new_session=True, stderr=subprocess.DEVNULL
+    ) as browser:
+        try:
+            wait_for(lambda: server.clients(), "the client to connect")
+            (client,) = server.clients()
+            client.export_mesh()  # work that it will not be there to receive
+        finally:
+            os.killpg(browser.pid, signal.SIGKILL)
+    wait_for(lambda: not server.clients(), "the client to be forgotten")
     server.stop()
     assert own_threads() == before
 
