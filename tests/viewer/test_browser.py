@@ -166,15 +166,13 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def test_the_page_connects_and_shows_the_first_object_from_the_default_camera(page):
+def test_the_page_shows_the_object_from_the_default_camera_and_a_drag_shows_it_from_the_new_one(page, monkeypatch):
     assert page.page.get_by_text("toys, iteration 7").is_visible()
     camera, renderer = page.client.handle.camera, page.server.exhibit.renderer
     assert np.linalg.norm(camera.position) == pytest.approx(3.5, abs=1e-3)
     assert math.degrees(camera.fov) == pytest.approx(renderer.fov, abs=0.01)
     assert camera.position[2] == pytest.approx(3.5 * math.sin(math.radians(renderer.default_elevation)), abs=1e-3)
 
-
-def test_a_drag_changes_the_picture_to_that_of_the_new_camera(page, monkeypatch):
     before, position = page.picture(), page.client.handle.camera.position
     asked, ask = [], page.server.loop.ask
     monkeypatch.setattr(page.server.loop, "ask", lambda *given: asked.append(threading.get_ident()) or ask(*given))
@@ -235,6 +233,10 @@ def test_each_control_changes_what_it_says(page):
     page.wait_for_look(expected.look)
     page.choose("rows", "64")
     page.wait_for_look(expected.look, 64)
+    assert page.value("known object") == DRAWN  # since a seed was chosen: so the known one can be chosen again
+    page.choose("known object", "duck/0")
+    expected.choose_instance("duck/0")
+    page.wait_for_look(expected.look, 64)
 
 
 def test_cameras_stand_where_presets_say_and_scenery_is_shown(page):
@@ -255,36 +257,7 @@ def test_cameras_stand_where_presets_say_and_scenery_is_shown(page):
     assert len(page.client.scenery._frustums) == 1
     page.choose("known object", "duck/0")  # and with it another class, which other cameras saw
     wait_for(lambda: page.client.scenery._frustums == [], "the other class's cameras")
-
-
-def test_controls_show_what_others_have_chosen(page):
-    """So that a known object can be chosen again after another one was drawn."""
-    page.choose("known object", "duck/0")
-    wait_for(lambda: page.value("class") == "duck", "the known object's class")
-    page.enter("seed", 3)
-    wait_for(lambda: page.value("known object") == DRAWN, "a drawn object")
-    page.choose("known object", "duck/0")
-    expected = Session(page.server.exhibit.renderer, INSTANCES)
-    expected.choose_instance("duck/0")
-    page.wait_for_look(expected.look)
-
-
-def test_axes_inside_of_an_object_are_hidden_by_it(page, server, ball):
-    former, title = server.exhibit.renderer, server.exhibit.title
-    page.page.get_by_role("checkbox", name="axes").check()
-    seen = []
-    try:
-        for radius in (0.05, 0.9):
-            server.take(ball((0.0, 0.0, 0.0), radius), f"radius {radius}")
-            page.wait_for_look(page.client.session.look)
-            time.sleep(0.5)  # until the page has drawn what it was sent
-            # the page's picture covers 65 of these columns, the rest is nothing
-            picture = page.client.handle.get_render(120, 160, transport_format="png")[:, 50:110, :3].astype(int)
-            seen.append(int(((picture.max(-1) - picture[..., 0]) > 80).sum()))  # the green and the blue axis
-    finally:
-        server.take(former, title)
-    assert seen[0] > 50
-    assert seen[1] < 0.25 * seen[0]
+    wait_for(lambda: page.value("class") == "duck", "the other class")
 
 
 def test_two_clients_do_not_disturb_each_other(page, server, browser):
@@ -345,7 +318,7 @@ def test_pictures_camera_paths_and_meshes_are_saved_as_files(page):
     assert download.value.path().read_bytes()[:4] == b"glTF"
 
 
-def test_newer_weights_are_shown_to_whoever_is_connected(page, server):
+def test_newer_weights_are_shown_to_whoever_is_connected(page, server, ball):
     former, title = server.exhibit.renderer, server.exhibit.title
     changed = replace(former, cameras=replace(former.cameras))
     page.choose("class", "mug")
@@ -358,8 +331,23 @@ def test_newer_weights_are_shown_to_whoever_is_connected(page, server):
         assert page.client.session.renderer is changed
         page.wait_for_look(page.client.session.look)
         assert page.client.session.look.class_name == "mug"
+
+        page.page.get_by_role("checkbox", name="axes").check()
+        small, large = (count_axes(page, ball((0.0, 0.0, 0.0), radius)) for radius in (0.05, 0.9))
+        assert small > 50
+        assert large < 0.25 * small  # depth goes with the pictures: the object hides what is inside of it
     finally:
         server.take(former, title)
+
+
+def count_axes(page: Visitor, renderer: Renderer) -> int:
+    """The pixels of the green and the blue axis that are seen beside a red object."""
+    page.server.take(renderer, "a ball")
+    page.wait_for_look(page.client.session.look)
+    time.sleep(0.5)  # until the page has drawn what it was sent
+    # the page's picture covers 65 of these columns, the rest is nothing
+    picture = page.client.handle.get_render(120, 160, transport_format="png")[:, 50:110, :3].astype(int)
+    return int(((picture.max(-1) - picture[..., 0]) > 80).sum())
 
 
 def test_a_killed_browser_leaves_no_thread_and_no_client(lasting_renderer, tmp_path):
