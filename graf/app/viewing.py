@@ -97,8 +97,10 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
     if options.host not in LOCAL_HOSTS:
         logger.warning(
             "--host %s: whoever reaches this address can use the viewer: there is no password, and nothing is "
-            "encrypted; without --host only this machine can, and `ssh -L 8080:localhost:8080` brings it to another",
+            "encrypted; without --host only this machine can, and `ssh -L %d:localhost:%d` brings it to another",
             options.host,
+            options.port,
+            options.port,
         )
     with ExitStack() as stack:
         if options.follow:
