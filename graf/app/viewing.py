@@ -22,7 +22,6 @@ from graf.app.runs import WEIGHT_SUFFIXES, RunFolder, newest_run
 from graf.base.errors import UserError
 from graf.config import Config
 from graf.data.datasets import PhotoDataset
-from graf.data.errors import DataError
 from graf.evaluation.pictures import Picture, to_uint8
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import logger, setup_console
@@ -123,7 +122,7 @@ def open_followed(options: ViewOptions) -> tuple[OpenedRun, Signature]:
     On the CPU, unless --device names another: a GPU knows no niceness, and its memory is what training counts on.
     """
     folder = newest_run(Path("results")) if options.run is None else RunFolder(Path(options.run))
-    if not folder.config_file.is_file():
+    if not folder.config_file.is_file() and not folder.saved():
         raise UserError(f"{folder.path}: no run is there (no config.yaml); start one with graf train, then follow it")
     if not folder.saved():
         logger.info("%s has no checkpoint yet: waiting for the first one (training.save_every)", folder.path)
@@ -167,8 +166,8 @@ def find_photographs(config: Config, info: builders.DatasetInfo) -> tuple[Photog
     """Training cameras with their photographs or, where these are not at hand, the labels' cameras alone."""
     try:
         photographs = _open_if_there(config)
-    except (DataError, OSError) as error:
-        logger.info("training cameras are shown without photographs, which cannot be read: %s", error)
+    except (UserError, OSError) as error:
+        logger.info("training cameras are shown without photographs, which cannot be used: %s", error)
         photographs = None
     if photographs is None or not photographs.poses_known:
         return _cameras_of_labels(config, info)

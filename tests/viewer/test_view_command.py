@@ -21,6 +21,7 @@ from graf.app.runs import RunFolder
 from graf.app.view_command import main
 from graf.app.viewing import CAMERAS_PER_CLASS, ViewOptions, find_photographs
 from graf.base.errors import UserError
+from graf.config import ConfigError
 from graf.evaluation.renderer import Renderer
 from graf.mesh import ColouredMesh, MeshOptions
 from graf.mesh.extraction import EmptySurface
@@ -208,7 +209,7 @@ def test_a_run_that_is_not_there_is_told(restored_process, capsys, monkeypatch):
     assert "nowhere: no run is there" in capsys.readouterr().err
 
 
-def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_run, restored_process):
+def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_run, restored_process, monkeypatch):
     trained = open_checkpoint([smoke_run.folder / "checkpoints" / "model_00000006.pt"], torch.device("cpu"))
     config = trained.renderer.config
     at_hand = config.model_copy(update={"data": config.data.model_copy(update={"datadir": str(smoke_run.data)})})
@@ -219,6 +220,15 @@ def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_r
     assert all(photograph.thumbnail.dtype == np.uint8 for photograph in photographs)
     radii = torch.stack([photograph.camera_to_world[:3, 3].norm() for photograph in photographs])
     assert radii.allclose(torch.tensor(config.data.radius))
+
+    def refuse(config: object) -> None:
+        raise ConfigError("data.near=9: the cameras stand 3 from the origin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(viewing.builders, "open_photographs", refuse)
+        unusable = find_photographs(at_hand, trained.dataset_info)
+    assert all(photograph.thumbnail is None for photograph in unusable)
+    assert unusable
 
     missing = config.model_copy(update={"data": config.data.model_copy(update={"datadir": "elsewhere"})})
     bare = find_photographs(missing, trained.dataset_info)
