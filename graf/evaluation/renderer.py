@@ -40,7 +40,7 @@ from graf.runtime.randomness import Draws
 
 #: pixels of super-resolved output that the trunk works on at once, besides borders: 1024 x 1024
 STRIP_PIXELS = 2**20
-#: distances from the origin that differ by less are one, world units: poses are float32
+#: distances from the origin that differ by a smaller share are one: poses are float32
 SAME_DISTANCE = 1e-5
 
 #: one value for all images of a batch, or one for each
@@ -394,7 +394,7 @@ class Renderer:
         if not near < usual < far:  # poses of a data set, to which data.radius says nothing
             usual = (near + far) / 2
         moved = pose[:3, 3].norm().item() - usual
-        return self.caster if abs(moved) < SAME_DISTANCE else self.caster.moved(moved)
+        return self.caster if abs(moved) < SAME_DISTANCE * usual else self.caster.moved(moved)
 
     def _with(self, resolution: int | None, num_samples: int | None) -> Renderer:
         """The same generator at another resolution, with another number of samples per ray."""
