@@ -254,8 +254,16 @@ class Renderer:
     def camera_rays(self, camera_to_world: Tensor, intrinsics: Intrinsics) -> Rays:
         """The rays (1, H W), row by row and on the device, that :meth:`render_camera` renders."""
         poses = camera_to_world.reshape(1, 4, 4).float()
-        caster = replace(self._caster_at(poses[0]), intrinsics=intrinsics)
-        return caster.cast_pictures(poses.to(self.device))
+        (caster,) = self.casters_at(poses)
+        return replace(caster, intrinsics=intrinsics).cast_pictures(poses.to(self.device))
+
+    def casters_at(self, poses: Tensor) -> list[RayCaster]:
+        """How cameras (B, 4, 4) cast rays: sampled as far before and behind the origin as training samples them."""
+        near, far, usual = self.caster.near, self.caster.far, self.cameras.radius
+        if not near < usual < far:  # poses of a data set, to which data.radius says nothing
+            usual = (near + far) / 2
+        moved = [distance - usual for distance in poses[:, :3, 3].detach().norm(dim=1).tolist()]
+        return [self.caster if abs(by) < SAME_DISTANCE * usual else self.caster.moved(by) for by in moved]
 
     @property
     def fov(self) -> float:
@@ -380,21 +388,13 @@ class Renderer:
 
     def _render_from(self, z: Tensor, views: Views, super_resolve: bool) -> Renders:
         """As `render_views`, from cameras that may be nearer or farther than those of training: the range follows."""
-        casters = [self._caster_at(pose) for pose in views.poses]
+        casters = self.casters_at(views.poses)
         return Renders.cat(
             [
                 replace(self, caster=caster).render_views(z[i : i + 1], views[i : i + 1], super_resolve)
                 for i, caster in enumerate(casters)
             ]
         )
-
-    def _caster_at(self, pose: Tensor) -> RayCaster:
-        """How a camera (4, 4) casts rays: sampled as far before and behind the origin as training samples them."""
-        near, far, usual = self.caster.near, self.caster.far, self.cameras.radius
-        if not near < usual < far:  # poses of a data set, to which data.radius says nothing
-            usual = (near + far) / 2
-        moved = pose[:3, 3].norm().item() - usual
-        return self.caster if abs(moved) < SAME_DISTANCE * usual else self.caster.moved(moved)
 
     def _with(self, resolution: int | None, num_samples: int | None) -> Renderer:
         """The same generator at another resolution, with another number of samples per ray."""
