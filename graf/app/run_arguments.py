@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,14 +58,20 @@ def open_run(run: str | None, device: str, truncation: float) -> OpenedRun:
 
     Raises ConfigError, CheckpointError, DeviceError and, for a truncation out of range, UserError.
     """
-    from graf.app.loading import open_checkpoint
     from graf.app.runs import find_run
-    from graf.runtime.device import configure_backends, describe_device, pick_device
-    from graf.runtime.logs import logger, setup_console
-    from graf.runtime.memory import prepare_allocator
+    from graf.runtime.logs import setup_console
 
     setup_console()
-    folder, files = find_run(run)
+    return open_first(*find_run(run), device, truncation)
+
+
+def open_first(folder: RunFolder, files: Sequence[Path], device: str, truncation: float) -> OpenedRun:
+    """Open the first of a run's checkpoints that can be read. Raises as `open_run` does."""
+    from graf.app.loading import open_checkpoint
+    from graf.runtime.device import configure_backends, describe_device, pick_device
+    from graf.runtime.logs import logger
+    from graf.runtime.memory import prepare_allocator
+
     prepare_allocator()
     picked = pick_device(device)
     configure_backends(picked)

@@ -60,7 +60,8 @@ def cast_candidates(renderer: Renderer, candidates: Candidates, places: Tensor) 
     views = renderer.cameras.views_at(candidates.class_idx, candidates.u, v, radius)
     poses, whole = renderer.generator.aim(views, Patches.whole(len(v), v.device))
     grid = whole.centre[:, None] + whole.scale[:, None, None] * places.reshape(len(v), -1, 2)
-    return renderer.caster.cast(poses, grid)
+    casters = renderer.casters_at(poses)
+    return Rays.cat([caster.cast(poses[i : i + 1], grid[i : i + 1]) for i, caster in enumerate(casters)])
 
 
 def render_candidates(

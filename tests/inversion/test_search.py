@@ -108,13 +108,18 @@ def test_truncation_keeps_codes_near_the_mean(ball_renderer):
     assert float(invert(uniform, photograph, replace(SHORT, truncation=0.5), starts)[0].z.abs().max()) <= 0.5
 
 
-def test_a_candidate_is_rendered_as_sample_renders_it(ball_renderer):
+@pytest.mark.parametrize("log_distance", [0.05, -0.4], ids=["a little farther", "much nearer"])
+def test_a_candidate_is_rendered_as_sample_renders_it(ball_renderer, log_distance):
     z = torch.tensor([0.3, 0.1, -0.4])
     one = Candidates(
-        torch.tensor([1]), 2 * z[None], torch.tensor([0.2]), torch.deg2rad(torch.tensor([15.0])), torch.tensor([0.05])
+        torch.tensor([1]),
+        2 * z[None],
+        torch.tensor([0.2]),
+        torch.deg2rad(torch.tensor([15.0])),
+        torch.tensor([log_distance]),
     )
     found = render_candidates(ball_renderer, one, pixel_grid(1, 24, 24)[0], truncation=0.5)
-    radius = 3.5 * float(torch.tensor(0.05).exp())
+    radius = 3.5 * float(torch.tensor(log_distance).exp())
     expected = ball_renderer.sample(z=z, class_name=1, azimuth=72, elevation=15, radius=radius)
     assert_close(found.rgb, expected.rgb, rtol=0, atol=2e-5)
     assert_close(found.opacity, expected.opacity, rtol=0, atol=2e-5)
