@@ -67,8 +67,8 @@ LINKS = (
     Link("10 Gb Ethernet (1 GB/s)", 1e9, 50e-6),
 )
 GPUS = (2, 4, 8, 16, 32, 64, 128, 256)
-#: floating-point operations per second that a GPU is taken to sustain on these small layers
-SUSTAINED = 20e12
+#: floating-point operations per second that a GPU is taken to sustain on these small layers, launches included
+SUSTAINED = 5e12
 #: seconds of one exchange between hosts over TCP, which agreements on the CPU take log2(N) of, there and back
 AGREEMENT_LATENCY = 30e-6
 
