@@ -29,6 +29,9 @@ RunProgram = Callable[..., int]
 
 torch.set_num_threads(1)  # tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs that they start
+# The first backward pass of a process starts a thread for each kind of device. After fake tensors (torch 2.14) it takes
+# pretended ones for real, and forks of a process with such threads may not differentiate: so it happens here.
+torch.ones((), requires_grad=True).backward()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
