@@ -66,6 +66,7 @@ class Processes:
 
     rank = 0
     size = 1
+    local_size = 1  # of them on this machine
 
     @property
     def is_first(self) -> bool:
@@ -135,6 +136,7 @@ class JoinedProcesses(Processes):
 
     def __init__(self, launch: Launch, store: Any) -> None:
         self.rank, self.size, self.store = launch.rank, launch.size, store
+        self.local_size = launch.local_size
         self._lost: PeerError | None = None
 
     # ------------------------------------------------------------------------------------------------ agreement
