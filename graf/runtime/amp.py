@@ -157,6 +157,13 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor("flags").split())
 
 
+def name_amp_tier() -> str:
+    """Where this torch has mixed precision: "torch.amp"; "torch.cuda.amp" (scaling, before torch 2.3); or "none"."""
+    if hasattr(getattr(torch, "amp", None), "GradScaler"):
+        return "torch.amp"
+    return "torch.cuda.amp" if hasattr(torch.cuda, "amp") else "none"
+
+
 def float32_region(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast is off, for R1, compositing and losses; its inputs still need `.float()`."""
     return torch.amp.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()

@@ -337,6 +337,18 @@ class Launch:
         return JoinedProcesses(self, distributed.PrefixStore("people", store))
 
 
+def list_backends() -> list[str]:
+    """What torch can connect processes with here, of "gloo" and "nccl"; empty in a build that connects none."""
+    distributed = _distributed()
+    if not distributed.is_available():
+        return []
+    asked = {
+        "gloo": "is_gloo_available",
+        "nccl": "is_nccl_available",
+    }  # the former since torch 2.4; builds had it before
+    return [name for name, is_there in asked.items() if getattr(distributed, is_there, lambda: True)()]
+
+
 def hash_tensor(tensor: Tensor) -> Tensor:
     """An int64 scalar that depends on every bit of a tensor and on its place: equal tensors have equal ones."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

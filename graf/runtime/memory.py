@@ -40,11 +40,21 @@ def release_cache(device: torch.device) -> float:
     """
     start = time.perf_counter()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps" and hasattr(torch, "mps") and hasattr(torch.mps, "empty_cache"):
-        torch.mps.empty_cache()
+    release = _find_release(device)
+    if release is not None:
+        release()
     return time.perf_counter() - start
+
+
+def _find_release(device: torch.device) -> Callable[[], None] | None:
+    """What gives a device's cache back; None where there is none, as on a CPU, or torch has no way, as of MPS once."""
+    kind = getattr(torch, device.type, None) if device.type in ("cuda", "mps") else None
+    return getattr(kind, "empty_cache", None)
+
+
+def name_cache_release(device: torch.device) -> str:
+    """What :func:`release_cache` does on a device besides collecting garbage."""
+    return "nothing to give back" if _find_release(device) is None else f"torch.{device.type}.empty_cache"
 
 
 class CacheRelease:
