@@ -1,7 +1,8 @@
 """Threads and loader workers: images/s of the default configuration's step, and of loading alone, for each number.
 
-More threads than there are cores is what torch starts in a container whose quota it does not see. All combinations are
-measured in turn, several times over, and the fastest pass of each counts; what matters are the ratios.
+Photographs are kept in memory, as by default, or decoded when they are asked for. More threads than there are cores is
+what torch starts in a container whose quota it does not see. All combinations are measured in turn, several times over,
+and the fastest pass of each counts; what matters are the ratios.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,7 +29,9 @@ from graf.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 WORKERS = (0, 1, 2)
-ROUNDS, STEPS, LOADED = 3, 6, 80
+#: data.cache_mib: where the photographs are
+PLACES = {"in memory": 512, "in files": 0}
+ROUNDS, STEPS, LOADED = 2, 5, 60
 #: the default's step as it is after iteration 800, on fewer photographs, which load alike
 KEYS = ("data.synthetic.count=288", "ccsr.start_iteration=0", "training.use_amp=true")
 
@@ -58,38 +62,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_backends(CPU)
     cores = count_usable_cpus()
-    threads = (1, cores, 2 * cores) if cores > 1 else (1, 2)
-    training: dict[tuple[int, int], float] = {}
-    loading: dict[int, float] = {}
+    speeds: dict[tuple[str, int, int], float] = {}
+    loading: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config("default", [f"data.datadir={folder}", *KEYS])
-        photographs = builders.open_photographs(config)
-        trainer = build(config, photographs)
-        for _ in range(ROUNDS):
-            for workers in WORKERS:
-                loader = make_loader(
-                    photographs, config.training.batch_size, nworkers=workers, drop_last=True, seed=0, processes=1
-                )
-                loader.num_workers = workers  # also where there are not so many cores
-                with Batches(loader) as batches:
-                    measure(None, batches, 2)  # workers have started
-                    for count in threads:
-                        torch.set_num_threads(count)
-                        measure(trainer, batches, 2)
-                        speed = measure(trainer, batches, STEPS)
-                        training[workers, count] = max(speed, training.get((workers, count), 0.0))
-                    torch.set_num_threads(1)
-                    loading[workers] = max(measure(None, batches, LOADED), loading.get(workers, 0.0))
-    unit = training[0, cores]
-    header = ["workers", *(f"{count} thread{'s' * (count > 1)}" for count in threads), "loading alone, images/s"]
+        configs = {
+            place: load_config("default", [f"data.datadir={folder}", f"data.cache_mib={cache}", *KEYS])
+            for place, cache in PLACES.items()
+        }
+        photographs = {place: builders.open_photographs(config) for place, config in configs.items()}
+        trainer = build(configs["in memory"], photographs["in memory"])
+        for _, place, workers in product(range(ROUNDS), PLACES, WORKERS):
+            batch_size = configs[place].training.batch_size
+            loader = make_loader(photographs[place], batch_size, nworkers=workers, drop_last=True, seed=0)
+            with Batches(loader) as batches:
+                measure(None, batches, 2)  # workers have started
+                for threads in (1, cores, 2 * cores) if (place, workers) == ("in memory", 0) else (1, cores):
+                    torch.set_num_threads(threads)
+                    measure(trainer, batches, 1)
+                    key = place, workers, threads
+                    speeds[key] = max(measure(trainer, batches, STEPS), speeds.get(key, 0.0))
+                speed = measure(None, batches, LOADED)
+                loading[place, workers] = max(speed, loading.get((place, workers), 0.0))
+    unit = speeds["in memory", 0, cores]
+    counts = sorted({threads for _, _, threads in speeds})
+    header = ["photographs", "workers", *(f"{count} thread{'s' * (count > 1)}" for count in counts), "loading alone"]
     rows = [
-        [str(workers), *(f"{training[workers, count] / unit:.2f}" for count in threads), f"{loading[workers]:.0f}"]
-        for workers in WORKERS
+        [
+            place,
+            str(workers),
+            *(f"{speeds[key] / unit:.2f}" if (key := (place, workers, count)) in speeds else "" for count in counts),
+            f"{loading[place, workers] / unit:.0f}",
+        ]
+        for place, workers in product(PLACES, WORKERS)
     ]
     text = (
-        f"{hardware(CPU)}, {cores} usable cores. Images/s of training, as a share of those with {cores} threads and no "
-        f"worker ({unit:.1f} images/s); the fastest of {ROUNDS} passes of {STEPS} steps with super-resolution in every "
-        f"second one.\n\n{format_table(header, rows)}"
+        f"{hardware(CPU)}, {cores} usable cores. Images/s, as multiples of those of training with {cores} threads, no "
+        f"worker and photographs in memory ({unit:.1f} images/s); the fastest of {ROUNDS} passes of {STEPS} steps, "
+        f"with super-resolution in every second one.\n\n{format_table(header, rows)}"
     )
     write_section("Threads and workers", "python -m benchmarks.threads", text, options.results)
     return 0

@@ -267,11 +267,11 @@ def probe_amp_tier(machine: Machine) -> Answer:
 
 
 def probe_dtype(machine: Machine) -> Answer:
-    """What --use_amp computes in."""
+    """What mixed precision computes in."""
     from graf.runtime.amp import choose_precision
 
     precision = choose_precision(True, machine.config.training.amp_dtype, machine.device)
-    return (NOTE if precision.dtype is None else OK), f"{precision.describe()} with --use_amp", ""
+    return (NOTE if precision.dtype is None else OK), f"{precision.describe()} with training.use_amp", ""
 
 
 def probe_bfloat16(machine: Machine) -> Answer:
@@ -334,7 +334,7 @@ def probe_memory(machine: Machine) -> Answer:
     smallest = machine.planner.predict(MemorySettings(1, "checkpoint", SMALLEST_CHUNK), between=False)
     least = with_margin(max(phase.peak for phase in smallest.phases.values()), kind)
     if least <= free:
-        return NOTE, found, f"smaller pieces, which are slower, need {format_bytes(least)}; --memory_budget auto"
+        return NOTE, found, f"smaller pieces, which are slower, need {format_bytes(least)}: training.memory_budget=auto"
     return (
         PROBLEM,
         f"{found}, {format_bytes(least)} in the smallest pieces",

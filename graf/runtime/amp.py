@@ -158,10 +158,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 
 def name_amp_tier() -> str:
-    """Where this torch has mixed precision: "torch.amp"; "torch.cuda.amp" (scaling, before torch 2.3); or "none"."""
-    if hasattr(getattr(torch, "amp", None), "GradScaler"):
-        return "torch.amp"
-    return "torch.cuda.amp" if hasattr(torch.cuda, "amp") else "none"
+    """Which of torch's modules autocast and scaling come from, or "none"."""
+    has_amp, has_scaler = hasattr(torch, "amp"), hasattr(getattr(torch, "amp", None), "GradScaler")
+    if has_scaler or not hasattr(torch.cuda, "amp"):
+        return ("torch.amp" if has_scaler else "torch.amp without scaling") if has_amp else "none"
+    return "torch.amp, scaling by torch.cuda.amp" if has_amp else "torch.cuda.amp"
 
 
 def float32_region(device_type: str) -> AbstractContextManager[Any]:

@@ -32,7 +32,13 @@ def count_allowed_cpus() -> int:
 
 
 def share_of_cpus(processes: int) -> int:
-    """Cores for each of so many processes on this machine, at least 1."""
+    """Cores for each of so many processes on this machine, at least 1.
+
+    Processes that Slurm has started one by one have those of their task; others, as torchrun's, share what there is.
+    """
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if processes > 1 and of_task.isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return max(1, min(int(of_task), count_usable_cpus()))
     return max(1, count_usable_cpus() // processes)
 
 

@@ -281,7 +281,7 @@ def test_mixed_precision_that_is_off_says_why(monkeypatch, machine):
     monkeypatch.setattr(logs, "_said", set())
     monkeypatch.setattr("graf.runtime.amp.has_native_bfloat16", lambda device: False)
     found = ask("dtype", machine)
-    assert (found.verdict, found.found) == (NOTE, "float32 with --use_amp")
+    assert (found.verdict, found.found) == (NOTE, "float32 with training.use_amp")
     assert "no native bfloat16" in found.hint
     assert ask("native bfloat16", machine).verdict is NOTE
 

@@ -326,3 +326,16 @@ def test_a_build_without_any_scaler_gets_the_noop_and_one_message(
         assert isinstance(Precision("cuda", torch.float16).make_scaler(), NoOpScaler)
     assert len(caplog.records) == 1
     assert "no gradient scaler" in caplog.messages[0]
+
+
+def test_the_tier_is_told_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert amp.name_amp_tier() in ("torch.amp", "torch.amp, scaling by torch.cuda.amp")
+    monkeypatch.delattr(torch.amp, "GradScaler", raising=False)
+    assert amp.name_amp_tier() == "torch.amp, scaling by torch.cuda.amp"
+    with monkeypatch.context() as hidden:
+        hidden.delattr(torch, "amp")
+        assert amp.name_amp_tier() == "torch.cuda.amp"
+        hidden.delattr(torch.cuda, "amp")
+        assert amp.name_amp_tier() == "none"
+    monkeypatch.delattr(torch.cuda, "amp")
+    assert amp.name_amp_tier() == "torch.amp without scaling"

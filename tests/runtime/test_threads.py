@@ -128,3 +128,20 @@ def test_what_the_environment_says_stands_and_is_told_where_it_does_not_fit(
     text = threads.describe_threads(processes)
     assert expected in text
     assert "\n" not in text
+
+
+def test_a_task_of_slurm_has_its_own_cores_and_torchruns_processes_share_theirs(monkeypatch, write_group) -> None:
+    write_group("0::/", "", V2, "max")
+    monkeypatch.setattr(threads, "count_allowed_cpus", lambda: 8)  # srun binds every task to cores of its own
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert threads.share_of_cpus(4) == 8
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "42")
+    assert threads.share_of_cpus(4) == 2
+
+
+def test_a_run_says_once_how_many_threads_it_has_and_cores_for_how_many(smoke_run) -> None:
+    lines = [line for line in smoke_run.stdout.splitlines() if line.startswith("threads: ")]
+    cores = threads.count_usable_cpus()
+    advice = f", by OMP_NUM_THREADS=1, but cores for {cores}: start with OMP_NUM_THREADS={cores}"
+    assert lines == ["threads: 1 for computing" + (advice if cores > 1 else ", cores for 1")]
