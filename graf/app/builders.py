@@ -397,10 +397,11 @@ def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscr
         return PatchDiscriminator(shape)
 
 
-def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
+def build_ccsr(config: Config, pretrained: bool = True, trust: bool = False) -> CCSR | None:
     """The super-resolution module of a configuration, with weights that depend on config.seed alone; None without one.
 
-    pretrained: read ccsr.weights, which a module that is about to be restored from a checkpoint does not need.
+    pretrained: read ccsr.weights, which a module that is about to be restored from a checkpoint does not need; trust:
+    as in :func:`load_esrgan_weights`.
     """
     ccsr = config.ccsr
     if not ccsr.enabled:
@@ -412,7 +413,7 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
         else:
             rrdb = RRDBTrunk(ccsr.scale, ccsr.features, ccsr.features // 2, ccsr.blocks)
             if pretrained and ccsr.weights is not None:
-                load_esrgan_weights(rrdb, ccsr.weights)
+                load_esrgan_weights(rrdb, ccsr.weights, trust)
             trunk = UnitRange(rrdb)
         if ccsr.freeze_trunk:
             trunk.requires_grad_(False)
@@ -429,12 +430,13 @@ def build_trainer(
     device: torch.device,
     pretrained: bool = True,
     processes: Processes | None = None,
+    trust: bool = False,
 ) -> Trainer:
     """The networks of a configuration, on `device`, and the trainer that plays them against each other.
 
-    pretrained: as in :func:`build_ccsr`; processes: those that train together, one by default.
+    pretrained, trust: as in :func:`build_ccsr`; processes: those that train together, one by default.
     """
-    ccsr = build_ccsr(config, pretrained)
+    ccsr = build_ccsr(config, pretrained, trust)
     generator = build_generator(config, dataset_info)
     discriminator = build_discriminator(config, dataset_info)
     for network in (generator, discriminator, ccsr):

@@ -76,11 +76,12 @@ class Machine:
     @cached_property
     def device(self) -> torch.device:
         """The device that training would take. Raises NoDevice."""
-        from graf.runtime.device import DeviceError, pick_device
+        from graf.base.errors import UserError
+        from graf.runtime.device import pick_device
 
         try:
             return pick_device(self.config.training.device)
-        except DeviceError as error:
+        except UserError as error:  # that NumPy does not fit torch, too
             raise NoDevice(str(error)) from error
 
     @cached_property
@@ -199,6 +200,11 @@ def probe_torch(machine: Machine) -> Answer:
     found = f"{torch.__version__}, built for {built if torch.version.hip is None else f'HIP {torch.version.hip}'}"
     if _numbers(torch.__version__) < OLDEST_TORCH:
         return PROBLEM, found, "graf needs torch 2.1 or newer"
+    from graf.runtime.torch_release import find_hole
+
+    hole = find_hole()
+    if hole is not None:
+        return NOTE, found, f"files of others are refused without --trust, since {hole}; update torch"
     return OK, found, ""
 
 

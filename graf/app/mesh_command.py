@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         for file in given["out"] or ():
             encoder_of(Path(file))  # a wrong suffix is told before anything is computed
-        opened = open_run(given["run"], given["device"], given["truncation"])
+        opened = open_run(given["run"], given["device"], given["truncation"], given["trust"])
         errors.folder = opened.folder.path
         for line in write_object(opened, given):
             print(line)

@@ -43,6 +43,7 @@ class ViewOptions:
     run: str | None = None
     truncation: float = 1.0
     device: str = "auto"
+    trust: bool = False
     follow: bool = False
     host: str = "127.0.0.1"
     port: int = 8080
@@ -97,7 +98,7 @@ def start_viewer(options: ViewOptions) -> tuple[ViewerServer, Follower | None]:
         )
     if options.follow and hasattr(os, "nice"):
         os.nice(NICENESS)
-    opened = open_followed(options) if options.follow else open_run(options.run, options.device, options.truncation)
+    opened = open_followed(options) if options.follow else _open(options, options.run)
     server = ViewerServer(build_exhibit(opened.trained, opened.folder, options), options.host, options.port)
     if not options.follow:
         return server, None
@@ -115,7 +116,11 @@ def open_followed(options: ViewOptions) -> OpenedRun:
         logger.info("%s has no checkpoint yet: waiting for the first one (training.save_every)", folder.path)
     while not folder.saved():
         time.sleep(EVERY)
-    return open_run(str(folder.newest_first()[0]), options.device, options.truncation)
+    return _open(options, str(folder.newest_first()[0]))
+
+
+def _open(options: ViewOptions, run: str | None) -> OpenedRun:
+    return open_run(run, options.device, options.truncation, options.trust)
 
 
 def _take_newest(server: ViewerServer, opened: OpenedRun, options: ViewOptions) -> None:

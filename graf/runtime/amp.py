@@ -2,6 +2,8 @@
 
 float16 has 5 exponent bits, so its gradients underflow without a scaler; bfloat16 has float32's range and needs none.
 Use one scaler per optimiser: an inf in one must not shrink the other's scale.
+
+Autocast and scaler are torch.amp's, else torch.cuda.amp's, else none: the three tiers of docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -70,17 +73,15 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A fresh context under which matrix products and convolutions run in `dtype`; a null context when off."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.amp.autocast(self.device_type, dtype=self.dtype)
+        return nullcontext() if self.dtype is None else _autocast(self.device_type, dtype=self.dtype)
 
     def make_scaler(self, enabled: bool | None = None) -> Scaler:
         """A gradient scaler for one optimiser: real for float16, else a no-op; `enabled` overrides that choice."""
         if not (self.dtype is torch.float16 if enabled is None else enabled):
             return NoOpScaler()
-        if hasattr(torch.amp, "GradScaler"):
+        if hasattr(_torch_amp(), "GradScaler"):  # torch 2.3
             return cast(Scaler, torch.amp.GradScaler(self.device_type))
-        if self.device_type == "cuda" and hasattr(torch.cuda, "amp"):  # torch before 2.3
+        if self.device_type == "cuda" and hasattr(torch.cuda, "amp"):
             return cast(Scaler, torch.cuda.amp.GradScaler())
         warn_once(
             f"torch {torch.__version__} has no gradient scaler for {self.device_type}: gradients are not scaled and "
@@ -108,6 +109,9 @@ def choose_precision(
     if amp_dtype not in ("auto", "float16", "bfloat16"):
         raise ValueError(f"amp_dtype={amp_dtype!r}: expected auto, float16 or bfloat16")
     if not use_amp:
+        return Precision(device.type, None)
+    if device.type in ("cuda", "cpu") and not _has_autocast(device.type):
+        warn_once(f"mixed precision is off: torch {torch.__version__} has no autocast for {device.type}")
         return Precision(device.type, None)
     if device.type == "cuda":
         return Precision("cuda", _choose_cuda_dtype(amp_dtype, device))
@@ -167,7 +171,7 @@ def name_amp_tier() -> str:
 
 def float32_region(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast is off, for R1, compositing and losses; its inputs still need `.float()`."""
-    return torch.amp.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+    return _autocast(device_type, enabled=False)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -187,12 +191,28 @@ def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
         enabled, dtype = torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
     if not enabled:
         return lambda: float32_region(device_type)
-    return lambda: torch.amp.autocast(device_type, dtype=dtype)
+    return lambda: _autocast(device_type, dtype=dtype)
+
+
+def _torch_amp() -> ModuleType | None:
+    """torch.amp, which not every build of torch has."""
+    return getattr(torch, "amp", None)
 
 
 def _has_autocast(device_type: str) -> bool:
+    if _torch_amp() is None:
+        return device_type == "cuda" and hasattr(torch.cuda, "amp")
     is_available = getattr(torch.amp, "is_autocast_available", lambda kind: kind in ("cuda", "cpu"))  # torch >= 2.4
     return bool(is_available(device_type))
+
+
+def _autocast(device_type: str, **choices: Any) -> AbstractContextManager[Any]:
+    """torch.amp's autocast, else torch.cuda.amp's; a null context, in which all is float32, where there is neither."""
+    if not _has_autocast(device_type):
+        return nullcontext()
+    if _torch_amp() is None:
+        return torch.cuda.amp.autocast(**choices)
+    return torch.amp.autocast(device_type, **choices)
 
 
 def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:

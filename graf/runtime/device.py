@@ -18,6 +18,7 @@ from torch import Tensor
 from graf.base.errors import UserError
 from graf.base.tensors import TensorBatch
 from graf.runtime.threads import limit_threads
+from graf.runtime.torch_release import require_fitting_numpy
 
 Batch = TypeVar("Batch", bound=TensorBatch)
 
@@ -30,8 +31,10 @@ def pick_device(request: str, local_rank: int = 0, local_size: int = 1) -> torch
     """The device that `request` names: `auto` (first of cuda, mps, cpu), `cpu`, `cuda`, `cuda:1`, `mps`.
 
     local_rank, local_size: which of the processes of this machine asks, each of which gets a GPU of its own.
-    Raises `DeviceError` with the request, what is available and the next step when it is not there.
+    Raises `DeviceError` with the request, what is available and the next step when it is not there, and UserError
+    where torch could compute nothing because NumPy is too new for it.
     """
+    require_fitting_numpy()
     available = list_devices()
     if local_size > 1 and request != "cpu":
         gpus = [name for name in available if name.startswith("cuda")]

@@ -248,11 +248,11 @@ class JoinedProcesses(Processes):
         reason = str(error).strip().partition("\n")[0][:200]
         missing = []
         with suppress(Exception):  # the store may have gone with its machine, which is no news
-            self.store.set(f"here/{self.rank}", "")
+            self.store.add(f"here/{self.rank}", 1)
             until = time.monotonic() + GRACE
             missing = [rank for rank in range(self.size) if rank != self.rank]
             while missing and time.monotonic() < until:
-                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+                missing = [rank for rank in missing if not self.store.add(f"here/{rank}", 0)]
                 time.sleep(0.05)
         who = f"process {', '.join(map(str, missing))} of {self.size}" if missing else f"one of {self.size} processes"
         return PeerError(
@@ -264,7 +264,7 @@ class JoinedProcesses(Processes):
         if isinstance(error, PeerError):
             time.sleep(GRACE / 3)  # who has the cause goes first
         try:
-            self.store.set(f"here/{self.rank}", "")
+            self.store.add(f"here/{self.rank}", 1)
             return int(self.store.add("told", 1)) == 1
         except Exception:  # without the store everybody says what it knows
             return True

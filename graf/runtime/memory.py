@@ -19,6 +19,7 @@ import torch
 from graf.base.errors import UserError
 from graf.runtime.control_groups import ControlGroup, find_groups
 from graf.runtime.logs import info_once, logger
+from graf.runtime.torch_release import torch_release
 
 Result = TypeVar("Result")
 
@@ -83,24 +84,26 @@ class CacheRelease:
 def prepare_allocator() -> None:
     """Ask CUDA's allocator for expandable segments, which do not fragment, unless the user has set anything.
 
-    Must run before CUDA starts. The variable was renamed in torch 2.9.
+    Must run before CUDA starts. The variable was renamed in torch 2.9; before 2.1 CUDA does not start with that word.
     """
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if sys.platform == "linux" and not any(name in os.environ for name in names):
-        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
-        os.environ[names[0] if version >= (2, 9) else names[1]] = "expandable_segments:True"
+    can_expand = sys.platform == "linux" and torch_release() >= (2, 1)
+    if can_expand and not any(name in os.environ for name in names):
+        os.environ[names[0] if torch_release() >= (2, 9) else names[1]] = "expandable_segments:True"
 
 
 @contextmanager
 def record_allocations(path: Path | None, device: torch.device) -> Iterator[None]:
     """Write CUDA's allocation history of what happens inside to `path`, for the viewer at pytorch.org/memory_viz.
 
-    None records nothing; on other devices a message says that there is no such history.
+    None records nothing; on other devices, and before torch 2.1, a message says that there is no such history.
     """
-    if path is None or device.type != "cuda":
+    if path is None or device.type != "cuda" or torch_release() < (2, 1):
         if path is not None:
+            found = f"{device.type} and torch {torch.__version__}"
             info_once(
-                f"--memory_snapshot: only CUDA keeps an allocation history, found {device.type}; nothing is recorded"
+                f"--memory_snapshot: CUDA alone keeps an allocation history, since torch 2.1, found {found}; nothing "
+                "is recorded"
             )
         yield
         return
@@ -117,8 +120,8 @@ def record_allocations(path: Path | None, device: torch.device) -> Iterator[None
 def read_memory(device: torch.device) -> dict[str, float]:
     """Memory use in MiB.
 
-    CUDA: `allocated`, `reserved`, `peak` (of allocated). MPS: `current`, `driver`. CPU: `rss` and `peak_rss` of this
-    process; only `peak_rss` where there is no /proc.
+    CUDA: `allocated`, `reserved`, `peak` (of allocated). MPS since torch 2.0: `current`, `driver`. CPU, and MPS before:
+    `rss` and `peak_rss` of this process; only `peak_rss` where there is no /proc.
     """
     if device.type == "cuda":
         return {
@@ -126,7 +129,7 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "reserved": torch.cuda.memory_reserved(device) / MIB,
             "peak": torch.cuda.max_memory_allocated(device) / MIB,
         }
-    if device.type == "mps":
+    if device.type == "mps" and hasattr(torch, "mps"):
         return {
             "current": torch.mps.current_allocated_memory() / MIB,
             "driver": torch.mps.driver_allocated_memory() / MIB,
@@ -144,7 +147,8 @@ def read_usable_memory(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device)
     if device.type == "mps":
-        return int(torch.mps.recommended_max_memory())
+        recommend = getattr(getattr(torch, "mps", None), "recommended_max_memory", None)  # torch 2.5
+        return None if recommend is None else int(recommend())
     available = _read_amounts("/proc/meminfo").get("MemAvailable")
     return None if available is None else min([available, *_read_control_groups()])
 

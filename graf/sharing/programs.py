@@ -22,9 +22,12 @@ from graf.base.errors import UserError
 from graf.base.extras import import_optional
 from graf.base.files import write_atomically
 from graf.models.field import RadianceField
+from graf.runtime.torch_release import torch_release
 
 INPUTS, OUTPUTS = ("z", "class_idx", "points", "directions"), ("rgb", "density")
 TOLERANCE = 1e-5
+#: the oldest release whose torch.export and onnx exporter are known to write these programs
+OLDEST_TORCH = (2, 6)
 #: (B, N, S) that the program is made from; none may be 1, which a tracer takes for a constant
 EXAMPLE_SIZE = (2, 5, 3)
 #: sizes that it is compared at: the example's, single ones, and others in every place
@@ -137,9 +140,10 @@ def draw_inputs(size: tuple[int, int, int], dim_z: int, num_classes: int) -> tup
 
 
 def _trace(whole: WholeField, num_classes: int) -> Any:
-    if not hasattr(torch, "export") or not hasattr(torch.export, "Dim"):
+    if torch_release() < OLDEST_TORCH:
         raise ExportError(
-            f"torch {torch.__version__} has no torch.export with free sizes; update torch to 2.5 or newer"
+            f"torch {torch.__version__} cannot export programs whose sizes are free; update torch to "
+            f"{OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, or write weights with --to safetensors"
         )
     batch, rays, samples = (torch.export.Dim(name, min=1) for name in ("batch", "rays", "samples"))
     sizes = ({0: batch}, {0: batch}, {0: batch, 1: rays, 2: samples}, {0: batch, 1: rays})

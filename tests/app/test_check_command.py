@@ -155,10 +155,14 @@ def test_a_torchvision_that_cannot_be_loaded(monkeypatch, machine, tmp_path):
     assert "operator torchvision::nms does not exist" in found.found
 
 
-@pytest.mark.parametrize(("version", "verdict"), [("1.13.1", PROBLEM), ("2.0.1", PROBLEM), ("2.1.0", OK)])
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("1.13.1", PROBLEM), ("2.0.1", PROBLEM), ("2.1.0", NOTE), ("2.10.0", OK)]
+)
 def test_an_old_torch(monkeypatch, machine, version, verdict):
     monkeypatch.setattr(torch, "__version__", version)
-    assert ask("torch", machine).verdict is verdict
+    found = ask("torch", machine)
+    assert found.verdict is verdict
+    assert ("--trust" in found.hint) is (verdict is NOTE)
 
 
 @pytest.mark.parametrize(("version", "verdict"), [((3, 9), PROBLEM), ((3, 10), OK), ((3, 13), OK), ((3, 15), NOTE)])

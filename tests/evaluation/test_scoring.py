@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from torch.utils.data import TensorDataset
 
 from graf.evaluation import scoring
 from graf.evaluation.extractor import OfflineFeatures, choose_extractor
-from graf.evaluation.fidelity import FidelityProtocol, ImagesAsUint8, RenderedImages, score_images
+from graf.evaluation.fidelity import Features, FidelityProtocol, ImagesAsUint8, RenderedImages, Scores, score_images
 from graf.evaluation.metrics import ssim
 from graf.evaluation.renderer import Renders
 from graf.evaluation.scoring import ScoringTask, ValidationTask
 from graf.geometry.views import Cameras, PoseSampler, Views
+from graf.runtime.distributed import Processes
+from graf.runtime.interrupt import Stopped
 from graf.runtime.memory import OutOfMemory
 from graf.runtime.randomness import Draws
 
@@ -168,3 +171,62 @@ def test_images_that_cannot_be_rendered_in_any_size_are_not_tried_with_a_smaller
     with pytest.raises(OutOfMemory, match=r"data\.imsize"):
         score(renderer, photographs, tmp_path)
     assert len(renderer.asked) == 1
+
+
+@pytest.mark.parametrize(("size", "images"), [(2, 24), (3, 29), (4, 9)])  # 3, 4 and 2 blocks of renders
+def test_scores_of_several_processes_are_those_of_one(run_processes, photographs, tmp_path, size, images):
+    extractor = choose_extractor("offline")
+
+    def score(processes: Processes) -> Scores:
+        folder = tmp_path / str(processes.size)
+        task = ScoringTask(NoiseRenderer(), POOL, extractor, PROTOCOL, images, folder, processes)
+        return task.score("render", photographs, "photos")
+
+    alone = score(Processes())
+    for scores in run_processes(size, score):
+        assert scores.provenance == alone.provenance
+        assert scores.values == pytest.approx(alone.values, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize(("size", "images"), [(2, 24), (3, 29)])
+def test_features_are_shared_out_and_collected_in_order(run_processes, tmp_path, size, images):
+    extractor = choose_extractor("offline")
+
+    def share(processes: Processes) -> tuple[Features, list[int]]:
+        renderer = NoiseRenderer()
+        task = ScoringTask(renderer, POOL, extractor, PROTOCOL, images, tmp_path, processes)
+        fakes = RenderedImages(lambda indices: task._render("render", range(indices[0], indices[-1] + 1)), images, 8)
+        return task._share_features(fakes), renderer.asked
+
+    (alone, asked), results = share(Processes()), run_processes(size, share)
+    assert asked == list(range(images))
+    assert [number for _, numbers in results for number in numbers] == asked  # each is rendered once, by one of them
+    assert results[0][0].keys() == alone.keys()
+    for layer, features in alone.items():
+        torch.testing.assert_close(results[0][0][layer], features, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [Stopped("SIGTERM"), torch.cuda.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_what_ends_the_rendering_of_one_process_ends_that_of_all(run_processes, photographs, tmp_path, error):
+    def score(processes: Processes) -> Any:
+        renderer = NoiseRenderer()
+        render, failures = renderer.render_random, [error] if processes.rank == 1 else []
+
+        def fail_once(*arguments: Any, **keywords: Any) -> Renders:
+            if failures:
+                raise failures.pop()
+            return render(*arguments, **keywords)
+
+        renderer.render_random = fail_once
+        task = ScoringTask(renderer, POOL, choose_extractor("offline"), PROTOCOL, 24, tmp_path, processes)
+        try:
+            return task.score("render", photographs, "photos").values["fid_offline"], task.protocol.batch_size
+        except Stopped as stopped:
+            return str(stopped)
+
+    first, second = run_processes(2, score)
+    if isinstance(error, Stopped):
+        assert (first, second) == ("process 1 was asked to stop", "SIGTERM")
+    else:
+        assert first == second  # all try again with half of the images at once
+        assert first[1] == PROTOCOL.batch_size // 2

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from graf.runtime.torch_release import torch_release
 from graf.sharing import programs
 from graf.sharing.programs import Differences, ExportError, WholeField, draw_inputs, write_onnx, write_torch_program
+
+needs_exporter = pytest.mark.skipif(torch_release() < programs.OLDEST_TORCH, reason="this torch exports no programs")
 
 SIZES = ((2, 5, 3), (1, 1, 1), (4, 9, 2))
 META = {"classes": ["car", "duck", "mug"], "near": 2.5}
@@ -21,6 +24,7 @@ def expected_of(renderer, inputs):
     return field(points, directions, field.prepare(z, class_idx))
 
 
+@needs_exporter
 def test_the_torch_program_is_the_field_at_any_size(any_renderer, tmp_path):
     field = any_renderer.generator.field
     differences = write_torch_program(tmp_path / "field.pt2", field, 3, META)
@@ -35,6 +39,7 @@ def test_the_torch_program_is_the_field_at_any_size(any_renderer, tmp_path):
         assert_close(program(*inputs), expected_of(any_renderer, inputs), rtol=1e-5, atol=1e-5)
 
 
+@needs_exporter
 def test_the_onnx_model_is_the_field_at_any_size_and_names_its_dimensions(any_renderer, tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -71,6 +76,7 @@ def test_the_inputs_of_the_check_meet_every_class_and_both_sides_of_the_unit_sph
     assert z.shape == (5, 8)
 
 
+@needs_exporter
 @pytest.mark.parametrize("layer", ["rgb", "raw_density"])
 def test_a_program_that_differs_by_more_than_1e_5_is_not_written(make_renderer, tmp_path, monkeypatch, layer):
     trace = programs._trace
@@ -88,6 +94,15 @@ def test_a_program_that_differs_by_more_than_1e_5_is_not_written(make_renderer, 
     assert path.read_bytes() == b"an earlier one"
 
 
+def test_an_old_torch_writes_no_program_and_says_what_to_do(make_renderer, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    for write, name in ((write_torch_program, "field.pt2"), (write_onnx, "field.onnx")):
+        with pytest.raises(ExportError, match=r"torch 2\.5\.1\+cpu cannot export .* update torch to 2\.6 or newer"):
+            write(tmp_path / name, make_renderer().generator.field, 3, META)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_exporter
 def test_a_program_whose_sizes_are_fixed_is_not_written(make_renderer, tmp_path):
     whole = WholeField(make_renderer().generator.field)
     fixed = torch.export.export(whole, draw_inputs((2, 5, 3), whole.field.dim_z, 3)).module()
