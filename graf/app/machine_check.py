@@ -89,7 +89,10 @@ class Machine:
         """Predicts what training needs of memory."""
         from graf.app.memory_estimator import StepPlanner
 
-        return StepPlanner(self.config, device_type=self.device.type)
+        try:
+            return StepPlanner(self.config, device_type=self.device.type)
+        except NoDevice:  # weights are as large anywhere
+            return StepPlanner(self.config)
 
     @cached_property
     def plan(self) -> Plan:
