@@ -366,6 +366,7 @@ def probe_results(machine: Machine) -> Answer:
 def probe_disk(machine: Machine) -> Answer:
     """Free space where the run is written, and whether its checkpoints fit."""
     from graf.app.memory_planner import format_bytes
+    from graf.runtime.memory import MIB
 
     free = shutil.disk_usage(machine.results).free
     try:
@@ -375,7 +376,7 @@ def probe_disk(machine: Machine) -> Answer:
         return NOTE, f"{format_bytes(free)} free; the size of a checkpoint is not known ({reason})", ""
     one = state.weights + state.optimizer + state.average
     kept = (machine.config.training.keep_checkpoints + 2) * one  # the best one, and the one that is being written
-    found, hint = f"{format_bytes(free)} free, a checkpoint takes {format_bytes(one)}", "set training.outdir elsewhere"
+    found, hint = f"{format_bytes(free)} free, a checkpoint takes {one / MIB:,.1f} MiB", "set training.outdir elsewhere"
     if free < 2 * one:  # a new one is written before the old one goes
         return PROBLEM, found, f"{hint}, or free some space"
     if free < kept:
