@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.results import RESULTS, format_table, hardware, write_section
-from benchmarks.videos import Footage, Shot, film_turntable
-from graf.capture.frames import FULL_SIDE, Source, choose_frames, open_source, scan
+from benchmarks.videos import Shot, film_turntable
+from graf.capture.frames import FULL_SIDE, Source, choose_frames, scan
 from graf.capture.masks import masks_of
+from graf.capture.sources import open_source
 from graf.capture.turntable import Turn, find_turn
 from graf.data.shapes import CLASS_NAMES
 from graf.evaluation.pictures import write_video
@@ -46,7 +47,7 @@ def measure_toy(toy: str, textured: bool, direction: str, folder: Path) -> list[
     footage = film_turntable(toy, shot)
     source = open_source(write_video(folder / f"{toy}_{textured}_{direction}.mp4", footage.frames, 30))
     started = time.perf_counter()
-    turn, numbers, errors = _read_angles(source, _azimuths(footage))
+    turn, numbers, errors = _read_angles(source, footage.azimuths.numpy())
     looked = time.perf_counter()
     masks = masks_of(list(source.read(FULL_SIDE, numbers)), "auto", still=True)
     cut = time.perf_counter()
@@ -56,11 +57,6 @@ def measure_toy(toy: str, textured: bool, direction: str, folder: Path) -> list[
     angles, areas = f"{errors.mean():.2f} / {errors.max():.2f}", f"{shares.mean():.3f} / {shares.min():.3f}"
     seconds = f"{looked - started:.1f} + {cut - looked:.1f}"
     return [toy, wall, sense, f"{turn.length:.2f}", angles, areas, seconds]
-
-
-def _azimuths(footage: Footage) -> np.ndarray:
-    centres = footage.poses[:, :3, 3].numpy()
-    return np.asarray(np.degrees(np.arctan2(centres[:, 1], centres[:, 0])))
 
 
 def _read_angles(source: Source, azimuths: np.ndarray) -> tuple[Turn, list[int], np.ndarray]:

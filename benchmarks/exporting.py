@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = ("field", "form", "rgb", "density", "of up to", "MiB", "s to export", "ms a call", "the field's ms")
     text = (
         f"{hardware(torch.device('cpu'))}. The largest differences from the field at four sizes of batch, rays and "
-        "samples, beside the largest density that was met; beyond 1e-5 of each nothing is written. One call is on "
+        "samples, beside the largest density that was met; nothing is written where rgb is off by more than 1e-5, or "
+        "density by more than 1e-5 of the largest. One call is on "
         f"{batch} x {rays} rays x {samples} samples; the last column is the field's own time.\n\n"
         f"{format_table(header, rows)}"
     )

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import train as train_program
+from benchmarks.plots import draw_curves
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.app import builders
 from graf.app.memory_estimator import (
@@ -614,43 +614,6 @@ def curve(patches: Sequence[int], overrides: Sequence[str] = ()) -> dict[str, li
     return lines
 
 
-def draw_curve(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """A plot with logarithmic axes."""
-    width, height, left, bottom = 720, 440, 80, 50
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    points = [point for line in lines.values() for point in line]
-    spans = [
-        (math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))))
-        for values in zip(*points, strict=True)
-    ]
-
-    def place(rays: float, peak: float) -> tuple[float, float]:
-        x, y = (
-            (math.log10(value) - low) / max(high - low, 1)
-            for value, (low, high) in zip((rays, peak), spans, strict=True)
-        )
-        return left + x * (width - left - 150), height - bottom - y * (height - bottom - 30)
-
-    for axis, (low, high) in enumerate(spans):
-        for power in range(low, high + 1):
-            start = place(10**power, 10 ** spans[1][0]) if axis == 0 else place(10 ** spans[0][0], 10**power)
-            end = place(10**power, 10 ** spans[1][1]) if axis == 0 else place(10 ** spans[0][1], 10**power)
-            draw.line([start, end], fill="#dddddd")
-            offset = (-15, 6) if axis == 0 else (-60, -6)
-            draw.text((start[0] + offset[0], start[1] + offset[1]), f"{10**power:,}", fill="black")
-    colours = ("#444444", "#c0392b", "#2471a3", "#1e8449", "#8e44ad")
-    for index, (name, line) in enumerate(lines.items()):
-        places, colour = [place(*point) for point in line], colours[index % len(colours)]
-        draw.line(places, fill=colour, width=2)
-        for x, y in places:
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-        draw.text((width - 135, 40 + 18 * index), name, fill=colour)
-    draw.text((left, 8), "peak of live tensors in the generator's step, MiB", fill="black")
-    draw.text((width // 2 - 60, height - 20), "rays per step", fill="black")
-    image.save(path)
-
-
 def write_whole(path: Path, measured_network: str, overrides: Sequence[str] = ()) -> None:
     """Steps on whole images of 256 x 256, batch 8, float32: GRAF's network predicted, one of NETWORKS really run."""
     rows = []
@@ -713,7 +676,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text += [format_table(header, measure_measures(patches, shrunk)), ""]
 
     path = options.results.with_name(CURVE.name)
-    draw_curve(curve((16, 32) if options.quick else (16, 32, 64, 128, 256), shrunk), path)
+    lines = curve((16, 32) if options.quick else (16, 32, 64, 128, 256), shrunk)
+    draw_curves(lines, path, "peak of live tensors in the generator's step, MiB", "rays per step")
     text += [f"![peak against rays, predicted]({path.name})", "", "The curve is predicted.", ""]
 
     whole, settings = published(patches[-1], *shrunk), MemorySettings(2 if options.quick else 8, "checkpoint", 1024)

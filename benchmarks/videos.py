@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -82,10 +82,14 @@ class Footage:
     poses: Tensor
     fov: float
 
+    @property
+    def azimuths(self) -> Tensor:
+        """Of the cameras (N,), in degrees, counter-clockwise from +x seen from above."""
+        return torch.rad2deg(torch.atan2(self.poses[:, 1, 3], self.poses[:, 0, 3])) % 360
+
     def describe(self, fps: int = FPS) -> dict[str, object]:
         """The entry of truth.json."""
         centres = self.poses[:, :3, 3]
-        azimuths = torch.rad2deg(torch.atan2(centres[:, 1], centres[:, 0])) % 360
         elevations = torch.rad2deg(torch.asin(centres[:, 2] / centres.norm(dim=1)))
         return {
             "fov": self.fov,
@@ -93,7 +97,7 @@ class Footage:
             "frames": [
                 {"azimuth": round(azimuth, 4), "elevation": round(elevation, 4), "pose": pose}
                 for azimuth, elevation, pose in zip(
-                    azimuths.tolist(), elevations.tolist(), self.poses.tolist(), strict=True
+                    self.azimuths.tolist(), elevations.tolist(), self.poses.tolist(), strict=True
                 )
             ],
         }
@@ -105,12 +109,14 @@ def film_turntable(toy: str, shot: Shot) -> Footage:
     count = round(shot.frames * shot.turns)
     sign = 1 if shot.direction == "ccw" else -1
     start = np.random.default_rng([0, class_idx]).uniform()
-    u = torch.remainder(start + sign * torch.arange(count) / shot.frames, 1.0)
+    u = torch.remainder(start + sign * torch.arange(min(count, shot.frames)) / shot.frames, 1.0)
     poses = pose_from_angles(u, torch.full_like(u, height_from_elevation(shot.elevation)), shot.radius)
     background = torch.full((3, shot.size, shot.size), PLAIN_GREY)
     if shot.textured:
         background = functional.interpolate(make_pattern(TEXELS, seed=1)[None], shot.size, mode="area")[0]
-    return _film(class_idx, poses, Intrinsics.from_fov(shot.size, shot.fov), background.expand(count, -1, -1, -1))
+    turn = _film(class_idx, poses, Intrinsics.from_fov(shot.size, shot.fov), background.expand(len(poses), -1, -1, -1))
+    again = np.arange(count) % len(poses)  # what a second turn shows is what the first did
+    return replace(turn, frames=turn.frames[again], masks=turn.masks[again], poses=turn.poses[again])
 
 
 def film_walkaround(toy: str, walk: Walk) -> Footage:
@@ -139,7 +145,7 @@ def walk_poses(walk: Walk) -> Tensor:
 def film_posed_photographs(transforms: Path, ground: float | None, size: int | None = None) -> Footage:
     """Posed RGBA photographs (NeRF's transforms_train.json), on a patterned table at z = `ground` or else on grey.
 
-    size: pixels along the side where they are enlarged. Their object is scaled to the unit sphere by its masks' extent.
+    size: pixels along the side where they are enlarged. The world is that of the file.
     """
     content = json.loads(transforms.read_text(encoding="utf-8"))
     poses = torch.tensor([frame["transform_matrix"] for frame in content["frames"]], dtype=torch.float32)

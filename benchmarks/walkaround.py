@@ -18,6 +18,7 @@ import imageio.v3 as imageio
 import numpy as np
 
 from benchmarks.results import RESULTS, format_table, hardware, write_section
+from benchmarks.sheets import photograph_sheet, walk_around_sheet
 from benchmarks.videos import (
     FPS,
     Footage,
@@ -28,9 +29,8 @@ from benchmarks.videos import (
     film_walkaround,
 )
 from graf.base.extras import import_optional
-from graf.capture.cameras import look_at_origin
+from graf.capture.cameras import Lens
 from graf.capture.errors import CaptureError
-from graf.capture.marker_sheet import draw_marker_sheet, lay_out_markers
 from graf.capture.markers import poses_from_markers
 from graf.capture.posed import centre_on_object
 from graf.capture.walkaround import Walkaround, WalkaroundSettings, reconstruct
@@ -111,39 +111,17 @@ def describe(found: Walkaround, footage: Footage) -> list[str]:
 def measure_markers() -> list[list[str]]:
     """Renders of the marker sheet from known cameras: with the field of view known, and measured."""
     cv2 = import_optional("cv2", "capture")
-    sheet, dots = lay_out_markers("a4"), 5.0
-    size, fine, fov = (960, 720), 2, 55.0
-    focal = size[0] / 2 / np.tan(np.radians(fov) / 2)
-    random = np.random.default_rng(0)
-    to_millimetres = np.array(
-        [[1 / dots, 0, 0.5 / dots - sheet.width / 2], [0, -1 / dots, sheet.height / 2 - 0.5 / dots], [0, 0, 1]]
-    )
-    project = np.array(
-        [[focal * fine, 0, size[0] * fine / 2 - 0.5], [0, focal * fine, size[1] * fine / 2 - 0.5], [0, 0, 1]]
-    )
-    picture, images, poses = draw_marker_sheet(sheet, dots), [], []
-    for number in range(36):
-        azimuth, elevation = np.radians(10.0 * number), np.radians([20, 35, 55][number % 3])
-        direction = [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
-        pose = look_at_origin(random.uniform(380, 480) * np.array(direction))
-        pose[:3, :3] = pose[:3, :3] @ cv2.Rodrigues(random.normal(0, 0.03, 3))[0]
-        rotation = (pose[:3, :3] @ np.diag([1.0, -1.0, -1.0])).T
-        plane = np.column_stack([rotation[:, 0], rotation[:, 1], -rotation @ pose[:3, 3]])
-        seen = cv2.warpPerspective(
-            picture, project @ plane @ to_millimetres, (size[0] * fine, size[1] * fine), borderValue=150
-        )
-        x, y = size[0] // 2, size[1] // 2
-        small = cv2.resize(seen, size, interpolation=cv2.INTER_AREA)
-        cv2.ellipse(small, (x, y), (90, 110), 0, 0, 360, 120, -1)  # an object that hides the middle and what is behind
-        noisy = (20 + 0.8 * small + random.normal(0, 4, small.shape)).clip(0, 255).astype(np.uint8)
-        images.append(np.dstack([noisy] * 3))
-        poses.append(pose)
+    fov = 55.0
+    lens, poses = Lens.from_fov(960, 720, fov), walk_around_sheet(36, (20, 35, 55), (380, 480))
+    images = [photograph_sheet(pose, lens, noise=4.0, seed=number) for number, pose in enumerate(poses)]
+    for image in images:  # an object that hides the middle and what is behind
+        cv2.ellipse(image, (lens.width // 2, lens.height // 2), (90, 110), 0, 0, 360, (116, 116, 116), -1)
     rows = []
     for known in (fov, None):
         started = time.perf_counter()
         marked = poses_from_markers(images, names=[str(number) for number in range(len(images))], fov=known)
         seconds = time.perf_counter() - started
-        true = np.stack(poses)[[int(name) for name in marked.photographs.names]]
+        true = poses[[int(name) for name in marked.photographs.names]]
         found = marked.photographs.poses
         cosines = (np.einsum("nij,nij->n", found[:, :3, :3], true[:, :3, :3]) - 1) / 2
         rotations = np.degrees(np.arccos(np.clip(cosines, -1, 1)))

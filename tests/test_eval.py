@@ -480,3 +480,9 @@ def test_the_program_itself_returns_the_exit_code(run_command_line, tmp_path):
     assert stdout == ""
     assert stderr.startswith("error: results: no run found")
     assert stderr.count("\n") == 1
+
+
+def test_several_processes_would_write_the_same_files_and_are_refused(run_program, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_program("eval.py") == 1
+    assert "WORLD_SIZE=2: graf eval works in one process; start it without torchrun" in capsys.readouterr().err

@@ -204,7 +204,7 @@ def run_until_killed(
 
 
 @pytest.mark.parametrize(
-    ("kills", "iterations"), [(2, 60), pytest.param(30, 900, marks=pytest.mark.long)], ids=["few", "many"]
+    ("kills", "iterations"), [(2, 30), pytest.param(30, 900, marks=pytest.mark.long)], ids=["few", "many"]
 )
 def test_after_kills_at_random_moments_the_same_command_ends_as_the_undisturbed_run(
     tmp_path, data, kills, iterations, capsys

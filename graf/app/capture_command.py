@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,11 @@ if TYPE_CHECKING:  # what captures needs torch and OpenCV, for which --help does
 
 
 #: option -> smallest and largest value
-RANGES = {"frames": (8, 3600), "size": (64, 2048), "fov": (1, 150), "elevation": (-30, 89), "turns": (0.2, 1000)}
+RANGES = {"frames": (8, 3600), "size": (64, 1024), "fov": (1, 150), "elevation": (-30, 89), "turns": (0.2, 1000)}
+
+
+#: what says nothing to a walk around an object, or with markers
+TURNTABLE_ONLY = ("instance", "replace", "elevation", "turns", "direction", "first_angle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from graf.runtime.logs import setup_console
 
         setup_console()
-        for line in capture(options):
-            print(line)
+        with _ended_as_by_ctrl_c():
+            lines = capture(options)
+        print("\n".join(lines))
         return 0
 
     return run_command(command, debug=options.debug, interrupted="interrupted; the set is as it was")
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends a capture with nothing left behind: no decoder, no worker, no temporary folder."""
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,8 +142,8 @@ def _turntable_options(options: argparse.Namespace) -> TurntableOptions:
     return TurntableOptions(
         source=Path(options.source),
         out=Path(options.out),
-        class_name=options.class_name or "object",
-        instance=options.instance,
+        class_name="object" if options.class_name is None else options.class_name.strip(),
+        instance=options.instance.strip(),
         replace=options.replace,
         frames=options.frames,
         mask=options.mask,
@@ -144,5 +169,18 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.walkaround and options.markers:
         raise UserError("--walkaround --markers: poses come from either; leave one out")
+    _check_way(options)
     if not -360 <= options.first_angle <= 360:
         raise UserError(f"--first-angle {options.first_angle:g}: expected -360 to 360 degrees")
+
+
+def _check_way(options: argparse.Namespace) -> None:
+    """Raises UserError for an option that the way of capturing would ignore."""
+    way, ignored = "a turntable", ["features"]
+    if options.walkaround or options.markers:
+        way = "a walk-around" if options.walkaround else "a capture by markers"
+        ignored = [*TURNTABLE_ONLY, *([] if options.walkaround else ignored)]
+    parser = build_parser()
+    for name in ignored:
+        if getattr(options, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: {way} has no use for it; leave it out")

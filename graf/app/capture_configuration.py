@@ -18,11 +18,15 @@ V_LIST_LINE = re.compile(r"^(\s*v_list:\s*)\[[^\]]*\]", re.MULTILINE)
 
 @dataclass(frozen=True)
 class SetCamera:
-    """The cameras of a set: distance in units of the unit sphere, field of view in degrees, and its heights v."""
+    """The cameras of a set: distance in units of the unit sphere, field of view in degrees, and its heights v.
+
+    masked: whether pictures are transparent around the objects.
+    """
 
     radius: float
     fov: float
     v_list: Sequence[float]
+    masked: bool
 
 
 def read_set_camera(file: Path) -> SetCamera | None:
@@ -31,29 +35,29 @@ def read_set_camera(file: Path) -> SetCamera | None:
         return None
     data = read_yaml(file).get("data", {})
     try:
-        return SetCamera(float(data["radius"]), float(data["fov"]), [float(v) for v in data["v_list"]])
+        v_list = [float(v) for v in data["v_list"]]
+        return SetCamera(float(data["radius"]), float(data["fov"]), v_list, bool(data.get("white_bkgd", False)))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{file}: data.radius, data.fov and data.v_list are needed to add to this set ({error!r}); put them back"
         ) from error
 
 
-def write_set_camera(file: Path, camera: SetCamera, *, masked: bool, many_objects: bool) -> None:
-    """Write capture.yaml or, where it is there and may have been edited, only its v_list.
+def compose_set_configuration(file: Path, camera: SetCamera, *, many_objects: bool) -> str:
+    """What capture.yaml is to hold: what it does where it is there and may have been edited, but for its v_list.
 
-    masked: pictures are transparent around the object; many_objects: those of a class are told apart by name.
+    many_objects: those of a class are told apart by name. Raises UserError.
     """
     v_list = "[" + ", ".join(f"{v:g}" for v in camera.v_list) + "]"
     if not file.is_file():
-        write_atomically(file, _compose(file.parent, camera, v_list, masked, many_objects))
-        return
-    text = file.read_text(encoding="utf-8")
+        return _compose(file.parent, camera, v_list, many_objects)
+    text = file.read_bytes().decode("utf-8")
     if read_yaml(file)["data"]["v_list"] == list(camera.v_list):
-        return
+        return text
     changed, count = V_LIST_LINE.subn(rf"\g<1>{v_list}", text)
     if count != 1:
         raise UserError(f"{file}: data.v_list should be {v_list} now, but stands in no single line; write it there")
-    write_atomically(file, changed)
+    return changed
 
 
 def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: bool, side: int) -> None:
@@ -62,7 +66,7 @@ def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: 
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train.",
         f"inherit_from: {POSED_INHERITED if side >= 128 else INHERITED}",
-        f"expname: {_quote(folder.resolve().name)}",
+        f"expname: {_quote(_run_name(folder))}",
         "data:",
         "  type: transforms",
         f"  datadir: {_quote(folder.as_posix())}",
@@ -78,15 +82,15 @@ def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: 
     write_atomically(file, "\n".join(lines))
 
 
-def _compose(folder: Path, camera: SetCamera, v_list: str, masked: bool, many_objects: bool) -> str:
+def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -> str:
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train. Later captures change v_list only.",
         f"inherit_from: {INHERITED}",
-        f"expname: {_quote(folder.resolve().name)}",
+        f"expname: {_quote(_run_name(folder))}",
         "data:",
         "  type: turntable",
         f"  datadir: {_quote(folder.as_posix())}",
-        f"  white_bkgd: {'true' if masked else 'false'}",
+        f"  white_bkgd: {'true' if camera.masked else 'false'}",
         f"  radius: {camera.radius:.3f}",
         f"  near: {camera.radius - 1:.3f}",
         f"  far: {camera.radius + 1:.3f}",
@@ -94,12 +98,17 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, masked: bool, many_ob
         f"  v_list: {v_list}",
         "  refine_cameras: true     # elevation and field of view are corrected by training",
     ]
-    nerf = ["  background: white"] if masked else []
+    nerf = ["  background: white"] if camera.masked else []
     if many_objects:
         nerf += ["  planes: synthesis        # several objects of a class", "  colour_components: 9"]
         lines += ["z_dist:", "  dim: 16", "  dim_appearance: 8", "discriminator:", "  augment: {colour: 0}"]
         lines += ["training:", "  lr_d: 1e-3", "  reg_param: 0.1", "  instance_prior: 0.02"]
     return "\n".join([*lines, *(["nerf:", *nerf] if nerf else []), ""])
+
+
+def _run_name(folder: Path) -> str:
+    """The folder's name as expname may be: letters, digits, and _ . - behind the first."""
+    return re.sub(r"[^\w.-]", "_", folder.resolve().name).lstrip(".-") or "photos"
 
 
 def _quote(text: str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from graf.app.capture_configuration import SetCamera, next_steps, read_set_camera, write_set_camera
+from graf.app.capture_configuration import SetCamera, compose_set_configuration, next_steps, read_set_camera
 from graf.base.files import replace_file
 from graf.capture.errors import CaptureError
-from graf.capture.frames import FULL_SIDE, Frame, Photographs, Picture, choose_frames, open_source, scan
+from graf.capture.frames import DEFAULT_FRAMES, FULL_SIDE, Frame, Picture, choose_frames, scan
 from graf.capture.framing import PHONE_FOV, Camera, Framing, cut, frame_masks, frame_whole, picture_side
 from graf.capture.masks import draw_masks, find_odd_masks, masks_of
 from graf.capture.photo_set import (
@@ -19,16 +19,18 @@ from graf.capture.photo_set import (
     check_subject,
     height_index,
     read_rows,
-    remove_leftovers,
     widest_extent,
+    work_in,
 )
+from graf.capture.photographs import Photographs
+from graf.capture.posed import TRANSFORMS_FILE
+from graf.capture.sources import open_source
 from graf.capture.turntable import Turn, find_turn
-from graf.data.labels import CAPTURE_FILE, CAPTURE_FOLDER, LabelRow, natural_key, wrap_angle
+from graf.data.labels import CAPTURE_FILE, CAPTURE_FOLDER, LABELS_FILE, LabelRow, natural_key, wrap_angle
 from graf.geometry.cameras import height_from_elevation
-from graf.runtime.run_lock import RunLock, UnwritableError
 
-DEFAULT_FRAMES = 72  # one in 5 degrees
 DEFAULT_ELEVATION = 20.0
+NEAREST = 1.1  # radii of the object from its middle to a camera, at least
 UNLIKE = 1.2  # ratio of two distances from which perspective differs visibly
 
 
@@ -53,17 +55,14 @@ class TurntableOptions:
 
 def capture_turntable(options: TurntableOptions) -> list[str]:
     """Add an object to the set of `options.out`; returns lines for the person. Raises UserError."""
-    try:
-        with RunLock(options.out):
-            return _capture(options)
-    except UnwritableError as error:
-        raise CaptureError(f"--out {options.out}: cannot be written; choose another folder") from error
+    with work_in(options.out):
+        return _capture(options)
 
 
 def _capture(options: TurntableOptions) -> list[str]:
     rows = read_rows(options.out)
     config_file = options.out / CAPTURE_FILE
-    known = read_set_camera(config_file)
+    known = _read_cameras(options, rows)
     elevation = DEFAULT_ELEVATION if options.elevation is None else options.elevation
     height, v_list = height_index(known.v_list if known else (), height_from_elevation(elevation))
     subject = Subject(options.class_name, options.instance, height)
@@ -74,19 +73,25 @@ def _capture(options: TurntableOptions) -> list[str]:
     framing = _frame(options, rows, subject, frames, masks)
     fov = options.fov or _fov_of(frames[0]) or PHONE_FOV
     camera = framing.camera(frames[0].image.shape[:2], fov)
+    if camera.radius <= NEAREST:
+        raise CaptureError(
+            f"--fov {fov:g}: through such a lens the camera would stand {camera.radius:.2f} radii from the middle of "
+            "the object, almost inside it; expected the field of view across the longer side of the frames"
+        )
     side = picture_side(framing, options.size)
     is_masked = options.mask != "none"
     pictures = (
         (angle, cut(frame, mask if is_masked else None, framing, side))
         for angle, frame, mask in zip(angles, frames, masks, strict=True)
     )
-    remove_leftovers(options.out)
+    drawn = draw_masks(frames, masks, [f"{angle} degrees" for angle in angles])
+    first = known or camera
+    set_camera = SetCamera(first.radius, first.fov, v_list, is_masked)
+    configuration = compose_set_configuration(config_file, set_camera, many_objects=bool(options.instance))
+    all_rows = add_photographs(options.out, rows, subject, pictures, configuration)
     sheet = options.out / CAPTURE_FOLDER / f"{subject.name}.png"
     with replace_file(sheet) as stream:
-        draw_masks(frames, masks, [f"{angle} degrees" for angle in angles]).save(stream, format="PNG")
-    set_camera = SetCamera(known.radius, known.fov, v_list) if known else SetCamera(camera.radius, camera.fov, v_list)
-    write_set_camera(config_file, set_camera, masked=is_masked, many_objects=bool(options.instance))
-    all_rows = add_photographs(options.out, rows, subject, pictures)
+        drawn.save(stream, format="PNG")
 
     classes = sorted({row.class_name for row in all_rows}, key=natural_key)
     return [
@@ -98,6 +103,30 @@ def _capture(options: TurntableOptions) -> list[str]:
         f"{options.out} holds {len(all_rows)} photographs of {len(classes)} classes: {', '.join(classes)}",
         *next_steps(config_file),
     ]
+
+
+def _read_cameras(options: TurntableOptions, rows: Sequence[LabelRow]) -> SetCamera | None:
+    """The cameras of the set that is there, None where there is none. Raises UserError where it cannot be added to."""
+    if (options.out / TRANSFORMS_FILE).exists():
+        raise CaptureError(
+            f"--out {options.out} has photographs with poses of their own ({TRANSFORMS_FILE}); a turntable's need "
+            "another folder"
+        )
+    known = read_set_camera(options.out / CAPTURE_FILE)
+    if rows and known is None:
+        raise CaptureError(
+            f"--out {options.out} has a {LABELS_FILE}, but no {CAPTURE_FILE} that says how its cameras stood; put it "
+            "back, or choose another folder"
+        )
+    is_masked = options.mask != "none"
+    if known is not None and known.masked != is_masked:
+        have = "transparent around their objects" if known.masked else "not transparent around their objects"
+        want = "leave out --mask none" if known.masked else "use --mask none"
+        raise CaptureError(
+            f"--mask {options.mask}: the pictures of {options.out} are {have} (data.white_bkgd in {CAPTURE_FILE}), and "
+            f"all of a set have to be alike; {want}, or choose another folder"
+        )
+    return known
 
 
 def _look(options: TurntableOptions) -> tuple[Turn, list[Frame], list[int]]:

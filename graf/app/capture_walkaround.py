@@ -12,9 +12,11 @@ import numpy as np
 from graf.app.capture_configuration import next_steps, write_posed_configuration
 from graf.base.files import replace_file
 from graf.capture.errors import CaptureError
-from graf.capture.frames import Frame, Photographs, Picture, open_source, select_frames
+from graf.capture.frames import DEFAULT_FRAMES, Frame, Picture, select_frames
 from graf.capture.markers import centre_on_sheet, poses_from_markers
 from graf.capture.masks import draw_masks, masks_of
+from graf.capture.photo_set import work_in
+from graf.capture.photographs import Photographs
 from graf.capture.posed import (
     PosedPhotographs,
     aim_at_object,
@@ -23,10 +25,10 @@ from graf.capture.posed import (
     training_overrides,
     write_transforms,
 )
+from graf.capture.sources import open_source
 from graf.capture.visual_hull import recut_masks, tighten_masks
 from graf.capture.walkaround import WalkaroundSettings, reconstruct
 from graf.data.labels import CAPTURE_FILE, CAPTURE_FOLDER, LABELS_FILE
-from graf.runtime.run_lock import RunLock, UnwritableError
 
 
 @dataclass(frozen=True)
@@ -45,33 +47,24 @@ class WalkOptions:
 
 def capture_walk(options: WalkOptions) -> list[str]:
     """Write a set with true poses into `options.out`; returns lines for the person. Raises UserError."""
-    try:
-        with RunLock(options.out):
-            return _capture(options)
-    except UnwritableError as error:
-        raise CaptureError(f"--out {options.out}: cannot be written; choose another folder") from error
+    with work_in(options.out):
+        return _capture(options)
 
 
 def _capture(options: WalkOptions) -> list[str]:
-    check_new(options.out)
-    if (options.out / LABELS_FILE).exists():
-        raise CaptureError(
-            f"--out {options.out} has photographs of a turntable ({LABELS_FILE}); other poses need a folder of "
-            "their own"
-        )
+    _check_new(options.out)
     source = open_source(options.source)
-    frames = select_frames(source, options.frames)
+    is_folder = isinstance(source, Photographs)
+    frames = select_frames(source, options.frames, None if is_folder else DEFAULT_FRAMES)
     masks = None if options.mask == "none" else masks_of(frames, options.mask)
-    posed, lines = _find_cameras(options, frames, masks, isinstance(source, Photographs))
+    posed, lines = _find_cameras(options, frames, masks, is_folder)
     posed, replaced = tighten_masks(posed)
     if replaced:
         lines.append(f"note: {replaced} masks were wrong and were replaced by the outline that the others tell")
-    aimed = aim_at_object(posed)
-    if aimed.lens.width > options.size:
-        aimed = aim_at_object(posed, options.size)
+    aimed = aim_at_object(posed, options.size)
     if options.mask == "auto" and all(frame.alpha is None for frame in frames):
         aimed = recut_masks(aimed)
-    if masks is not None and aimed.masks is not None:
+    if aimed.masks is not None:
         pictures = [Frame(image, 0.0, name) for image, name in zip(aimed.images, aimed.names, strict=True)]
         sheet = options.out / CAPTURE_FOLDER / "masks.png"
         with replace_file(sheet) as stream:
@@ -79,8 +72,26 @@ def _capture(options: WalkOptions) -> list[str]:
         lines.append(f"wrote {sheet}: the object should be bright in it and everything else dark red")
     config_file = options.out / CAPTURE_FILE
     write_posed_configuration(config_file, training_overrides(aimed), masked=masks is not None, side=aimed.lens.width)
-    lines.append(f"wrote {write_transforms(options.out, aimed)}: {len(aimed)} pictures of {aimed.lens.width} pixels")
+    try:
+        transforms = write_transforms(options.out, aimed)
+    except BaseException:
+        config_file.unlink()
+        raise
+    lines.append(f"wrote {transforms}: {len(aimed)} pictures of {aimed.lens.width} pixels")
     return lines + next_steps(config_file)
+
+
+def _check_new(folder: Path) -> None:
+    """Raises CaptureError where a folder holds a set already, before any work is done for it."""
+    check_new(folder)
+    if (folder / LABELS_FILE).exists():
+        raise CaptureError(
+            f"--out {folder} has photographs of a turntable ({LABELS_FILE}); other poses need a folder of their own"
+        )
+    if (folder / CAPTURE_FILE).exists():
+        raise CaptureError(
+            f"{folder / CAPTURE_FILE} exists already, without photographs; remove it, or give another --out"
+        )
 
 
 def _find_cameras(

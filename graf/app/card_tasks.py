@@ -133,7 +133,7 @@ def describe_model(opened: OpenedRun, shown: list[ShownObject], has_video: bool)
         iteration=trained.iteration,
         facts=_list_facts(trained),
         training=_list_training(trained),
-        data=_describe_data(trained),
+        data=_describe_data(trained) + _describe_tuning(trained),
         data_name=_name_data(config),
         data_type=config.data.type,
         tags=[config.nerf.field, *(["super-resolution"] if renderer.ccsr is not None else [])],
@@ -199,4 +199,14 @@ def _describe_data(trained: TrainedGenerator) -> str:
         f"Photographs with {poses} (`data.type: {data.type}`), in a folder that was called `{_name_data(config)}`. "
         "They are not part of this folder. This card knows nothing of their origin; they may have owners, and licences "
         "of their own."
+    )
+
+
+def _describe_tuning(trained: TrainedGenerator) -> str:
+    """A sentence on the photograph that the weights were tuned to; nothing where they were not."""
+    if not trained.tuned:
+        return ""
+    return (
+        f" After training the weights were tuned to one photograph (`graf invert --tune`), called "
+        f"`{trained.tuned.get('photograph')}`, of whose origin this card knows nothing either."
     )

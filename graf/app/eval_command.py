@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog, run_command
 from graf.app.run_arguments import add_trust_argument
+from graf.base.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given["actions"] = [*given.get("actions", ()), "path"]
 
     def command(errors: ErrorLog) -> int:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: graf eval works in one process; start it without torchrun"
+            )
         from graf.app.eval_tasks import run_evaluation
 
         written = run_evaluation(EvalOptions(**given), errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from graf import __version__
-from graf.app.loading import TrainedGenerator
+from graf.app.loading import TUNED_KEY, TrainedGenerator
 from graf.app.run_arguments import OpenedRun, object_code, output_path
 from graf.base.errors import UserError
 from graf.config import Config
 from graf.sharing.programs import write_onnx, write_torch_program
-from graf.sharing.transforms import views_around, write_transforms
+from graf.sharing.transforms import turntable_views, write_transforms
 from graf.sharing.weights import write_weights
 
 PROGRAMS = {"pt2": write_torch_program, "onnx": write_onnx}
@@ -62,7 +63,9 @@ def averaged_states(trained: TrainedGenerator) -> dict[str, dict[str, Tensor]]:
 
 def describe_trained(trained: TrainedGenerator) -> dict[str, Any]:
     """What a checkpoint says of its run (config, dataset, iteration, machine), without places of its machine."""
+    tuned = {key: Path(value).name for key, value in trained.tuned.items()}
     return {
+        **({TUNED_KEY: tuned} if tuned else {}),
         "config": without_places(trained.renderer.config).model_dump(mode="json"),
         "dataset": asdict(trained.dataset_info),
         "iteration": trained.iteration,
@@ -105,7 +108,7 @@ def describe_program(trained: TrainedGenerator) -> dict[str, Any]:
 def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOptions, out: str | None) -> str:
     """Write renders of one object with their cameras; returns the line to print.
 
-    given: class_name, seed and instance of the command line.
+    given: class_name, seed, instance and object_file of the command line.
     """
     class_name, z, name = object_code(opened.trained, given)
     renderer = opened.renderer
@@ -114,10 +117,10 @@ def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOp
             raise UserError(f"--resolution {pictures.resolution}: expected 8 to 8192 pixels")
         renderer = replace(renderer, resolution=pictures.resolution)
     folder = output_path(out, opened, f"transforms_{name}")
-    views = views_around(renderer, renderer.class_index(class_name), pictures.count, pictures.elevations)
+    views = turntable_views(renderer, renderer.class_index(class_name), pictures.count, pictures.elevations)
     provenance = {"class": class_name, "object": name, "iteration": opened.trained.iteration, "graf": __version__}
     write_transforms(folder, renderer, z, views, provenance | {"truncation": renderer.truncation})
-    keys = f"data.type=transforms data.datadir={folder} data.imsize={renderer.resolution}"
+    keys = f"data.type=transforms data.datadir={shlex.quote(str(folder))} data.imsize={renderer.resolution}"
     near, far = renderer.caster.near, renderer.caster.far
     keys += f" data.radius={renderer.cameras.radius:g} data.near={near:g} data.far={far:g}"
-    return f"wrote {folder}; to train on it: graf train --config toys expname={name} {keys}"
+    return f"wrote {folder}; to train on it: graf train --config toys expname={shlex.quote(name)} {keys}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graf.inversion.photograph import Photograph
     from graf.inversion.search import Hypothesis, SearchSettings
 
+COMPARISON_FILE, VIEWS_FILE, OBJECT_FILE = RESULT_FILES = ("comparison.png", "views.png", "object.json")
 #: steps of --tune without a number
 TUNING_STEPS = 100
 #: codes that are screened, all classes together; each class has at least the mean object
@@ -125,6 +126,8 @@ class Inversion:
         starts = choose_starts(opened.trained, options.class_name, options.codes, options.seed)
         search = describe_search(opened.trained, options.seed, options.steps)
         inversion = cls(options, opened, photograph, distance, search, starts)
+        if Path(options.photograph).resolve() in {(inversion.folder / name).resolve() for name in RESULT_FILES}:
+            raise UserError(f"{options.photograph}: would be replaced by a result of that name; choose another --out")
         if options.tune is not None:
             refuse_other_runs(RunFolder(inversion.folder / "tuned"))
         return inversion
@@ -166,8 +169,8 @@ class Inversion:
             weights.append(fingerprint(tuned.generator))
             details["tuned"] = {"run": "tuned", "steps": settings.steps, "psnr": psnr}
             written.append(run.path)
-        written.append(save_png(self.folder / "comparison.png", compare(rows, self.photograph, found)))
-        written.append(save_png(self.folder / "views.png", show_around(rows, found)))
+        written.append(save_png(self.folder / COMPARISON_FILE, compare(rows, self.photograph, found)))
+        written.append(save_png(self.folder / VIEWS_FILE, show_around(rows, found)))
         written.append(self._write_object(found, weights, details))
         return written
 
@@ -227,7 +230,7 @@ class Inversion:
     def _write_object(self, found: Hypothesis, weights: Sequence[str], details: dict[str, Any]) -> Path:
         from graf.inversion.object_file import ObjectFile
 
-        path = self.folder / "object.json"
+        path = self.folder / OBJECT_FILE
         class_name = self.opened.renderer.classes[found.class_idx]
         z = tuple(found.z.tolist())
         ObjectFile(class_name, z, found.camera, self.name, tuple(weights), details).write(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from graf.evaluation.renderer import Renderer
 from graf.runtime.amp import choose_precision
 from graf.runtime.checkpoint import CheckpointError, restore
 from graf.runtime.device import pick_device
+
+#: what the description of a generator that was tuned to one photograph has besides that of its run
+TUNED_KEY = "tuned"
 
 
 def load(path: str | Path, device: str = "auto", truncation: float = 1.0, trust: bool = False) -> Renderer:
@@ -56,6 +59,8 @@ class TrainedGenerator:
     """What a checkpoint holds for rendering, and what it says about its run.
 
     machine: what it was trained on (device, precision, torch); empty where an older version wrote the checkpoint.
+    tuned: of a generator that `graf invert --tune` has tuned, the photograph and the weights that it comes from; else
+    empty.
     """
 
     renderer: Renderer
@@ -63,6 +68,7 @@ class TrainedGenerator:
     iteration: int
     file: Path
     machine: Mapping[str, str]
+    tuned: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_meta(checkpoint: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -91,9 +97,9 @@ def read_dataset_info(meta: Mapping[str, Any], file: Path) -> DatasetInfo:
         ) from error
 
 
-def read_machine(meta: Mapping[str, Any]) -> dict[str, str]:
-    """What a checkpoint says of the machine that trained it; empty where it says nothing."""
-    saved = meta.get("machine")
+def read_words(meta: Mapping[str, Any], key: str) -> dict[str, str]:
+    """What a checkpoint says under `key` of where it comes from, in words; empty where it says nothing."""
+    saved = meta.get(key)
     return {str(name): str(value) for name, value in saved.items()} if isinstance(saved, Mapping) else {}
 
 
@@ -128,4 +134,6 @@ def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGener
         network.eval().requires_grad_(False)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     renderer = builders.build_renderer(config, dataset_info, precision, device, generator, ccsr)
-    return TrainedGenerator(renderer, dataset_info, iteration, file, read_machine(meta))
+    return TrainedGenerator(
+        renderer, dataset_info, iteration, file, read_words(meta, "machine"), read_words(meta, TUNED_KEY)
+    )

@@ -125,6 +125,26 @@ def _is_large(func: Any, args: Any) -> bool:
     return all(isinstance(side, int) for side in shape) and math.prod(shape) > CONTROL_ELEMENTS
 
 
+@contextmanager
+def _fake_lists() -> Iterator[None]:
+    """Teach fake tensors `tolist`, which torch 2.1 has not done: as for one value, the answer is yes, or 1."""
+    if "tolist" in vars(FakeTensor):
+        yield
+        return
+    FakeTensor.tolist = _list_answers  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del FakeTensor.tolist
+
+
+def _list_answers(tensor: Tensor) -> Any:
+    answer: Any = True if tensor.dtype is torch.bool else 1
+    for side in reversed(tensor.shape):
+        answer = [answer] * side
+    return answer
+
+
 class _Rehearsal:
     """The modes of one prediction: `building` makes networks, `running` runs code on them under the meter."""
 
@@ -146,7 +166,7 @@ class _Rehearsal:
 
     @contextmanager
     def running(self) -> Iterator[LiveTensorMeter]:
-        with _ControlTensors(self.fake_mode), self.meter:
+        with _ControlTensors(self.fake_mode), _fake_lists(), self.meter:
             yield self.meter
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
 
     def command(errors: ErrorLog) -> int:
+        from graf.base.extras import import_optional
         from graf.mesh.formats import encoder_of
 
         for file in given["out"] or ():
             encoder_of(Path(file))  # a wrong suffix is told before anything is computed
+        import_optional("skimage", "mesh")  # as is a missing extra
+        if given["triangles"] is not None:
+            import_optional("fast_simplification", "mesh")
         opened = open_run(given["run"], given["device"], given["truncation"], given["trust"])
         errors.folder = opened.folder.path
         for line in write_object(opened, given):
@@ -84,17 +89,18 @@ def write_object(opened: OpenedRun, given: dict[str, Any]) -> list[str]:
 
     class_name, z, name = object_code(opened.trained, given)
     shape = FieldOfObject(opened.renderer, z, class_name)
-    level = shape.level() if given["level"] is None else Level(given["level"], "as given")
     options = MeshOptions(
         resolution=given["resolution"],
-        level=level.density,
+        level=given["level"],
         keep_floaters=given["floaters"] == "keep",
         triangles=given["triangles"],
         colours=given["colours"],
         budget_mib=given["budget"],
         progress=True,
     )
-    mesh = extract_mesh(opened.renderer, z, class_name, options)
+    options.grid(shape.radius)  # what does not fit is told before anything is computed
+    level = shape.level() if given["level"] is None else Level(given["level"], "as given")
+    mesh = extract_mesh(opened.renderer, z, class_name, replace(options, level=level.density))
     lines = [f"level: {level.density:.4g} ({level.reason})", describe(mesh)]
     for path in [Path(file) for file in given["out"] or ()] or [output_path(None, opened, f"mesh_{name}.glb")]:
         save_mesh(path, mesh, unlit=not given["lit"])

@@ -15,6 +15,8 @@ from graf.viewer.page import PageCamera, build_page
 
 #: of each mesh at most: about 0.8 MB of the page
 TRIANGLES = 30_000
+#: cells of a mesh's grid along each axis, unless --resolution says another number
+RESOLUTION = 128
 
 
 def write_mesh_page(options: ViewOptions, path: Path) -> int:
@@ -23,7 +25,7 @@ def write_mesh_page(options: ViewOptions, path: Path) -> int:
     opened = open_run(options.run, options.device, options.truncation, options.trust)
     renderer = opened.renderer
     z, meshes = renderer.codes(options.seed, range(1))[0], {}
-    made = MeshOptions(resolution=options.resolution, triangles=TRIANGLES)
+    made = MeshOptions(resolution=options.resolution or RESOLUTION, triangles=TRIANGLES)
     for class_name in progress_bar(renderer.classes, desc="meshes", unit="class"):
         try:
             meshes[class_name] = extract_mesh(renderer, z, class_name, made)

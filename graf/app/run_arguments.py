@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
 
 
-def add_trust_argument(parser: argparse._ActionsContainer) -> None:
+def add_trust_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--trust."""
     parser.add_argument(
         "--trust", action="store_true", help="take a .pt file from outside a run folder though torch is below 2.10"
     )
 
 
-def add_object_arguments(parser: argparse.ArgumentParser) -> None:
+def add_object_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """--class and --seed, or --instance, or --object."""
-    parser.add_argument("--class", dest="class_name", help="name or index of the class (default: the first)")
+    parser.add_argument(
+        "--class", dest="class_name", help="name or index of the class (default: the object's own, else the first)"
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seed", type=int, default=0, help="names a drawn object (default: %(default)s)")
     which.add_argument("--instance", help="name or number of an object that training knows, instead of a drawn one")
@@ -64,14 +67,20 @@ def open_run(run: str | None, device: str, truncation: float, trust: bool = Fals
     trust: take a file from outside a run folder that an old torch cannot read safely. Raises ConfigError,
     CheckpointError, UntrustedFile, DeviceError and, for a truncation out of range, UserError.
     """
-    from graf.app.loading import open_checkpoint
     from graf.app.runs import find_run
-    from graf.runtime.device import configure_backends, describe_device, pick_device
-    from graf.runtime.logs import logger, setup_console
-    from graf.runtime.memory import prepare_allocator
+    from graf.runtime.logs import setup_console
 
     setup_console()
-    folder, files = find_run(run, trust=trust)
+    return open_first(*find_run(run, trust=trust), device, truncation)
+
+
+def open_first(folder: RunFolder, files: Sequence[Path], device: str, truncation: float) -> OpenedRun:
+    """Open the first of a run's checkpoints that can be read. Raises as `open_run` does."""
+    from graf.app.loading import open_checkpoint
+    from graf.runtime.device import configure_backends, describe_device, pick_device
+    from graf.runtime.logs import logger
+    from graf.runtime.memory import prepare_allocator
+
     prepare_allocator()
     picked = pick_device(device)
     configure_backends(picked)
@@ -84,6 +93,7 @@ def open_run(run: str | None, device: str, truncation: float, trust: bool = Fals
 def object_code(trained: TrainedGenerator, given: dict[str, Any]) -> tuple[str, Tensor, str]:
     """The object that --class, --seed, --instance and --object name: its class, its code z (dim_z,), a name for files.
 
+    Without --class, a known instance and the object of a file are of their own classes, a drawn one of the first.
     Raises UserError for an unknown class or instance, and for a file that describes no object of this run.
     """
     from graf.base.errors import UserError
@@ -91,15 +101,17 @@ def object_code(trained: TrainedGenerator, given: dict[str, Any]) -> tuple[str, 
     renderer, instances = trained.renderer, trained.dataset_info.instance_names
     if given.get("object_file") is not None:
         return _object_of_file(Path(given["object_file"]), renderer, given["class_name"])
-    class_name = renderer.classes[renderer.class_index(0 if given["class_name"] is None else given["class_name"])]
     if given["instance"] is None:
+        class_name = renderer.classes[renderer.class_index(given["class_name"] or 0)]
         return class_name, renderer.codes(given["seed"], range(1))[0], f"{class_name}_{given['seed']}"
     name = given["instance"]
     if renderer.generator.instances is None or name not in (*instances, *map(str, range(len(instances)))):
         known = ", ".join(instances) or "none"
         raise UserError(f"--instance {name}: expected one of the objects that this run knows: {known}")
     number = instances.index(name) if name in instances else int(name)
-    return class_name, renderer.instance_codes([number])[0], f"{class_name}_{name}".replace("/", "_")
+    own_class = instances[number].partition("/")[0]
+    class_name = renderer.classes[renderer.class_index(given["class_name"] or own_class)]
+    return class_name, renderer.instance_codes([number])[0], f"{class_name}_{instances[number]}".replace("/", "_")
 
 
 def _object_of_file(path: Path, renderer: Renderer, class_name: str | None) -> tuple[str, Tensor, str]:
@@ -107,7 +119,7 @@ def _object_of_file(path: Path, renderer: Renderer, class_name: str | None) -> t
     from graf.inversion.object_file import read_object
 
     found = read_object(path)
-    found.check_generator(renderer.generator, renderer.generator.dim_z, path)
+    found.check_generator(renderer.generator, path)
     index = renderer.class_index(found.class_name if class_name is None else class_name)
     return renderer.classes[index], found.code, f"{renderer.classes[index]}_{found.name}"
 

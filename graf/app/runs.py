@@ -65,9 +65,7 @@ class RunFolder:
 
         A folder holds one course of training (`choose_run_folder` sees to it), so the first one was also written last.
         """
-        return sorted(
-            self.saved(), key=lambda file: (_iteration(file), file.stat().st_mtime_ns, file.name), reverse=True
-        )
+        return sorted(self.saved(), key=lambda file: (_iteration(file), _last_change(file), file.name), reverse=True)
 
     def saved(self) -> list[Path]:
         """Every checkpoint of the run, in no order."""
@@ -118,6 +116,14 @@ def _iteration(file: Path) -> int:
         return -1
 
 
+def _last_change(file: Path) -> int:
+    """When a file was last written, nanoseconds; 0 where it has gone, as training removes older checkpoints."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def newest_run(results: Path) -> RunFolder:
     """The run under `results` that wrote a checkpoint last."""
     runs = [RunFolder(config_file.parent) for config_file in results.glob("*/config.yaml")]
@@ -125,7 +131,7 @@ def newest_run(results: Path) -> RunFolder:
         raise ConfigError(
             f"{results}: no run found; train one with train.py --config configs/default.yaml, or name one"
         )
-    return max(runs, key=lambda run: max((file.stat().st_mtime for file in run.checkpoints.glob("*.pt")), default=0.0))
+    return max(runs, key=lambda run: max(map(_last_change, run.checkpoints.glob("*.pt")), default=0))
 
 
 def find_run(path: str | None, outdir: str = "results", trust: bool = False) -> tuple[RunFolder, list[Path]]:

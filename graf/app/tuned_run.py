@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graf.app.loading import TrainedGenerator, read_meta
+from graf.app.loading import TUNED_KEY, TrainedGenerator, read_meta
 from graf.app.runs import BEST_CHECKPOINT, RunFolder, read_first
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
@@ -17,9 +17,6 @@ from graf.config import build_config
 from graf.evaluation.renderer import Renderer
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
 from graf.runtime.run_lock import RunLock
-
-#: what the description of such a run has besides that of the run which it comes from
-KEY = "tuned"
 
 
 def save_tuned_run(source: TrainedGenerator, tuned: Renderer, folder: Path, photograph: str) -> RunFolder:
@@ -41,7 +38,11 @@ def save_tuned_run(source: TrainedGenerator, tuned: Renderer, folder: Path, phot
         save_checkpoint(
             run.checkpoints / BEST_CHECKPOINT,
             objects,
-            {**meta, "config": config.model_dump(mode="json"), KEY: {"photograph": photograph, "from": str(file)}},
+            {
+                **meta,
+                "config": config.model_dump(mode="json"),
+                TUNED_KEY: {"photograph": photograph, "from": str(file)},
+            },
         )
         write_atomically(run.config_file, config.to_yaml())
     return run
@@ -56,7 +57,7 @@ def refuse_other_runs(run: RunFolder) -> None:
 
 def is_tuned(meta: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's description is that of a generator tuned to one photograph."""
-    return KEY in meta
+    return TUNED_KEY in meta
 
 
 def refuse_tuned(meta: Mapping[str, Any], file: Path) -> None:
@@ -64,5 +65,6 @@ def refuse_tuned(meta: Mapping[str, Any], file: Path) -> None:
     if is_tuned(meta):
         raise CheckpointError(
             f"{file}: is a generator tuned to one photograph: it has no discriminator and no optimisers to train on "
-            f"with; go on with the run that it comes from ({meta[KEY].get('from')}), or start anew with --resume none"
+            f"with; go on with the run that it comes from ({meta[TUNED_KEY].get('from')}), or start anew with --resume "
+            "none"
         )

@@ -16,16 +16,18 @@ def build_parser() -> argparse.ArgumentParser:
         prog="graf view", description="Look at a trained generator in the browser: turn, zoom, change codes, save."
     )
     add_run_arguments(parser)
-    parser.add_argument("--follow", action="store_true", help="take every new checkpoint of a run in training")
+    parser.add_argument(
+        "--follow", action="store_true", help="take every new checkpoint of a run in training; --device auto: the CPU"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8080, help="port, or the next free one (default: %(default)s)")
     parser.add_argument("--height", type=int, help="rows of a picture that stands still (default: 4 x data.imsize)")
     parser.add_argument("--datadir", help="folder of the photographs (default: as in training, data.datadir)")
     parser.add_argument("--html", metavar="FILE", help="write meshes of the classes into one page instead of serving")
-    parser.add_argument("--seed", type=int, default=0, help="of --html: names the drawn objects (default: %(default)s)")
     parser.add_argument(
-        "--resolution", type=int, default=128, help="of --html: cells of a mesh's grid (default: %(default)s)"
+        "--seed", type=int, default=0, help="names the object that is shown first, or those of --html (default: 0)"
     )
+    parser.add_argument("--resolution", type=int, help="of --html: cells of a mesh's grid (default: 128)")
     return parser
 
 

@@ -5,10 +5,10 @@ It reads no command line.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +17,28 @@ from PIL import Image
 
 from graf.app import builders
 from graf.app.loading import TrainedGenerator, open_checkpoint
-from graf.app.run_arguments import OpenedRun, open_run
+from graf.app.run_arguments import OpenedRun, open_first, open_run
 from graf.app.runs import WEIGHT_SUFFIXES, RunFolder, newest_run
 from graf.base.errors import UserError
 from graf.config import Config
 from graf.data.datasets import PhotoDataset
-from graf.data.errors import DataError
 from graf.evaluation.pictures import Picture, to_uint8
+from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import logger, setup_console
+from graf.runtime.priority import give_way
 from graf.viewer.exhibit import Exhibit, Photograph
-from graf.viewer.follow import EVERY, Follower
-from graf.viewer.server import LOCAL_HOSTS, ViewerServer, import_viser
+from graf.viewer.follow import EVERY, Follower, Signature, sign
+from graf.viewer.listening import LOCAL_HOSTS
+from graf.viewer.server import ViewerServer, import_viser
+from graf.viewer.session import MAX_SEED
 
 #: training cameras of a class that are shown, evenly chosen, and the side of their thumbnails in pixels
 CAMERAS_PER_CLASS, THUMBNAIL = 24, 64
-#: a viewer of a run in training takes what training leaves of the processor
-NICENESS = 10
 MAX_HEIGHT = 2048
+#: seconds after which a signal is noticed
+STOP_WITHIN = 0.2
+#: options of the viewer that mean nothing to a page which is written
+SERVED_ONLY = ("follow", "host", "port", "height", "datadir")
 
 
 @dataclass(frozen=True)
@@ -51,76 +56,83 @@ class ViewOptions:
     datadir: str | None = None
     html: str | None = None
     seed: int = 0
-    resolution: int = 128
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("port", 1, 65535),
             ("height", 16, MAX_HEIGHT),
-            ("seed", 0, 2**31 - 1),
+            ("seed", 0, MAX_SEED),
             ("resolution", 16, 512),
             ("truncation", 0, 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name}={value}: expected {low} to {high}")
-        if self.follow and self.html is not None:
-            raise UserError("--follow and --html: a page does not follow a run; choose one of the two")
+        defaults = {each.name: each.default for each in fields(self)}
+        served = [name for name in SERVED_ONLY if getattr(self, name) != defaults[name]]
+        if self.html is not None and served:
+            raise UserError(f"--{served[0]} and --html: a page that is written is not served; choose one of the two")
+        if self.html is None and self.resolution is not None:
+            raise UserError("--resolution: is that of the meshes of --html; rows of pictures are --height")
         if self.follow and self.run is not None and Path(self.run).suffix in WEIGHT_SUFFIXES:
             raise UserError(f"--follow {self.run}: expected the folder of a run, a checkpoint does not change")
 
 
 def view_run(options: ViewOptions) -> int:
-    """Serve a run until Ctrl-C; returns the exit code."""
-    server, follower = start_viewer(options)
-    local = options.host in LOCAL_HOSTS
-    logger.info("open http://%s:%d in a browser; Ctrl-C ends", "localhost" if local else options.host, server.port)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        if follower is not None:
-            follower.stop()
-        server.stop()
+    """Serve a run until it is asked to stop, by Ctrl-C or a signal; returns the exit code."""
+    with running_viewer(options) as server, StopRequest(lambda: "closing the viewer") as request:
+        shown = "localhost" if options.host in LOCAL_HOSTS else options.host
+        logger.info("open http://%s:%d in a browser; Ctrl-C ends", shown, server.port)
+        while request.reason is None:
+            time.sleep(STOP_WITHIN)
     return 0
 
 
-def start_viewer(options: ViewOptions) -> tuple[ViewerServer, Follower | None]:
-    """The running page of a run and, with --follow, what brings it new checkpoints; both want to be stopped."""
+@contextmanager
+def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
+    """The page of a run and, with --follow, what brings it new checkpoints; both end with the block."""
     setup_console()
     import_viser()  # what is missing is told before a run is opened
     if options.host not in LOCAL_HOSTS:
         logger.warning(
             "--host %s: whoever reaches this address can use the viewer: there is no password, and nothing is "
-            "encrypted; without --host only this machine can, and `ssh -L 8080:localhost:8080` brings it to another",
+            "encrypted; without --host only this machine can, and `ssh -L %d:localhost:%d` brings it to another",
             options.host,
+            options.port,
+            options.port,
         )
-    if options.follow and hasattr(os, "nice"):
-        os.nice(NICENESS)
-    opened = open_followed(options) if options.follow else _open(options, options.run)
-    server = ViewerServer(build_exhibit(opened.trained, opened.folder, options), options.host, options.port)
-    if not options.follow:
-        return server, None
-    follower = Follower(opened.folder.saved, lambda: _take_newest(server, opened, options))
-    follower.start()
-    return server, follower
+    with ExitStack() as stack:
+        if options.follow:
+            stack.enter_context(give_way())
+            opened, seen = open_followed(options)
+        else:
+            opened = open_run(options.run, options.device, options.truncation, options.trust)
+            seen = sign([])
+        server = ViewerServer(build_exhibit(opened.trained, opened.folder, options), options.host, options.port)
+        stack.callback(server.stop)
+        if options.follow:
+            follower = Follower(opened.folder.saved, seen, lambda: _take_newest(server, opened, options))
+            follower.start()
+            stack.callback(follower.stop)
+        yield server
 
 
-def open_followed(options: ViewOptions) -> OpenedRun:
-    """The newest checkpoint of a run in training, for the first of which it waits."""
+def open_followed(options: ViewOptions) -> tuple[OpenedRun, Signature]:
+    """The newest checkpoint of a run in training, for the first of which it waits; what was saved before it was read.
+
+    On the CPU, unless --device names another: a GPU knows no niceness, and its memory is what training counts on.
+    """
     folder = newest_run(Path("results")) if options.run is None else RunFolder(Path(options.run))
-    if not folder.path.is_dir():
-        raise UserError(f"{folder.path}: no run is there; start one with graf train, then follow it")
+    if not folder.config_file.is_file() and not folder.saved():
+        raise UserError(f"{folder.path}: no run is there (no config.yaml); start one with graf train, then follow it")
     if not folder.saved():
         logger.info("%s has no checkpoint yet: waiting for the first one (training.save_every)", folder.path)
-    while not folder.saved():
+    while not (files := folder.newest_first()):
         time.sleep(EVERY)
-    return _open(options, str(folder.newest_first()[0]))
-
-
-def _open(options: ViewOptions, run: str | None) -> OpenedRun:
-    return open_run(run, options.device, options.truncation, options.trust)
+    seen = sign(files)
+    device = "cpu" if options.device == "auto" else options.device
+    return open_first(folder, files, device, options.truncation), seen
 
 
 def _take_newest(server: ViewerServer, opened: OpenedRun, options: ViewOptions) -> None:
@@ -148,6 +160,7 @@ def build_exhibit(trained: TrainedGenerator, folder: RunFolder, options: ViewOpt
         info.instance_names,
         find_photographs(config, info),
         options.height or min(4 * renderer.resolution, MAX_HEIGHT),
+        options.seed,
     )
 
 
@@ -155,8 +168,8 @@ def find_photographs(config: Config, info: builders.DatasetInfo) -> tuple[Photog
     """Training cameras with their photographs or, where these are not at hand, the labels' cameras alone."""
     try:
         photographs = _open_if_there(config)
-    except (DataError, OSError) as error:
-        logger.info("training cameras are shown without photographs, which cannot be read: %s", error)
+    except (UserError, OSError) as error:
+        logger.info("training cameras are shown without photographs, which cannot be used: %s", error)
         photographs = None
     if photographs is None or not photographs.poses_known:
         return _cameras_of_labels(config, info)

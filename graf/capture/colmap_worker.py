@@ -1,17 +1,18 @@
 """The process in which pycolmap works: `python -m graf.capture.colmap_worker FOLDER`, started by walkaround.py.
 
 A C++ library that aborts, hangs or eats memory ends this process and not the program that asked. FOLDER holds job.json
-(`Job`), images/ and perhaps masks/; the answer is result.json. Standard output has a line for each stage, standard
-error the library's own words. COLMAP: Schönberger & Frahm, "Structure-from-motion revisited" (CVPR 2016).
+(`Job`), images/ and perhaps masks/; the answer is result.json. Standard input is held open by the program that asked,
+standard output has a line for each stage, standard error the library's own words. COLMAP: Schönberger & Frahm,
+"Structure-from-motion revisited" (CVPR 2016).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from graf.base.extras import import_optional
 
+TEMPORARY = "graf_walkaround_"  # how the names of the folders begin that this program makes for a worker
 JOB_FILE, RESULT_FILE, IMAGES, MASKS = "job.json", "result.json", "images", "masks"
 CAMERA_MODEL = "SIMPLE_RADIAL"  # focal length, centre, one coefficient of distortion: as much as phones need
 MAX_FEATURES = 3000  # of an image; matching costs their square
@@ -45,17 +47,22 @@ class Job:
     seed: int
 
 
-def end_with_parent(parent: int) -> None:
-    """End this process when the program that started it is gone, as after SIGTERM: nobody waits for the result."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def end_with_parent(folder: Path) -> None:
+    """End this process, and remove its temporary folder, when the program that started it is gone.
+
+    However that ended, and be it before this process looks, the system then closes the other end of standard input.
+    """
+    while os.read(0, 1):
+        pass
+    if folder.name.startswith(TEMPORARY):  # and is not one that somebody has named by hand
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 def main(arguments: list[str]) -> int:
     """Work on the folder named; the exit code is 0 also where nothing could be reconstructed."""
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     folder = Path(arguments[0])
+    threading.Thread(target=end_with_parent, args=(folder,), daemon=True).start()
     job = Job(**json.loads((folder / JOB_FILE).read_text(encoding="utf-8")))
     pycolmap = import_optional("pycolmap", "capture")
     pycolmap.set_random_seed(job.seed)

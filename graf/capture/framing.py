@@ -59,8 +59,10 @@ def frame_masks(masks: Sequence[Picture], width: float | None = None) -> Framing
     side that the object's is to have, where it is in the set already, seen from another height; None: the largest that
     fits. Raises CaptureError for an object of too few pixels.
     """
-    held = np.mean([mask >= 128 for mask in masks], axis=0) > STRAY
-    y, x = np.nonzero(held)
+    held = np.zeros(masks[0].shape, np.int32)
+    for mask in masks:
+        held += mask >= 128
+    y, x = np.nonzero(held > STRAY * len(masks))
     if not len(x):
         raise CaptureError("the masks are empty; look at them, or use --mask none")
     left, right, top, bottom = x.min(), x.max() + 1, y.min(), y.max() + 1

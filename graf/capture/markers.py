@@ -58,8 +58,8 @@ def poses_from_markers(
 
     fov: degrees across the width of a pinhole camera where it is known; else focal length and distortion are measured
     from the markers, for which they have to be seen from a slant. masks are handed on. Which paper the sheet is
-    printed on the markers tell. Raises CaptureError where too
-    few photographs show markers, MissingExtra without OpenCV.
+    printed on the markers tell. Raises CaptureError where too few photographs show markers, MissingExtra without
+    OpenCV.
     """
     names = list(names or [f"photograph {number}" for number in range(len(images))])
     shape = images[0].shape

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from graf.base.extras import import_optional
 from graf.capture.errors import CaptureError
-from graf.capture.frames import Frame, Picture, fit_within, read_photograph
+from graf.capture.frames import Frame, Picture, fit_within
+from graf.capture.photographs import read_photograph
 
 WORK_SIDE = 320  # pixels of the longer side of what GrabCut sees: its cost grows with their number
 BORDER = 0.03  # of the shorter side: what is nearer to the edge of a picture is background
@@ -29,6 +30,7 @@ PLATE_SHARE = 0.4  # of the frames in which a pixel has to be background, so tha
 PLATE_SPREAD = 5.0  # grey levels: a background that stands still varies less
 SAME, OTHER = 8.0, 40.0  # grey levels from the background behind: less is background, more is object
 ODD = 0.75  # of the area of the opposite side's outline, which is its mirror image but for perspective and elevation
+OPPOSITE = 20.0  # degrees that the opposite side may be off
 SHEET_COLUMNS, SHEET_TILE = 8, 160
 
 
@@ -249,12 +251,13 @@ def _resize(values: Picture, shape: tuple[int, int]) -> Picture:
 def find_odd_masks(masks: Sequence[Picture], angles: Sequence[float]) -> list[int]:
     """Numbers of masks of a turn that hold much less than those from the opposite side, whose outlines are alike.
 
-    angles: in degrees, of each mask.
+    angles: in degrees, of each mask. One that has no other opposite of it is none of them.
     """
     areas = np.array([(mask > 127).sum() for mask in masks], float)
     places = np.asarray(angles, float)
-    opposite = [int(np.abs((places - place) % 360 - 180).argmin()) for place in places]
-    return np.nonzero(areas < ODD * areas[opposite])[0].tolist()
+    beside = np.abs((places[:, None] - places) % 360 - 180)  # degrees between one and the opposite of another
+    is_odd = (areas < ODD * areas[beside.argmin(axis=1)]) & (beside.min(axis=1) <= OPPOSITE)
+    return np.nonzero(is_odd)[0].tolist()
 
 
 def draw_masks(frames: Sequence[Frame], masks: Sequence[Picture], captions: Sequence[str]) -> Image.Image:

@@ -1,16 +1,17 @@
 """The set of photographs that captures build up in a folder: labels.csv, a folder of pictures for each, their cameras.
 
-Whatever ends a capture leaves the set as it was: pictures go into a new folder, and labels.csv, which is replaced as a
-whole, is the last file to be written.
+Whatever ends a capture leaves the set as it was: pictures go into a new folder, then capture.yaml tells of the cameras,
+and labels.csv, which is replaced as a whole, is the last file to be written.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from graf.base.files import sync_folder, write_atomically
+from graf.base.files import create_folder, remove_leftovers, write_atomically
 from graf.capture.errors import CaptureError
 from graf.data.errors import DataError
-from graf.data.labels import LABELS_FILE, LABELS_HEADER, LabelRow, check_name, read_labels_csv
+from graf.data.images import DECODER_ERRORS, FORMATS
+from graf.data.labels import CAPTURE_FILE, LABELS_FILE, LABELS_HEADER, LabelRow, check_name, read_labels_csv
+from graf.runtime.run_lock import LockedError, RunLock, UnwritableError
 
 COLUMNS = (*LABELS_HEADER, "instance")
 SAME_HEIGHT = 0.004  # of v: about half a degree of elevation
@@ -44,6 +47,21 @@ class Subject:
         """For folders and messages: duck, duck_mine, duck_h1."""
         height = f"h{self.height}" if self.height else ""
         return "_".join(part for part in (self.class_name, self.instance, height) if part)
+
+
+@contextmanager
+def work_in(folder: Path) -> Iterator[None]:
+    """Work on a set alone, what captures that were killed left in it being removed. Raises CaptureError."""
+    try:
+        with RunLock(folder):
+            remove_leftovers(folder)
+            for leftover in folder.glob(".*.saving"):
+                shutil.rmtree(leftover)
+            yield
+    except UnwritableError as error:
+        raise CaptureError(f"--out {folder}: cannot be written; choose another folder") from error
+    except LockedError as error:
+        raise CaptureError(f"--out {folder}: another program works there; wait for it, or stop it") from error
 
 
 def read_rows(folder: Path) -> list[LabelRow]:
@@ -85,13 +103,21 @@ def height_index(v_list: Sequence[float], v: float) -> tuple[int, list[float]]:
 
 
 def widest_extent(folder: Path, rows: Iterable[LabelRow]) -> float | None:
-    """How wide an object is in its pictures, as a share of their side, by their transparency; None without any."""
+    """How wide an object is in its pictures, as a share of their side, by their transparency; None without any.
+
+    Raises CaptureError where one cannot be read.
+    """
     held: Any = None
     for row in rows:
-        with Image.open(folder / row.file) as image:
-            if image.mode != "RGBA":
-                return None
-            columns = (np.asarray(image.getchannel("A")) >= 128).any(axis=0)
+        try:
+            with Image.open(folder / row.file, formats=FORMATS) as image:
+                if image.mode != "RGBA":
+                    return None
+                columns = (np.asarray(image.getchannel("A")) >= 128).any(axis=0)
+        except DECODER_ERRORS as error:
+            raise CaptureError(
+                f"{folder / row.file} cannot be read ({error}), from which the object's scale is taken; put it back"
+            ) from error
         held = columns if held is None or held.shape != columns.shape else held | columns
     if held is None or not held.any():
         return None
@@ -100,52 +126,79 @@ def widest_extent(folder: Path, rows: Iterable[LabelRow]) -> float | None:
 
 
 def add_photographs(
-    folder: Path, rows: Sequence[LabelRow], subject: Subject, pictures: Iterable[tuple[int, Image.Image]]
+    folder: Path,
+    rows: Sequence[LabelRow],
+    subject: Subject,
+    pictures: Iterable[tuple[int, Image.Image]],
+    configuration: str,
 ) -> list[LabelRow]:
     """Add pictures, each with its angle in whole degrees, to the set of `rows`; returns all rows of the new one.
 
-    Photographs of the same subject are replaced. Raises OSError.
+    configuration: capture.yaml from now on. Photographs of the same subject are replaced. Raises OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".capture_", dir=folder) as temporary:
-        staged = Path(temporary) / "pictures"
-        staged.mkdir()
-        added = []
-        place = _free_folder(folder, subject.name)
+    place, added = free_folder(folder, subject.name), []
+    with create_folder(place) as staged:
         for angle, picture in pictures:
             file = _free_name(staged, f"{subject.name}_{angle:03d}")
             picture.save(staged / file, format="PNG")
             added.append(LabelRow(f"{place.name}/{file}", subject.class_name, subject.height, angle, subject.instance))
-        staged.rename(place)
-    sync_folder(folder)
-    kept = [row for row in rows if not subject.shows(row)]
-    write_atomically(folder / LABELS_FILE, _format_rows([*kept, *added]))
-    for row in rows:
-        if subject.shows(row):
+    replaced = [row for row in rows if subject.shows(row)]
+    labels = _compose_labels(folder / LABELS_FILE, {row.file for row in replaced}, added)
+    _tell_of(place, configuration, labels)
+    for row in replaced:
+        if _was_captured(row, subject):
             (folder / row.file).unlink(missing_ok=True)
-            _remove_empty(folder, (folder / row.file).parent)
-    return [*kept, *added]
+            _remove_empty((folder / row.file).parent)
+    return [*(row for row in rows if not subject.shows(row)), *added]
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what captures that were killed left in a set, when no other one works there."""
-    for leftover in folder.glob(".capture_*"):
-        shutil.rmtree(leftover)
+def _tell_of(pictures: Path, configuration: str, labels: str) -> None:
+    """Write capture.yaml, where it changes, and labels.csv, which name new pictures; without both the pictures go."""
+    config_file, labels_file = pictures.parent / CAPTURE_FILE, pictures.parent / LABELS_FILE
+    before = _read_text(config_file)
+    try:
+        if before != configuration:
+            write_atomically(config_file, configuration)
+        write_atomically(labels_file, labels)
+    except BaseException:
+        if _read_text(labels_file) != labels:  # else an interrupt has come after it took its place
+            shutil.rmtree(pictures, ignore_errors=True)
+            if before is None:
+                config_file.unlink(missing_ok=True)
+            elif before != configuration:
+                write_atomically(config_file, before)
+        raise
 
 
-def _format_rows(rows: Sequence[LabelRow]) -> str:
-    """labels.csv; `split` is kept where a person has filled it in."""
-    has_splits = any(row.split for row in rows)
+def _read_text(file: Path) -> str | None:
+    """A file's text with its line ends; None where there is no file."""
+    return file.read_bytes().decode("utf-8") if file.is_file() else None
+
+
+def _compose_labels(file: Path, replaced: set[str], added: Sequence[LabelRow]) -> str:
+    """labels.csv with the rows that are there, but for those of `replaced` files, as a person has filled them in."""
+    columns, kept = list(COLUMNS), []
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8-sig") as former:
+            reader = csv.DictReader(former)
+            columns = list(dict.fromkeys([*(reader.fieldnames or ()), *COLUMNS]))
+            kept = [entry for entry in reader if entry["file"].strip().replace("\\", "/") not in replaced]
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*COLUMNS, "split"] if has_splits else COLUMNS)
-    for row in rows:
-        values = [row.file, row.class_name, row.height, row.angle, row.instance]
-        writer.writerow([*values, row.split] if has_splits else values)
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept)
+    for row in added:
+        values = (row.file, row.class_name, row.height, row.angle, row.instance)
+        writer.writerow(dict(zip(COLUMNS, values, strict=True)))
     return stream.getvalue()
 
 
-def _free_folder(folder: Path, name: str) -> Path:
+def _was_captured(row: LabelRow, subject: Subject) -> bool:
+    """Whether a photograph lies where captures of the subject put theirs; one of a person's own is not removed."""
+    return re.fullmatch(rf"{re.escape(subject.name)}(-\d+)?/[^/]+", row.file) is not None
+
+
+def free_folder(folder: Path, name: str) -> Path:
     """A folder of that name which is not there: name, name-2, ..."""
     places = (folder / (name if number == 1 else f"{name}-{number}") for number in range(1, 10**6))
     return next(place for place in places if not place.exists())
@@ -157,6 +210,6 @@ def _free_name(folder: Path, stem: str) -> str:
     return next(name for name in names if not (folder / name).exists())
 
 
-def _remove_empty(root: Path, folder: Path) -> None:
-    if folder != root and folder.is_dir() and not any(folder.iterdir()):
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from graf.base.extras import import_optional
-from graf.base.files import replace_file, write_atomically
+from graf.base.files import create_folder, write_atomically
 from graf.capture.cameras import Lens, PosedPhotographs, find_up, look_at_origin, move_world
 from graf.capture.errors import CaptureError
+from graf.capture.frames import fit_within
+from graf.capture.photo_set import free_folder
 from graf.capture.visual_hull import find_sphere
 
 TRANSFORMS_FILE, IMAGES_FOLDER = "transforms.json", "images"
@@ -48,12 +50,13 @@ def _upright(photographs: PosedPhotographs, centre: np.ndarray) -> np.ndarray:
     return np.stack([x, np.cross(up, x), up])
 
 
-def aim_at_object(photographs: PosedPhotographs, side: int | None = None) -> PosedPhotographs:
+def aim_at_object(photographs: PosedPhotographs, most: int = MAX_SIDE) -> PosedPhotographs:
     """Square pictures by pinhole cameras at the same places that look at the origin, upright, the unit sphere filling
-    the picture of the nearest one.
+    the picture of the nearest ones.
 
     A camera that turns around its own centre sees the same rays, so this is exact, and takes the lens's distortion out.
-    side: pixels; by default the object keeps its size in them (at most 1024).
+    The object keeps its size in pixels where pictures are then at most `most` pixels wide, and is reduced by averaging
+    else.
     """
     cv2 = import_optional("cv2", "capture")
     nearest = float(np.quantile(photographs.distances, 0.02))
@@ -63,22 +66,26 @@ def aim_at_object(photographs: PosedPhotographs, side: int | None = None) -> Pos
             "the masks, or take photographs from farther away"
         )
     tangent = MARGIN * math.tan(math.asin(1 / nearest))
-    side = side or min(MAX_SIDE, 2 * max(8, round(photographs.lens.focal * tangent)))
-    aimed_lens = Lens.from_fov(side, side, math.degrees(2 * math.atan(tangent)))
+    natural = 2 * max(8, round(photographs.lens.focal * tangent))
+    side = min(most, natural)
+    fine = side * math.ceil(natural / side)
+    fov = math.degrees(2 * math.atan(tangent))
     poses = np.stack([look_at_origin(pose[:3, 3]) for pose in photographs.poses])
-    y, x = np.mgrid[:side, :side]
-    rays = aimed_lens.ray(np.stack([x, y], axis=-1) + 0.5)
+    y, x = np.mgrid[:fine, :fine]
+    rays = Lens.from_fov(fine, fine, fov).ray(np.stack([x, y], axis=-1) + 0.5)
     images, masks = [], []
     for number, (pose, aimed) in enumerate(zip(photographs.poses, poses, strict=True)):
         turned = rays @ (pose[:3, :3].T @ aimed[:3, :3]).T
         # Pixels beyond the picture, and behind the camera, are -1: outside.
         pixels = np.nan_to_num(photographs.lens.project(turned) - 0.5, nan=-1e4).clip(-1e4, 3e4).astype(np.float32)
         image = photographs.images[number]
-        images.append(cv2.remap(image, pixels, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
+        image = cv2.remap(image, pixels, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        images.append(fit_within(image, side))
         if photographs.masks is not None:
             mask = photographs.masks[number]
-            masks.append(cv2.remap(mask, pixels, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT))
-    return replace(photographs, images=images, masks=masks or None, poses=poses, lens=aimed_lens)
+            mask = cv2.remap(mask, pixels, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+            masks.append(fit_within(mask, side))
+    return replace(photographs, images=images, masks=masks or None, poses=poses, lens=Lens.from_fov(side, side, fov))
 
 
 def check_new(folder: Path) -> None:
@@ -91,22 +98,29 @@ def check_new(folder: Path) -> None:
 
 
 def write_transforms(folder: Path, photographs: PosedPhotographs) -> Path:
-    """Write images/NNN.png (with masks as transparency) and, when all are there, transforms.json; returns its path.
+    """Write images/NNNN.png (with masks as transparency) and, when all are there, transforms.json; returns its path.
 
-    As `data.type: transforms` and nerfstudio read it. The lens must be a pinhole. Raises CaptureError, OSError.
+    As `data.type: transforms` and nerfstudio read it. The lens must be a pinhole. Where there are images already, which
+    may be the very photographs, new ones go into images-2. Raises CaptureError, OSError.
     """
     check_new(folder)
     lens = photographs.lens
     if lens.radial:
         raise ValueError("transforms.json holds pinhole cameras here; aim_at_object makes them")
-    frames = []
-    for number, (image, pose) in enumerate(zip(photographs.images, photographs.poses, strict=True)):
-        file = f"{IMAGES_FOLDER}/{number:04d}.png"
-        if photographs.masks is not None:
-            image = np.dstack([image, photographs.masks[number]])
-        with replace_file(folder / file) as stream:
-            Image.fromarray(image).save(stream, format="PNG")
-        frames.append({"file_path": file, "transform_matrix": pose.tolist(), "source": photographs.names[number]})
+    frames, place = [], free_folder(folder, IMAGES_FOLDER)
+    with create_folder(place) as staged:
+        for number, (image, pose) in enumerate(zip(photographs.images, photographs.poses, strict=True)):
+            file = f"{number:04d}.png"
+            if photographs.masks is not None:
+                image = np.dstack([image, photographs.masks[number]])
+            Image.fromarray(image).save(staged / file, format="PNG")
+            frames.append(
+                {
+                    "file_path": f"{place.name}/{file}",
+                    "transform_matrix": pose.tolist(),
+                    "source": photographs.names[number],
+                }
+            )
     content = {
         "camera_model": "PINHOLE",
         "camera_angle_x": math.radians(lens.fov),

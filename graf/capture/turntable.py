@@ -21,6 +21,7 @@ SHORTEST_TURN = 8  # frames
 RETURN_DEGREES = 5.0  # of turning: what differs less is the same view
 ALIKE = 1.3  # times the smallest difference: a shorter turn of such a difference is preferred to its multiples
 NEARLY_DEGREES = 60.0  # of a turn may be missing at its end
+HALVES = 1.15  # of the frames, at most, that two turns have which may be halves of one
 FLAT = 0.6  # of the usual difference: the best match has to be better than that
 RIVAL = 0.5  # of the usual difference: a match that a person should know of
 FLOW_DEGREES = 3.0  # that the table turns between two frames whose flow is measured
@@ -83,7 +84,8 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
     Raises CaptureError.
     """
     frames = _prepare(seen)[start:end]
-    differences = lagged_differences(frames)
+    pairs = pair_differences(frames)
+    differences = mean_by_lag(pairs)
     count = len(frames)
     advice = "film a whole turn and a little more, with the camera still; or say --turns"
     if count < SHORTEST_TURN + 2:
@@ -99,23 +101,33 @@ def measure_turn(seen: Scan, start: int, end: int) -> tuple[float, float | None]
         limit = ALIKE * min(value for _, value in alike)
         length = next(lag for lag, value in alike if value <= max(limit, _turned(differences, lag, RETURN_DEGREES / 2)))
     elif last <= min(_turned(differences, count - 1, NEARLY_DEGREES), FLAT * usual):
-        # The turn is not quite over: as far from the first frame as ever the last is, so far it has to go.
-        rising = np.maximum.accumulate(differences[: max(2, count // 4)])
-        length = count - 1 + float(np.interp(last, rising, np.arange(len(rising))))
+        # The turn is not quite over: the last frame has as far to go as frames near the first and near the last one lie
+        # apart that differ so much. (All frames together would not tell: some views change faster.)
+        near = [(pairs[0, lag] + pairs[-1, -1 - lag]) / 2 for lag in range(max(2, count // 4))]
+        length = count - 1 + float(np.interp(last, np.maximum.accumulate(near), np.arange(len(near))))
     elif minima and min(value for _, value in minima) <= FLAT * usual:
         length = min(minima, key=lambda minimum: minimum[1])[0]  # light or camera have changed meanwhile
+        if count <= 2 * length <= HALVES * count:
+            raise CaptureError(
+                f"after {length:.0f} of {count} frames the object looks much as it did at first: that is a whole turn, "
+                f"or half of one that is not quite over; say --turns {count / length:.2g} or {count / length / 2:.2g}"
+            )
     else:
         raise CaptureError(f"no frame looks like an earlier one, so that no turn can be found; {advice}")
     others = [(value, lag) for lag, value in minima if lag < 0.9 * length and value < RIVAL * usual]
     return length, 360 * min(others)[1] / length if others else None
 
 
-def lagged_differences(frames: np.ndarray) -> np.ndarray:
-    """Root mean square difference (n,) of frames (n, values) that lie 0, 1, ... n - 1 apart."""
+def pair_differences(frames: np.ndarray) -> np.ndarray:
+    """Root mean square differences (n, n) of all pairs of frames (n, values)."""
     products = frames @ frames.T
     squares = np.diagonal(products)
-    distances = np.maximum(squares[:, None] + squares[None] - 2 * products, 0) / frames.shape[1]
-    return np.array([np.sqrt(np.diagonal(distances, lag).mean()) for lag in range(len(frames))])
+    return np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * products, 0) / frames.shape[1])
+
+
+def mean_by_lag(pairs: np.ndarray) -> np.ndarray:
+    """Root mean square (n,) of the differences (n, n) of frames that lie 0, 1, ... n - 1 apart."""
+    return np.array([np.sqrt(np.square(np.diagonal(pairs, lag)).mean()) for lag in range(len(pairs))])
 
 
 def _turned(differences: np.ndarray, lag: float, degrees: float) -> float:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from PIL import Image
 
 from graf.base.extras import import_optional
 from graf.capture.cameras import Lens, Picture, PosedPhotographs, find_floor
-from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, Job, write_job
+from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, TEMPORARY, Job, write_job
 from graf.capture.errors import CaptureError
 from graf.runtime.logs import progress_bar
 from graf.runtime.threads import count_usable_cpus
@@ -117,8 +118,9 @@ def reconstruct(
     settings = settings or WalkaroundSettings()
     names = list(names or [f"photograph {number}" for number in range(len(images))])
     check_photographs(images, masks, names, settings)
-    import_optional("pycolmap", "capture")  # here, where the message about a missing one is a plain error
-    with tempfile.TemporaryDirectory(prefix="graf_walkaround_") as temporary:
+    if find_spec("pycolmap") is None:  # not imported where it is there: it would take this process's signals over
+        import_optional("pycolmap", "capture")  # says how to get it
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary:
         folder = Path(temporary)
         files = write_photographs(folder, images, masks if settings.features == "object" else None)
         threads = settings.threads or min(4, count_usable_cpus())
@@ -181,7 +183,7 @@ def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(places))
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # by whose end the worker knows that this process is gone
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -190,6 +192,7 @@ def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
     )
     said: list[str] = []
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue()
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     readers = [
@@ -206,8 +209,8 @@ def run_worker(command: Sequence[str], threads: int, patience: float) -> None:
         process.wait()
         for reader in readers:
             reader.join()
-        process.stdout.close()
-        process.stderr.close()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
     if code:
         signal_name = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         raise CaptureError(

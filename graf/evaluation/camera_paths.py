@@ -126,18 +126,18 @@ def catmull_rom(points: Tensor, share: float) -> Tensor:
 
 
 def path_to_json(path: CameraPath) -> str:
-    """The text of a path's file."""
+    """The text of a path's file, with every digit: it gives back the very same path."""
     keyframes = [
         {
-            "camera_to_world": [[round(number, 9) for number in row] for row in keyframe.camera_to_world.tolist()],
-            "fov": round(keyframe.fov, 6),
+            "camera_to_world": keyframe.camera_to_world.tolist(),
+            "fov": keyframe.fov,
             "class": keyframe.class_name,
-            "code": [round(number, 7) for number in keyframe.code.tolist()],
+            "code": keyframe.code.tolist(),
         }
         for keyframe in path.keyframes
     ]
     content = {"format": FORMAT, "version": VERSION, "seconds": path.seconds, "closed": path.closed}
-    return json.dumps(content | {"aspect": round(path.aspect, 6), "keyframes": keyframes}, indent=1) + "\n"
+    return json.dumps(content | {"aspect": path.aspect, "keyframes": keyframes}, indent=1) + "\n"
 
 
 def write_path(file: Path | str, path: CameraPath) -> None:
@@ -189,6 +189,8 @@ def _read_keyframe(number: int, content: object) -> Keyframe:
     pose, code = _read_tensor(content, "camera_to_world", where), _read_tensor(content, "code", where)
     if pose.shape != (4, 4):
         raise UserError(f'{where}, "camera_to_world": expected 4 rows of 4 numbers, found shape {tuple(pose.shape)}')
+    if pose[3].tolist() != [0, 0, 0, 1]:
+        raise UserError(f'{where}, "camera_to_world": its last row is {pose[3].tolist()}, expected 0, 0, 0, 1')
     rotation = pose[:3, :3]
     if (rotation @ rotation.mT - torch.eye(3)).abs().max() > ROTATION_TOLERANCE or torch.linalg.det(rotation) < 0:
         raise UserError(f'{where}, "camera_to_world": its first three columns are no rotation')
@@ -215,9 +217,12 @@ def _read_tensor(content: Mapping[str, Any], key: str, where: str) -> Tensor:
 
 def _read_number(content: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = content.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f'{where}, "{key}": {value!r}: expected a number')
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        value = "a number beyond all measure"
+    raise UserError(f'{where}, "{key}": {value!r}: expected a number')
 
 
 def check_path(path: CameraPath, classes: tuple[str, ...], dim_z: int) -> None:

@@ -4,6 +4,7 @@ Images are float (N, 3, H, W) in [-1, 1] until `to_uint8`; pictures are uint8 (H
 """
 
 import math
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
@@ -106,8 +107,9 @@ def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> P
     """Write pictures of one size as an H.264 video while they come; returns the path that was written.
 
     Odd sizes are padded by repeating the last row or column, since H.264 needs even ones. Without ffmpeg an animated
-    GIF of the same name is written instead, and reported once. A file that could not be finished is removed. Raises
-    ValueError for no frames or for frames of two sizes.
+    GIF of the same name is written instead, and reported once. Frames go to a file beside it, which takes its name when
+    they are all there: what could not be finished is removed, and a former video stays. Raises ValueError for no frames
+    or for frames of two sizes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,13 +128,15 @@ def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> P
             f"no ffmpeg ({str(error).splitlines()[0]}): writing GIF instead of video; `pip install imageio[ffmpeg]`"
         )
         path, options = path.with_suffix(".gif"), {"duration": 1000 / fps, "loop": 0}
+    making = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.saving{path.suffix}")
     try:
-        writer: Any = get_writer(path, **options)
+        writer: Any = get_writer(making, **options)
         with closing(writer):  # its own `with` leaves ffmpeg running after an error
             for frame in chain([first], prepared):
                 writer.append_data(frame)
+        making.replace(path)
     except BaseException:
-        path.unlink(missing_ok=True)
+        making.unlink(missing_ok=True)
         raise
     return path
 

@@ -6,7 +6,6 @@ It opens no files: `graf.load` makes a Renderer of a trained run.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,8 @@ from graf.runtime.randomness import Draws
 
 #: pixels of super-resolved output that the trunk works on at once, besides borders: 1024 x 1024
 STRIP_PIXELS = 2**20
+#: distances from the origin that differ by a smaller share are one: poses are float32
+SAME_DISTANCE = 1e-5
 
 #: one value for all images of a batch, or one for each
 Numbers = float | Sequence[float]
@@ -100,8 +101,8 @@ class Renderer:
     uniform_z: the distribution of the codes, uniform in [-1, 1] instead of normal; sampling: samples per ray, None for
     as many as in training; config: the configuration that the networks were trained with; truncation: factor in [0, 1]
     on drawn codes, as the truncation trick of Brock et al. (ICLR 2019) limits them: nearer to the mean object, which
-    z = 0 stands for, renders are surer and less various; before_image: is called before each image; it may raise, to
-    end a long piece of work.
+    z = 0 stands for, renders are surer and less various; before_image: is called before each image, and before
+    each chunk of points whose densities or colours are asked for; it may raise, to end a long piece of work.
 
     Every method works in eval mode and without gradients, in chunks that are halved where memory runs out, and returns
     float32 tensors on the CPU. Arguments that cannot be used raise UserError.
@@ -146,8 +147,9 @@ class Renderer:
         seed: names the object; z: its code instead, (dim_z,) or (B, dim_z); class_name: a name out of `classes`, or an
         index (default: the first). azimuth: degrees, counter-clockwise from +x seen from above; elevation: degrees
         above the horizon in [-90, 90] (default: the median of the data set's heights); radius: distance of the camera
-        from the origin, world units (default: as in training). resolution: side of the renders, pixels;
-        num_samples: samples per ray besides importance samples, at least 2 (both: as the run's samples).
+        from the origin, world units (default: as in training); what a ray is sampled between moves with it.
+        resolution: side of the renders, pixels; num_samples: samples per ray besides importance samples, at least 2
+        (both: as the run's samples).
 
         Returns rgb (B, 3, H, W) in [-1, 1], z-depth and opacity (B, 1, H, W) and, with super_resolve, sr
         (B, 3, s H, s W). Raises UserError for an unknown class, for values out of range, for lists whose lengths do not
@@ -180,7 +182,7 @@ class Renderer:
             torch.tensor([height_from_elevation(degrees) for degrees in given["elevation"]]),
             torch.tensor([float(distance) for distance in given["radius"]]),
         )
-        return self._with(resolution, num_samples).render_views(self._codes_of(given), views, super_resolve)
+        return self._with(resolution, num_samples)._render_from(self._codes_of(given), views, super_resolve)
 
     def render(
         self,
@@ -196,7 +198,8 @@ class Renderer:
         z: codes (B, dim_z), see :meth:`codes`, or (dim_z,); class_name: as in :meth:`sample`; camera_to_world:
         (B, 4, 4) or (4, 4), right-handed, x right, y up, the camera looks down -z, in a world with z up and the object
         at the origin. Each of the three has one row or B. Super-resolution takes its view from the azimuth of the
-        camera's centre. The rest, the result and the errors are as in :meth:`sample`.
+        camera's centre. What a ray is sampled between moves with the camera. The rest, the result and the errors are as
+        in :meth:`sample`.
 
         >>> pose = torch.eye(4)
         >>> pose[2, 3] = 3.5  # above the object, looking straight down
@@ -211,7 +214,7 @@ class Renderer:
         poses = torch.stack(given["camera_to_world"]).float().cpu()
         class_idx = self._class_indices(given["class_name"])
         views = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
-        return self._with(resolution, num_samples).render_views(self._codes_of(given), views, super_resolve)
+        return self._with(resolution, num_samples)._render_from(self._codes_of(given), views, super_resolve)
 
     def render_camera(
         self,
@@ -250,16 +253,32 @@ class Renderer:
     def camera_rays(self, camera_to_world: Tensor, intrinsics: Intrinsics) -> Rays:
         """The rays (1, H W), row by row and on the device, that :meth:`render_camera` renders."""
         poses = camera_to_world.reshape(1, 4, 4).float()
-        moved = poses[0, :3, 3].norm().item() - self.cameras.radius
-        return self.caster.through(intrinsics, moved).cast_pictures(poses.to(self.device))
+        (caster,) = self.casters_at(poses)
+        return replace(caster, intrinsics=intrinsics).cast_pictures(poses.to(self.device))
+
+    def casters_at(self, poses: Tensor) -> list[RayCaster]:
+        """How cameras (B, 4, 4) cast rays: sampled as far before and behind the origin as training samples them."""
+        near, far, usual = self.caster.near, self.caster.far, self.cameras.radius
+        if not near < usual < far:  # poses of a data set, to which data.radius says nothing
+            usual = (near + far) / 2
+        moved = [distance - usual for distance in poses[:, :3, 3].detach().norm(dim=1).tolist()]
+        return [self.caster if abs(by) < SAME_DISTANCE * usual else self.caster.moved(by) for by in moved]
 
     @property
     def fov(self) -> float:
         """Field of view of the run's images, degrees, with the lens as it was learned."""
+        return self.lens().vertical_fov
+
+    def lens(self, resolution: int | None = None) -> Intrinsics:
+        """The camera that square renders are taken with, as its focal length was learned.
+
+        >>> renderer.lens(64).width
+        64
+        """
+        size = self.resolution if resolution is None else resolution
         view = self.cameras.views_at(torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1))
         _, patches = self.generator.aim(view.to(self.device), Patches.whole(1, self.device))
-        half = patches.scale.item() * self.caster.intrinsics.width / (2 * self.caster.intrinsics.focal)
-        return math.degrees(2 * math.atan(half))
+        return Intrinsics(size, size, self.caster.intrinsics.resized(size, size).focal / patches.scale.item())
 
     def density(
         self,
@@ -313,7 +332,7 @@ class Renderer:
         >>> renderer.instance_codes([-1, -1]).shape
         torch.Size([2, 8])
         """
-        numbers = torch.as_tensor(instances, device=self.device)
+        numbers = torch.as_tensor(instances, dtype=torch.int64, device=self.device)  # an empty list would be float
         zero = torch.zeros(len(numbers), self.generator.dim_z, device=self.device)
         return self.generator.codes(zero, numbers).detach().cpu()
 
@@ -373,6 +392,16 @@ class Renderer:
         """Random objects from random views; image i depends on (seed, indices[i]) alone."""
         views = pose_sampler.pick(Draws(seed, 0, indices).uniform("sample/view", NUM_VIEW_UNIFORMS))
         return self.render_views(self.codes(seed, indices), views, super_resolve)
+
+    def _render_from(self, z: Tensor, views: Views, super_resolve: bool) -> Renders:
+        """As `render_views`, from cameras that may be nearer or farther than those of training: the range follows."""
+        casters = self.casters_at(views.poses)
+        return Renders.cat(
+            [
+                replace(self, caster=caster).render_views(z[i : i + 1], views[i : i + 1], super_resolve)
+                for i, caster in enumerate(casters)
+            ]
+        )
 
     def _with(self, resolution: int | None, num_samples: int | None) -> Renderer:
         """The same generator at another resolution, with another number of samples per ray."""
@@ -511,6 +540,8 @@ class Renderer:
         with self.precision.autocast():
             codes = self.generator.field.prepare(z.to(self.device), class_idx.to(self.device))
             for start in range(0, count, step):
+                if self.before_image is not None:
+                    self.before_image()
                 part = places[:, start : start + step].to(self.device, torch.float32)
                 parts.append([values.float().cpu() for values in evaluate(codes, *part[:, None])])
         return tuple(map(torch.cat, zip(*parts, strict=True)))

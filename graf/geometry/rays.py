@@ -165,11 +165,15 @@ class RayCaster:
     far: float
     bounding_radius: float | None = None
 
-    def through(self, intrinsics: Intrinsics, moved: float = 0.0) -> RayCaster:
-        """The same world through another camera, `moved` further away from the object, with what it sees of depth."""
-        nearest = min(self.near, NEAREST)
-        near, far = max(self.near + moved, nearest), max(self.far + moved, 2 * nearest)
-        return replace(self, intrinsics=intrinsics, near=near, far=far)
+    def moved(self, distance: float) -> RayCaster:
+        """The same rays from cameras that stand `distance` further away from the origin: the range goes along.
+
+        Where a bounding sphere says where the object ends, the range only grows, which costs nothing.
+        """
+        near, far = max(self.near + distance, min(self.near, NEAREST)), self.far + distance
+        if self.bounding_radius is not None:
+            near, far = min(near, self.near), max(far, self.far)
+        return replace(self, near=near, far=max(far, 2 * min(self.near, NEAREST)))
 
     def cast(self, poses: Tensor, grid: Tensor) -> Rays:
         """Rays of cameras (B, 4, 4) through image-plane coordinates (B, ..., 2), flattened to N per image."""

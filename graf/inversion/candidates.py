@@ -11,6 +11,7 @@ from graf.base.tensors import TensorBatch
 from graf.evaluation.renderer import Renderer
 from graf.geometry.rays import Patches, Rays
 from graf.geometry.volume_rendering import RaySampling, Render
+from graf.models.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Candidates(TensorBatch):
         return replace(self, u=self.u + degrees / 360)
 
 
+def shrink_activations(generator: Generator) -> str | None:
+    """Have a generator keep fewer activations, then fewer rays at once; returns what was done, None: nothing."""
+    if generator.strategy == "dense":
+        generator.strategy = "checkpoint"
+        return "activations are computed again instead of kept"
+    return generator.halve_chunk()
+
+
 def cast_candidates(renderer: Renderer, candidates: Candidates, places: Tensor) -> Rays:
     """Rays through places (B, ..., 2) of the image planes of the candidates' cameras."""
     v = (1 - torch.sin(candidates.elevation)) / 2
@@ -51,7 +60,8 @@ def cast_candidates(renderer: Renderer, candidates: Candidates, places: Tensor) 
     views = renderer.cameras.views_at(candidates.class_idx, candidates.u, v, radius)
     poses, whole = renderer.generator.aim(views, Patches.whole(len(v), v.device))
     grid = whole.centre[:, None] + whole.scale[:, None, None] * places.reshape(len(v), -1, 2)
-    return renderer.caster.cast(poses, grid)
+    casters = renderer.casters_at(poses)
+    return Rays.cat([caster.cast(poses[i : i + 1], grid[i : i + 1]) for i, caster in enumerate(casters)])
 
 
 def render_candidates(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graf.evaluation.metrics import psnr
 from graf.geometry.volume_rendering import Render
 from graf.inversion.photograph import Photograph
 from graf.training.perceptual import PerceptualDistance
@@ -33,10 +34,8 @@ class PhotoDistance:
 
     def __call__(self, render: Render, photograph: Photograph) -> Tensor:
         """Of images (B, ...) from one photograph of their size: (B,), float32."""
-        rgb, opacity = render.rgb.float(), render.opacity.float()
-        colours = photograph.colours
-        if photograph.is_grey:
-            rgb, colours = rgb.mean(1, keepdim=True), colours.mean(1, keepdim=True)
+        opacity = render.opacity.float()
+        rgb, colours = _comparable(render.rgb, photograph)
         total = multi_scale_error(rgb, colours)
         if photograph.mask is not None:
             total = total + self.silhouette * multi_scale_error(opacity, photograph.mask)
@@ -44,6 +43,18 @@ class PhotoDistance:
             shown = rgb.expand(-1, 3, -1, -1), colours.expand(len(rgb), 3, -1, -1)
             total = total + self.perceptual_weight * self.perceptual(*shown)
         return total
+
+
+def photo_psnr(rgb: Tensor, photograph: Photograph) -> float:
+    """PSNR in dB of one render (1, 3, H, H) of a photograph of its size; of brightness where that has no colours."""
+    return float(psnr(*_comparable(rgb.clamp(-1, 1), photograph)))
+
+
+def _comparable(rgb: Tensor, photograph: Photograph) -> tuple[Tensor, Tensor]:
+    """Colours of renders and of a photograph, or brightness alone (B, 1, H, W) where it tells no more."""
+    if photograph.is_grey:
+        return rgb.float().mean(1, keepdim=True), photograph.colours.mean(1, keepdim=True)
+    return rgb.float(), photograph.colours
 
 
 def multi_scale_error(images: Tensor, target: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
+from graf.models.generator import Generator
 from graf.runtime.logs import logger
 
 FORMAT = 1
@@ -48,10 +49,12 @@ class ObjectFile:
         details = values.pop("details")
         write_atomically(path, json.dumps({"format": FORMAT, **values, **details}, indent=2) + "\n")
 
-    def check_generator(self, generator: nn.Module, dim_z: int, path: Path) -> None:
+    def check_generator(self, generator: Generator, path: Path) -> None:
         """Raise UserError where the code does not fit a generator; say so where it was found in another one."""
-        if len(self.z) != dim_z:
-            raise UserError(f"{path}: its code has {len(self.z)} numbers, those of this run {dim_z}; use its own run")
+        if len(self.z) != generator.dim_z:
+            raise UserError(
+                f"{path}: its code has {len(self.z)} numbers, those of this run {generator.dim_z}; use its own run"
+            )
         if self.weights and fingerprint(generator) not in self.weights:
             logger.warning("%s: was found in another generator, whose code means another object in this one", path)
 
@@ -62,7 +65,7 @@ def read_object(path: Path) -> ObjectFile:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected object.json of graf invert") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected object.json of graf invert") from error
     try:
         if values["format"] != FORMAT:
@@ -80,7 +83,7 @@ def read_object(path: Path) -> ObjectFile:
             weights=tuple(str(hashed) for hashed in values["weights"]),
             details={key: value for key, value in values.items() if key not in known},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: describes no object ({error!r}); expected object.json of graf invert") from error
 
 

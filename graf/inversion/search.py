@@ -23,12 +23,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from graf.evaluation.metrics import psnr
 from graf.evaluation.renderer import Renderer
 from graf.geometry.rays import pixel_grid
 from graf.geometry.volume_rendering import Render
-from graf.inversion.candidates import Candidates, cast_candidates, render_candidates
-from graf.inversion.distance import PhotoDistance
+from graf.inversion.candidates import Candidates, cast_candidates, render_candidates, shrink_activations
+from graf.inversion.distance import PhotoDistance, photo_psnr
 from graf.inversion.photograph import Photograph
 from graf.runtime.amp import Scaler
 from graf.runtime.memory import retry_smaller
@@ -80,7 +79,7 @@ class SearchSettings:
 class Hypothesis:
     """One answer: class index, code z (dim_z,), azimuth and elevation in degrees, distance in world units.
 
-    error: its distance from the photograph, priors included; psnr: of the render, in dB.
+    error: its distance from the photograph, priors included; psnr: of the render, in dB (:func:`photo_psnr`).
     """
 
     class_idx: int
@@ -219,7 +218,7 @@ class Search:
                     elevation=math.degrees(float(one.elevation)),
                     radius=renderer.cameras.radius * math.exp(float(one.log_distance)),
                     error=float(self.distance(render, self.photograph) + priors[row]),
-                    psnr=float(psnr(render.rgb.clamp(-1, 1), self.photograph.colours)),
+                    psnr=photo_psnr(render.rgb, self.photograph),
                 )
             )
         return hypotheses
@@ -266,15 +265,7 @@ class Search:
 
     def _retry(self, work: Callable[[], Result]) -> Result:
         """`work()`, with fewer activations kept and fewer rays at once where memory runs out."""
-        generator = self.renderer.generator
-
-        def shrink() -> str | None:
-            if generator.strategy == "dense":
-                generator.strategy = "checkpoint"
-                return "activations are computed again instead of kept"
-            return generator.halve_chunk()
-
-        return retry_smaller(work, shrink, self.renderer.device, ADVICE)
+        return retry_smaller(work, partial(shrink_activations, self.renderer.generator), self.renderer.device, ADVICE)
 
 
 def jittered_places(seed: int, iteration: int, size: int) -> Tensor:

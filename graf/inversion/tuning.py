@@ -16,10 +16,9 @@ from functools import partial
 
 import torch
 
-from graf.evaluation.metrics import psnr
 from graf.evaluation.renderer import Renderer
-from graf.inversion.candidates import Candidates, render_candidates
-from graf.inversion.distance import PhotoDistance, multi_scale_error
+from graf.inversion.candidates import Candidates, render_candidates, shrink_activations
+from graf.inversion.distance import PhotoDistance, multi_scale_error, photo_psnr
 from graf.inversion.photograph import Photograph
 from graf.inversion.search import Hypothesis, SearchSettings, jittered_places
 from graf.runtime.memory import retry_smaller
@@ -80,12 +79,7 @@ def tune_generator(
             change = multi_scale_error(after.rgb, before.rgb) + multi_scale_error(after.opacity, before.opacity)
             scaler.scale(settings.locality * change.mean()).backward()
 
-    def shrink() -> str | None:
-        if tuned.generator.strategy == "dense":
-            tuned.generator.strategy = "checkpoint"
-            return "activations are computed again instead of kept"
-        return tuned.generator.halve_chunk()
-
+    shrink = partial(shrink_activations, tuned.generator)
     for step in range(settings.steps):
         share = 0.1 + 0.9 * (1 + math.cos(math.pi * step / settings.steps)) / 2
         for group in optimizer.param_groups:
@@ -101,7 +95,7 @@ def tune_generator(
 def measure_psnr(renderer: Renderer, photograph: Photograph, found: Hypothesis) -> float:
     """PSNR in dB of the photograph and the render of a hypothesis."""
     render = renderer.sample(z=found.z, class_name=found.class_idx, **found.camera)
-    return float(psnr(render.rgb.clamp(-1, 1), photograph.colours.cpu()))
+    return photo_psnr(render.rgb, photograph.to("cpu"))
 
 
 def candidates_of(renderer: Renderer, hypothesis: Hypothesis) -> Candidates:

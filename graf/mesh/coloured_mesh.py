@@ -40,13 +40,20 @@ class ColouredMesh:
 
 
 def is_watertight(faces: NDArray[Any]) -> bool:
-    """Whether every edge of faces (F, 3) is passed as often in one direction as in the other: they enclose a volume.
-
-    Four triangles may share an edge, as decimation leaves it where a wall had no thickness.
-    """
-    edges = directed_edges(faces)
-    forth, back = (np.sort(_edge_keys(*pair)) for pair in (edges, edges[::-1]))
-    return len(forth) > 0 and bool((forth == back).all())
+    """Whether every edge of faces (F, 3) has two triangles, one passing it in each direction: they enclose a volume."""
+    keys = np.empty((3, len(faces)), np.int64)  # of an edge: its smaller corner, its larger one, its direction
+    for corner, row in enumerate(keys):
+        start, end = faces[:, corner], faces[:, (corner + 1) % 3]
+        row[:] = np.minimum(start, end)
+        row <<= 31
+        row |= np.maximum(start, end)
+        row <<= 1
+        row |= start > end
+    edges = keys.reshape(-1)
+    edges.sort()
+    forth, back = edges[::2], edges[1::2]
+    closed = len(forth) == len(back) > 0 and not (forth & 1).any() and (back == forth + 1).all()
+    return bool(closed and (forth[1:] != forth[:-1]).all())
 
 
 def directed_edges(faces: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -59,7 +66,3 @@ def face_normals(vertices: NDArray[Any], faces: NDArray[Any]) -> NDArray[Any]:
     """Normals (F, 3) whose length is twice the area of their triangle."""
     a, b, c = (vertices[faces[:, corner]] for corner in range(3))
     return np.cross(b - a, c - a)
-
-
-def _edge_keys(start: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
-    return (start << 32) | end

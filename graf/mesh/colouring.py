@@ -46,6 +46,8 @@ STRETCH_SAMPLES, STRETCH = 8, 0.1
 SHALLOWEST = 0.2
 #: vertices coloured at once
 VERTICES_AT_ONCE = 2**14
+#: faces whose normals are added to their corners' at once
+FACES_AT_ONCE = 2**18
 
 
 def estimate_normals(density: DensityFunction, vertices: Floats, faces: Indices, step: float) -> Floats:
@@ -149,9 +151,11 @@ def _parts(count: int) -> list[slice]:
 def _vertex_normals(vertices: Floats, faces: Indices) -> Floats:
     """Unit normals (V, 3), the mean of the triangles' around each vertex by area."""
     total = np.zeros((len(vertices), 3), np.float64)
-    across = face_normals(vertices, faces).astype(np.float64)
-    for axis in range(3):
-        for corner in range(3):
-            total[:, axis] += np.bincount(faces[:, corner], across[:, axis], minlength=len(vertices))
+    for start in range(0, len(faces), FACES_AT_ONCE):
+        part = faces[start : start + FACES_AT_ONCE]
+        across = face_normals(vertices, part)
+        for axis in range(3):
+            for corner in range(3):
+                total[:, axis] += np.bincount(part[:, corner], across[:, axis], minlength=len(vertices))
     length = np.linalg.norm(total, axis=1, keepdims=True)
     return np.asarray(np.where(length > 0, total / np.maximum(length, 1e-30), (0.0, 0.0, 1.0)), np.float32)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from graf.base.errors import UserError
 from graf.evaluation.renderer import Renderer
-from graf.mesh.cleaning import decimate, drop_floaters
+from graf.mesh.cleaning import drop_floaters
 from graf.mesh.coloured_mesh import ColouredMesh
 from graf.mesh.colouring import colour_along_normals, colour_from_views, estimate_normals
+from graf.mesh.decimation import FEWEST_TRIANGLES, decimate
 from graf.mesh.extraction import Grid, extract_surface
 from graf.mesh.field_of_object import FieldOfObject
 from graf.mesh.rays_around import views_around
@@ -30,6 +31,8 @@ class MeshOptions:
     "normal", as seen straight from above, or "views", averaged over the cameras around it that see the vertex; they
     differ where colours depend on the direction; budget_mib: memory for the grid, besides the mesh and what the network
     needs; progress: show a bar.
+
+    The mesh is watertight whatever is chosen.
     """
 
     resolution: int = 256
@@ -45,6 +48,12 @@ class MeshOptions:
             raise UserError(f"colours={self.colours!r}: expected {' or '.join(COLOUR_SOURCES)}")
         if self.level is not None and not self.level > 0:
             raise UserError(f"level={self.level}: expected a density above 0")
+        if self.triangles is not None and self.triangles < FEWEST_TRIANGLES:
+            raise UserError(f"triangles={self.triangles}: expected at least {FEWEST_TRIANGLES}, a tetrahedron")
+
+    def grid(self, radius: float) -> Grid:
+        """The grid in the cube around a sphere of `radius`. Raises UserError where it does not fit the budget."""
+        return Grid(radius, self.resolution, self.budget_mib)
 
 
 def extract_mesh(
@@ -65,7 +74,7 @@ def extract_mesh(
     """
     options = options or MeshOptions()
     shape = FieldOfObject(renderer, z, class_name)
-    grid = Grid(shape.radius, options.resolution, options.budget_mib)
+    grid = options.grid(shape.radius)
     level = shape.level().density if options.level is None else options.level
     vertices, faces = extract_surface(shape.density, level, grid, options.progress)
     if not options.keep_floaters:

@@ -12,9 +12,6 @@ from PIL import Image
 
 from graf.base.errors import UserError
 from graf.base.files import replace_file, write_atomically
-from graf.evaluation.renderer import Renderer
-from graf.geometry.cameras import Intrinsics
-from graf.geometry.rays import Patches
 from graf.geometry.views import Views
 from graf.mesh.colouring import colour_along, gradient_normals, srgb_of
 from graf.mesh.field_of_object import FieldOfObject
@@ -47,13 +44,6 @@ def collect_points(shape: FieldOfObject, azimuths: int, resolution: int) -> Poin
     return PointCloud(*(torch.cat(parts).numpy() for parts in (places, normals, colours)))
 
 
-def lens_of(renderer: Renderer, view: Views, resolution: int) -> Intrinsics:
-    """The lens with which a view is rendered, which training may have refined."""
-    _, patches = renderer.generator.aim(view.to(renderer.device), Patches.whole(1, renderer.device))
-    intrinsics = renderer.caster.intrinsics.resized(resolution, resolution)
-    return Intrinsics(resolution, resolution, intrinsics.focal / float(patches.scale[0]))
-
-
 def write_depth_maps(shape: FieldOfObject, azimuths: int, resolution: int, folder: Path) -> list[Path]:
     """Depth maps of cameras around the object as 16-bit PNGs, and cameras.json; returns what was written.
 
@@ -78,7 +68,7 @@ def write_depth_maps(shape: FieldOfObject, azimuths: int, resolution: int, folde
     description: dict[str, Any] = {
         "width": resolution,
         "height": resolution,
-        "focal": lens_of(shape.renderer, views[:1], resolution).focal,
+        "focal": shape.renderer.lens(resolution).focal,
         "max_depth": max_depth,
         "axes": "right-handed, z up; cameras look down -z, y up",
         "frames": frames,

@@ -40,7 +40,16 @@ class Encounters:
 
 
 def meet_rays(density: DensityFunction, rays: Rays, num_samples: int = RAY_SAMPLES) -> Encounters:
-    """Follow rays (B, N) through an object, whose density counts as constant around each sample; on the CPU."""
+    """Follow rays (B, N) through an object, whose density counts as constant around each sample; on the CPU.
+
+    Image by image: memory grows with N, not with B.
+    """
+    met = [_meet_image(density, rays[number : number + 1], num_samples) for number in range(len(rays))]
+    return Encounters(torch.cat([one.distance for one in met]), torch.cat([one.reached for one in met]))
+
+
+def _meet_image(density: DensityFunction, rays: Rays, num_samples: int) -> Encounters:
+    """The same for the rays (1, N) of one image."""
     distances = stratified_distances(rays.near, rays.far, num_samples)
     found = density(points_along(rays, distances).reshape(-1, 3)).view(distances.shape)
     lengths = interval_lengths(distances, rays.near, rays.far)

@@ -7,7 +7,6 @@ named as in BasicSR and Real-ESRGAN: conv_first, body.N.rdb1.conv1, conv_body, c
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from graf.base.errors import UserError
 from graf.base.extras import MissingExtra, import_optional
 from graf.runtime.logs import logger
 from graf.runtime.memory import is_out_of_memory
+from graf.runtime.sealed_archive import load_plainly
 from graf.runtime.torch_release import SAFE_SUFFIX, require_trust
 
 RESIDUAL_SCALE = 0.2
@@ -176,9 +176,7 @@ def _read_tensors(path: Path, trust: bool) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: no such file; download ESRGAN weights, for example RRDB_ESRGAN_x4.pth, to there")
     require_trust(path, trust)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch explains foreign pickles in warnings; the error below does it once
-            contents = _read(path)
+        contents = _read(path)
     except Exception as error:  # what a foreign file raises depends on its first bytes
         if is_out_of_memory(error) or isinstance(error, MissingExtra):
             raise
@@ -202,7 +200,7 @@ def _read_tensors(path: Path, trust: bool) -> dict[str, Tensor]:
 def _read(path: Path) -> Any:
     if path.suffix == SAFE_SUFFIX:
         return import_optional("safetensors.torch", "share").load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_plainly(path)
 
 
 NEW_ARCHITECTURE = {

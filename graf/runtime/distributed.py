@@ -283,14 +283,14 @@ class Launch:
     local_rank: int = 0
     local_size: int = 1
     address: str = ""
-    is_watched: bool = False
+    attempt: int = 0
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launch:
         """From RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them.
 
-        One process alone (WORLD_SIZE 1, or none of it) is told nothing. is_watched: by torchrun, to which every exit
-        code but 0 is a failure. Raises LaunchError for an environment that is not whole.
+        One process alone (WORLD_SIZE 1, or none of it) is told nothing. attempt: how often torchrun has started the
+        processes again. Raises LaunchError for an environment that is not whole.
         """
         size = _read_number(environment, "WORLD_SIZE", 1)
         if size <= 1:
@@ -307,7 +307,7 @@ class Launch:
             local_rank=_read_number(environment, "LOCAL_RANK", 0),
             local_size=_read_number(environment, "LOCAL_WORLD_SIZE", size),
             address=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
-            is_watched="TORCHELASTIC_RUN_ID" in environment,
+            attempt=_read_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
         )
 
     def join(self, device_type: str, timeout: float) -> Processes:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from graf.base.extras import MissingExtra, import_optional
+from graf.base.files import write_atomically
 
 #: the project under which W&B and Trackio list runs
 PROJECT = "graf"
@@ -93,7 +94,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run, which a resumed run continues; WANDB_MODE=offline keeps it in the run's folder."""
+    """A W&B run, which a resumed run continues; WANDB_MODE=offline keeps it in the run's folder.
+
+    Without network it gives up after W&B's own time (90 s and a little), and the run begins without it. Where the
+    network goes later, W&B tries again for as long as the run lasts, and `close` until Ctrl-C: all is saved by then.
+    """
 
     title = "W&B"
 
@@ -203,5 +208,5 @@ def _reason(error: Exception) -> str:
 def _own_id(file: Path) -> str:
     """A name for this run alone, kept in its folder."""
     if not file.exists():
-        file.write_text(secrets.token_hex(8), encoding="ascii")
+        write_atomically(file, secrets.token_hex(8))
     return file.read_text(encoding="ascii")

@@ -20,8 +20,7 @@ from graf.base.errors import UserError
 from graf.base.files import create_folder, write_atomically
 from graf.evaluation.pictures import Picture, save_png
 from graf.evaluation.renderer import Renderer
-from graf.geometry.cameras import elevation_from_height, height_from_elevation, ring
-from graf.geometry.rays import Patches
+from graf.geometry.cameras import Intrinsics, elevation_from_height, height_from_elevation, ring
 from graf.geometry.views import Views
 from graf.runtime.logs import progress_bar
 
@@ -30,7 +29,7 @@ FILE_NAME, IMAGE_FOLDER = "transforms.json", "images"
 _INVISIBLE = 0.5 / 255
 
 
-def views_around(renderer: Renderer, class_idx: int, count: int, elevations: Sequence[float] | None = None) -> Views:
+def turntable_views(renderer: Renderer, class_idx: int, count: int, elevations: Sequence[float] | None = None) -> Views:
     """`count` cameras around an object, evenly over one turn, at each of the elevations (degrees) in turn.
 
     elevations: None for those of the data set. Raises UserError for fewer than two cameras, or an elevation out of
@@ -58,8 +57,7 @@ def write_transforms(
     """
     with create_folder(folder) as making:
         names = _write_pictures(making, renderer, z, views)
-        poses, focal = _true_cameras(renderer, views)
-        content = _describe(renderer.resolution, focal, names, poses) | {"graf": dict(provenance or {})}
+        content = _describe(renderer.lens(), names, views.poses) | {"graf": dict(provenance or {})}
         write_atomically(making / FILE_NAME, json.dumps(content, indent=1) + "\n")
     return [folder / FILE_NAME, *(folder / name for name in names)]
 
@@ -86,18 +84,9 @@ def cut_out(rgb: Tensor, opacity: Tensor, background: Tensor) -> Picture:
     return np.asarray(levels.round().to(torch.uint8).permute(1, 2, 0))
 
 
-def _true_cameras(renderer: Renderer, views: Views) -> tuple[Tensor, float]:
-    """Poses (N, 4, 4) and focal length, pixels, that rays are cast with: a lens that a run has learned included."""
-    with torch.no_grad():
-        whole = Patches.whole(len(views), renderer.device)
-        poses, patches = renderer.generator.aim(views.to(renderer.device), whole)
-    size = renderer.resolution
-    lens = renderer.caster.intrinsics.resized(size, size)
-    return poses.cpu(), lens.focal / float(patches.scale[0])
-
-
-def _describe(size: int, focal: float, names: Sequence[str], poses: Tensor) -> dict[str, Any]:
+def _describe(lens: Intrinsics, names: Sequence[str], poses: Tensor) -> dict[str, Any]:
     """The keys that nerfstudio and NeRF's own readers want; the optical axis is in the middle of the picture."""
+    size, focal = lens.width, lens.focal
     angle = 2 * math.atan(size / (2 * focal))
     return {
         "camera_model": "OPENCV",

@@ -147,11 +147,14 @@ class InputSampler:
     mix_latents: Callable[[Tensor], LatentMixture] | None = None
     agreement_degrees: float | None = None
 
-    def draw(self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings, batch_size: int) -> StepInputs:
+    def draw(
+        self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings, batch_size: int | None = None
+    ) -> StepInputs:
         """The inputs of a step on photographs (B, 3, H, W) with labels (B, 4), on the device.
 
-        batch_size: of the whole batch, in which these have the places that `draws` names.
+        batch_size: of the whole batch, in which these have the places that `draws` names; by default these are all.
         """
+        batch_size = len(images) if batch_size is None else batch_size
         reals = self.draw_reals(draws, labels, settings)
         matched = reals if self.match_views else None
         fakes_g = self.draw_fakes(draws, "g", settings, matched)

@@ -68,7 +68,7 @@ class Drawing:
     depth: np.ndarray[Any, np.dtype[np.float32]]
 
 
-def interruptible(renderer: Renderer, check: Callable[[], None] | None = None) -> Renderer:
+def interruptible(renderer: Renderer, check: Callable[[], None]) -> Renderer:
     """The same networks in large chunks, before each of which `check` may raise Interrupted; the other is untouched."""
     generator = copy.copy(renderer.generator)
     generator.chunk = max(generator.chunk, CHUNK)
@@ -76,15 +76,14 @@ def interruptible(renderer: Renderer, check: Callable[[], None] | None = None) -
     def run(
         function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        if check is not None:
-            check()
+        check()
         return function(number, shared)
 
     def make_runner(num_chunks: int) -> ChunkRunner:
         return run
 
     generator.make_runner = make_runner
-    return replace(renderer, generator=generator)
+    return replace(renderer, generator=generator, before_image=check)
 
 
 def draw(

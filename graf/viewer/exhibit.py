@@ -24,7 +24,8 @@ class Photograph:
 class Exhibit:
     """renderer; title: of the page; instances: objects that the run knows, class/name; photographs: some of the run's.
 
-    full_height: rows of a picture that stands still, until a client chooses others.
+    full_height: rows of a picture that stands still, and seed: of the object that is shown, until a client chooses
+    others.
     """
 
     renderer: Renderer = field(repr=False)
@@ -32,3 +33,4 @@ class Exhibit:
     instances: Sequence[str] = ()
     photographs: Sequence[Photograph] = ()
     full_height: int = 256
+    seed: int = 0

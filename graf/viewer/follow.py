@@ -11,33 +11,37 @@ from graf.runtime.logs import logger
 #: seconds between two looks at the folder
 EVERY = 2.0
 
-#: what tells a checkpoint from the one before it: name, time of its last change in nanoseconds, bytes
-Signature = tuple[tuple[str, int, int], ...]
+#: what tells checkpoints from those before them: name, time of the last change in nanoseconds, bytes
+Signature = frozenset[tuple[str, int, int]]
 
 
 def sign(files: Sequence[Path]) -> Signature:
     """The state of files; those that go while they are looked at do not count."""
-    found = []
+    found = set()
     for file in files:
         try:
             status = file.stat()
         except OSError:
             continue  # training keeps a few checkpoints and removes older ones
-        found.append((file.name, status.st_mtime_ns, status.st_size))
-    return tuple(sorted(found))
+        found.add((file.name, status.st_mtime_ns, status.st_size))
+    return frozenset(found)
 
 
 class Follower:
     """Calls `take` whenever one of the files that `list_files` names is new or has changed.
 
-    take: in the follower's thread; what it raises is logged, and the next change is tried again.
+    seen: their state before the first of them was read; take: is called in the follower's thread; what it raises is
+    logged, and the next file is tried again. Files that are removed are no news.
     """
 
     def __init__(
-        self, list_files: Callable[[], Sequence[Path]], take: Callable[[], None], every: float = EVERY
+        self,
+        list_files: Callable[[], Sequence[Path]],
+        seen: Signature,
+        take: Callable[[], None],
+        every: float = EVERY,
     ) -> None:
-        self._list_files, self._take, self._every = list_files, take, every
-        self._seen = sign(list_files())
+        self._list_files, self._seen, self._take, self._every = list_files, seen, take, every
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="graf-view-follow", daemon=True)
 
@@ -54,11 +58,10 @@ class Follower:
     def look(self) -> bool:
         """Take what is new, if anything is; whether there was."""
         found = sign(self._list_files())
-        if found == self._seen or not found:
-            return False
-        self._seen = found
-        self._take()
-        return True
+        news, self._seen = found - self._seen, found
+        if news:
+            self._take()
+        return bool(news)
 
     def _run(self) -> None:
         while not self._stopped.wait(self._every):

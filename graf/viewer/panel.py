@@ -15,9 +15,8 @@ from graf.base.errors import UserError
 from graf.geometry.cameras import elevation_from_height
 from graf.runtime.logs import logger
 from graf.viewer.drawing import AS_TRAINED, BACKGROUNDS
-from graf.viewer.session import DRAWN, Session
+from graf.viewer.session import DRAWN, MAX_SEED, Session
 
-MAX_SEED = 2**31 - 1
 MIN_SAMPLES, MAX_SAMPLES = 4, 128
 HEIGHTS = (64, 128, 192, 256, 384, 512, 768, 1024)
 ADAPTIVE = "adaptive"
@@ -33,9 +32,9 @@ SCENERY = {"axes": False, "unit sphere": False, "training cameras": False}
 class Actions:
     """What the server does when a client asks for it.
 
-    redraw: draw the session as it is now; show: (thing of SCENERY, whether it is seen); arrange: after another class
-    was chosen; move: camera to (azimuth, elevation or None to keep it), degrees; zoom: to a vertical field of view.
-    The other ones make files, or a keyframe.
+    redraw: draw the session as it is now; show: (thing of SCENERY, whether it is seen); arrange: after what may be
+    another class was chosen; move: camera to (azimuth, elevation), degrees, None to keep one; zoom: to a vertical field
+    of view. The other ones make files, or a keyframe.
     """
 
     redraw: Callable[[], None]
@@ -106,23 +105,27 @@ class Panel:
             seed = gui.add_number("seed", session.seed, min=0, max=MAX_SEED, step=1, hint="names a drawn object")
             shape = gui.add_button_group("shape", ("random", "step"), hint="draw another shape code, or one nearby")
             appearance = gui.add_button_group("appearance", ("random", "step"), hint="the same of the colours")
-            other = gui.add_number("second seed", session.seed + 1, min=0, max=MAX_SEED, step=1)
+            other = gui.add_number("second seed", session.other_seed, min=0, max=MAX_SEED, step=1)
             share = gui.add_slider("interpolation", 0.0, 1.0, 0.01, 0.0, hint="from the object to the second one")
 
-        def choose_class() -> None:
-            session.choose_class(classes.value)
-            self._actions.arrange()
+        def answer(control: Any, choose: Callable[[], None]) -> None:
+            """A choice of one control may be one of others too, which then show it."""
 
-        def choose_instance(name: str) -> None:
-            session.choose_instance(name)
-            classes.value = session.look.class_name
+            def act() -> None:
+                choose()
+                classes.value = session.look.class_name
+                if instance is not None:
+                    instance.value = session.instance
+                self._actions.arrange()
 
-        self._answer(classes, choose_class)
+            self._answer(control, act)
+
+        answer(classes, lambda: session.choose_class(classes.value))
         if instance is not None:
-            self._answer(instance, lambda: choose_instance(instance.value))
-        self._answer(seed, lambda: session.choose_seed(int(seed.value)))
-        self._answer(shape, lambda: session.draw_part("shape", shape.value == "step"))
-        self._answer(appearance, lambda: session.draw_part("appearance", appearance.value == "step"))
+            answer(instance, lambda: session.choose_instance(instance.value))
+        answer(seed, lambda: session.choose_seed(int(seed.value)))
+        answer(shape, lambda: session.draw_part("shape", shape.value == "step"))
+        answer(appearance, lambda: session.draw_part("appearance", appearance.value == "step"))
         self._answer(other, lambda: session.choose_other(int(other.value)))
         self._answer(share, lambda: session.interpolate(share.value))
 
@@ -149,17 +152,20 @@ class Panel:
 
     def _build_camera(self) -> None:
         gui, cameras, actions = self._gui, self._session.renderer.cameras, self._actions
-        elevations = sorted({f"{elevation_from_height(v):.0f}°" for v in cameras.v_list}, key=_degrees)
+        heights = sorted(map(elevation_from_height, cameras.v_list))
+        elevations = {_name_elevation(height): height for height in heights}
         with gui.add_folder("Camera"):
-            default = f"{self._session.renderer.default_elevation:.0f}°"
+            default = _name_elevation(self._session.renderer.default_elevation)
             elevation = gui.add_dropdown(
-                "elevation", elevations, initial_value=default, hint="the heights of the photographs"
+                "elevation", tuple(elevations), initial_value=default, hint="the heights of the photographs"
             )
             azimuth = gui.add_button_group("azimuth", AZIMUTHS)
             fov = gui.add_slider("field of view", 5.0, 90.0, 0.5, min(max(self._session.renderer.fov, 5.0), 90.0))
             scenery = {name: gui.add_checkbox(name, seen) for name, seen in SCENERY.items()}
-        self._answer(elevation, lambda: actions.move(None, _degrees(elevation.value)), draws=False)
-        self._answer(azimuth, lambda: actions.move(_degrees(azimuth.value), _degrees(elevation.value)), draws=False)
+        self._answer(elevation, lambda: actions.move(None, elevations[elevation.value]), draws=False)
+        self._answer(
+            azimuth, lambda: actions.move(float(azimuth.value.rstrip("°")), elevations[elevation.value]), draws=False
+        )
         self._answer(fov, lambda: actions.zoom(fov.value), draws=False)
         for name, box in scenery.items():
             self._answer(box, partial(self._show_scenery, name, box), draws=False)
@@ -214,8 +220,8 @@ class Panel:
         register(answer)
 
 
-def _degrees(text: str) -> float:
-    return float(text.rstrip("°"))
+def _name_elevation(degrees: float) -> str:
+    return f"{round(degrees, 1) + 0.0:g}°"  # no -0
 
 
 def describe_picture(size: Sequence[int], rate: float | None, quick: bool) -> str:

@@ -44,7 +44,7 @@ def path_video(
 
 
 def mesh_file(renderer: Renderer, look: Look, resolution: int) -> Files:
-    """The object as a coloured mesh, GLB, in this project's world: z up."""
+    """The object as a coloured mesh, GLB, which has y up."""
     from graf.mesh import MeshOptions, extract_mesh, save_mesh
 
     mesh = extract_mesh(renderer, look.z, look.class_name, MeshOptions(resolution=resolution))

@@ -47,17 +47,15 @@ class RenderLoop(Generic[Request]):
     """Draws the newest request of each client until `stop`.
 
     draw: Job -> result, in the loop's thread; it calls `check` from time to time, which raises Interrupted where the
-    job is a full picture and something newer waits. deliver: (job, result, seconds that drawing took), in the same
-    thread. clock: seconds.
+    job is a full picture and something newer waits. deliver: (job, result), in the same thread.
     """
 
     def __init__(
         self,
         draw: Callable[[Job[Request]], Any],
-        deliver: Callable[[Job[Request], Any, float], None],
-        clock: Callable[[], float] = time.monotonic,
+        deliver: Callable[[Job[Request], Any], None],
     ) -> None:
-        self._draw, self._deliver, self._clock = draw, deliver, clock
+        self._draw, self._deliver = draw, deliver
         self._waiting: dict[Hashable, _Waiting[Request]] = {}
         self._changed = threading.Condition()
         self._current: Job[Request] | None = None
@@ -82,7 +80,7 @@ class RenderLoop(Generic[Request]):
         """Draw this for a client, instead of what it asked for before."""
         with self._changed:
             known = self._waiting.get(client)
-            now = self._clock()
+            now = time.monotonic()
             if known is None:
                 self._waiting[client] = _Waiting(request, now)
             else:
@@ -110,10 +108,8 @@ class RenderLoop(Generic[Request]):
     def _run(self) -> None:
         while (job := self._next()) is not None:
             self._current = job
-            started = self._clock()
             try:
-                result = self._draw(job)
-                self._deliver(job, result, self._clock() - started)
+                self._deliver(job, self._draw(job))
             except Interrupted:
                 self._put_back(job)
             except Exception:  # a defect of one picture must not end the viewer: it is told, and the next one is tried
@@ -131,7 +127,7 @@ class RenderLoop(Generic[Request]):
                 full = [(client, state) for client, state in self._waiting.items() if state.full]
                 if full:
                     client, state = min(full, key=lambda item: item[1].asked)
-                    left = state.asked + STILL_AFTER - self._clock()
+                    left = state.asked + STILL_AFTER - time.monotonic()
                     if left <= 0:
                         return self._take(client, state, quick=False)
                     self._changed.wait(left)

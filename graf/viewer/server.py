@@ -25,6 +25,7 @@ from graf.runtime.logs import logger
 from graf.viewer.bounds import BoundsOfObjects
 from graf.viewer.drawing import Drawing, Interrupted, Look, draw, interruptible
 from graf.viewer.exhibit import Exhibit
+from graf.viewer.listening import find_port
 from graf.viewer.panel import Actions, Panel, describe_picture
 from graf.viewer.products import Files, mesh_file, path_video, picture_file
 from graf.viewer.render_loop import Job, RenderLoop
@@ -36,7 +37,6 @@ FPS = 24
 JPEG_QUALITY = {True: 80, False: 92}  # of pictures in motion, and of those that stand still
 #: seconds between two updates of the line that tells size and rate
 STATUS_EVERY = 0.5
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def import_viser() -> Any:
@@ -59,7 +59,7 @@ class Client:
 
     def __init__(self, handle: Any, server: ViewerServer) -> None:
         self.handle, self._server, exhibit = handle, server, server.exhibit
-        self.session = Session(exhibit.renderer, exhibit.instances)
+        self.session = Session(exhibit.renderer, exhibit.instances, exhibit.seed)
         self.scenery = Scenery(handle.scene, exhibit.photographs, exhibit.renderer.fov)
         actions = Actions(
             redraw=self.redraw,
@@ -83,7 +83,16 @@ class Client:
         return Viewpoint.from_viser(camera.wxyz, camera.position, camera.fov, camera.aspect)
 
     def redraw(self) -> None:
-        """Have the session drawn as it is now."""
+        """Have the session drawn as it is now.
+
+        In the event loop, where the browser's camera changes too: so poses are whole, and the newest is asked for last.
+        """
+        self._server.soon(self._ask)
+
+    def _ask(self) -> None:
+        camera = self.handle.camera
+        if not (camera.image_width and camera.image_height):
+            return  # a window without any area
         asked = Asked(self.session.look, self.viewpoint, self.panel.full_height, self.panel.moving_height)
         self._server.loop.ask(self.handle.client_id, asked)
 
@@ -106,7 +115,7 @@ class Client:
         if azimuth is None:
             azimuth = math.degrees(math.atan2(camera.position[1], camera.position[0]))
         if elevation is None:
-            elevation = math.degrees(math.asin(camera.position[2] / max(math.hypot(*camera.position), 1e-9)))
+            elevation = math.degrees(math.atan2(camera.position[2], math.hypot(*camera.position[:2])))
         pose = pose_from_angles(
             torch.tensor(azimuth % 360 / 360), torch.tensor(height_from_elevation(elevation)), cameras.radius
         )
@@ -159,6 +168,11 @@ class Client:
         self.handle.add_notification("graf view", text, color="red", auto_close_seconds=10.0)
 
 
+def _refuse_to_publish(verbose: bool = True) -> None:
+    """In the place of viser's answer to a page that asks to be published through a relay on the internet."""
+    logger.warning("a page asked to be shared on the internet, which graf view does not do")
+
+
 class ViewerServer:
     """Shows an exhibit at http://host:port until `stop`.
 
@@ -175,10 +189,7 @@ class ViewerServer:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="graf-view-file")
         self.loop: RenderLoop[Asked] = RenderLoop(self._draw, self._deliver)
         self._bounds = BoundsOfObjects(interruptible(exhibit.renderer, self.loop.check))
-        try:
-            self._server = viser.ViserServer(host=host, port=port, label=exhibit.title, verbose=False)
-        except OSError as error:
-            raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); choose another") from error
+        self._server = viser.ViserServer(host, find_port(host, port), label=exhibit.title, verbose=False)
         self._arrange_page()
         self.loop.start()
         self._server.on_client_connect(self._connect)
@@ -205,6 +216,14 @@ class ViewerServer:
             with client.panel.lock:
                 client.session.take(renderer)
             client.redraw()
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call it in the event loop, after whatever is waiting there; not at all after the end."""
+        try:
+            self._server.get_event_loop().call_soon_threadsafe(call)
+        except RuntimeError:  # the loop is closed
+            if not self._stopping.is_set():
+                raise
 
     def clients(self) -> list[Client]:
         """Those that are connected."""
@@ -241,6 +260,7 @@ class ViewerServer:
         server, renderer = self._server, self.exhibit.renderer
         server.scene.set_up_direction("+z")
         server.gui.configure_theme(show_logo=False, show_share_button=False)
+        server.request_share_url = _refuse_to_publish
         pose = pose_from_angles(torch.tensor(0.125), torch.tensor(renderer.default_height), renderer.cameras.radius)
         server.initial_camera.position = tuple(pose[:3, 3].tolist())
         server.initial_camera.look_at = (0.0, 0.0, 0.0)
@@ -250,9 +270,13 @@ class ViewerServer:
     def _connect(self, handle: Any) -> None:
         client = Client(handle, self)
         with self._lock:
+            if handle.client_id not in self._server.get_clients():
+                return  # it has gone, and viser told so in another thread, while its controls were being built
             self._clients[handle.client_id] = client
+        with client.panel.lock:
+            client.session.take(self.exhibit.renderer)  # a newer one may have come since it was given one
 
-        async def moved(_: Any) -> None:  # in the event loop, so that the newest camera is asked for last
+        async def moved(_: Any) -> None:
             client.redraw()
 
         handle.camera.on_update(moved)
@@ -275,7 +299,7 @@ class ViewerServer:
         job.pacer.note(drawing.depth.size, time.perf_counter() - started)
         return drawing
 
-    def _deliver(self, job: Job[Asked], drawing: Drawing, seconds: float) -> None:
+    def _deliver(self, job: Job[Asked], drawing: Drawing) -> None:
         with self._lock:
             client = self._clients.get(job.client)  # type: ignore[call-overload]
         if client is not None:

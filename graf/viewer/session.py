@@ -21,6 +21,7 @@ from graf.viewer.viewpoints import Viewpoint
 STEP_SHARE = 0.35
 #: the parts of a code that can be changed by themselves
 PARTS = ("shape", "appearance")
+MAX_SEED = 2**31 - 1
 #: what stands in the place of an instance's name while a drawn object is shown
 DRAWN = "drawn"
 
@@ -29,8 +30,9 @@ DRAWN = "drawn"
 class Session:
     """The choices of one client of a renderer.
 
-    instances: names of the objects that the run knows, class/name; look: what is seen; first: the code that was chosen
-    (dim_z,); other: a second object's, towards which `share` in [0, 1] leads; seed: of both; keyframes: of its path.
+    instances: names of the objects that the run knows, class/name; look: what is seen; seed: of what is drawn;
+    instance: the known object that was chosen, DRAWN where none is; first: the code that was chosen (dim_z,); other:
+    that of `other_seed`, towards which `share` in [0, 1] leads; keyframes: of its path.
     """
 
     renderer: Renderer
@@ -39,12 +41,15 @@ class Session:
     share: float = 0.0
     keyframes: list[Keyframe] = field(default_factory=list)
     drawn: int = field(default=0, init=False)  # codes that were drawn besides the seed's own
+    instance: str = field(default=DRAWN, init=False)
+    other_seed: int = field(init=False)
     look: Look = field(init=False)
     first: Tensor = field(init=False)
     other: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.first, self.other = self.renderer.codes(self.seed, range(2))
+        self.other_seed = (self.seed + 1) % (MAX_SEED + 1)
+        self.first, self.other = (self.renderer.codes(seed, range(1))[0] for seed in (self.seed, self.other_seed))
         self.look = Look(self.renderer.classes[0], self.first)
 
     # ------------------------------------------------------------------------------------------------ the object
@@ -55,12 +60,12 @@ class Session:
 
     def choose_seed(self, seed: int) -> None:
         """Show the object that a seed names."""
-        self.seed, self.drawn = seed, 0
+        self.seed, self.drawn, self.instance = seed, 0, DRAWN
         self._show(self.renderer.codes(seed, range(1))[0])
 
     def choose_other(self, seed: int) -> None:
         """Interpolate towards the object that another seed names."""
-        self.other = self.renderer.codes(seed, range(1))[0]
+        self.other_seed, self.other = seed, self.renderer.codes(seed, range(1))[0]
         self._show(self.first)
 
     def choose_instance(self, name: str) -> None:
@@ -73,7 +78,8 @@ class Session:
         class_name = name.partition("/")[0]
         if class_name in self.renderer.classes:
             self.choose_class(class_name)
-        self._show(self.renderer.instance_codes([list(self.instances).index(name)])[0])
+        self.instance = name
+        self._show(self._learned_code())
 
     def known_instances(self) -> list[str]:
         """The names that `choose_instance` takes, besides DRAWN."""
@@ -81,7 +87,7 @@ class Session:
 
     def draw_part(self, part: str, step: bool = False) -> None:
         """Another shape or appearance, out of PARTS: a new one, or with `step` one nearby."""
-        self.drawn += 1
+        self.drawn, self.instance = self.drawn + 1, DRAWN
         new = self.renderer.codes(self.seed, range(self.drawn, self.drawn + 1))[0]
         if step:  # variances add up to what they were
             new = (1 - STEP_SHARE**2) ** 0.5 * self.first + STEP_SHARE * new
@@ -94,6 +100,10 @@ class Session:
         """Show what lies at `share` in [0, 1] of the straight line from the object to the second one."""
         self.share = share
         self._show(self.first)
+
+    def _learned_code(self) -> Tensor:
+        """The code (dim_z,) of the known object that is shown."""
+        return self.renderer.instance_codes([list(self.instances).index(self.instance)])[0]
 
     def _show(self, first: Tensor) -> None:
         self.first = first
@@ -140,5 +150,7 @@ class Session:
     # ------------------------------------------------------------------------------------------------ a newer generator
 
     def take(self, renderer: Renderer) -> None:
-        """Go on with newer weights of the same run: codes and choices stay."""
+        """Go on with newer weights of the same run: choices stay; a known object has the code that it has by now."""
         self.renderer = renderer
+        if self.instance != DRAWN:
+            self._show(self._learned_code())

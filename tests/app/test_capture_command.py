@@ -2,10 +2,9 @@
 
 import csv
 import math
-import os
 import shutil
 import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,42 +15,55 @@ from PIL import Image
 pytest.importorskip("cv2")
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
-from graf.app import capture_turntable  # noqa: E402
+from graf.app import capture_command, capture_turntable  # noqa: E402
 from graf.app.capture_command import main  # noqa: E402
 from graf.app.command_line import main as graf  # noqa: E402
+from graf.capture import photo_set  # noqa: E402
 from graf.config import load_config  # noqa: E402
 from graf.data.shapes import CLASS_NAMES  # noqa: E402
 from graf.data.synthetic import render_views  # noqa: E402
 from graf.geometry.cameras import Intrinsics, height_from_elevation, pose_from_angles  # noqa: E402
+from graf.runtime.run_lock import RunLock  # noqa: E402
 
-PER_TURN, SIZE, FOV, RADIUS, ELEVATION, START = 36, 160, 30.0, 4.0, 22.0, 50.0
+PER_TURN, SIZE, FOV, RADIUS, ELEVATION, START = 36, 128, 30.0, 4.0, 22.0, 50.0
 KNOWN = ("--fov", "30", "--elevation", "22")
-
-
-def write_video(path, frames, rate=20):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    command += ["-s", f"{SIZE}x{SIZE}", "-r", str(rate), "-i", "-", "-c:v", "libx264", "-crf", "12"]
-    subprocess.run([*command, "-pix_fmt", "yuv420p", str(path)], input=frames.tobytes(), check=True)
+HIGH = ("--fov", "30", "--elevation", "50")
 
 
 def film(toy, elevation=ELEVATION):
-    """A turn of a toy before a grey wall, the camera's azimuth growing from 50 degrees on."""
+    """A turn of a toy before a grey wall, uint8 (N, H, W, 4), the camera's azimuth growing from 50 degrees on."""
     u = torch.remainder(START / 360 + torch.arange(PER_TURN) / PER_TURN, 1.0)
     poses = pose_from_angles(u, torch.full_like(u, height_from_elevation(elevation)), RADIUS)
     rgb, _, mask = render_views(CLASS_NAMES.index(toy), poses, Intrinsics.from_fov(SIZE, FOV), supersampling=1)
-    images = (rgb + 1) / 2 - (1 - mask) * 0.2
+    images = torch.cat([(rgb + 1) / 2 - (1 - mask) * 0.2, mask], dim=1)
     return (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
+@dataclass(frozen=True)
+class Sources:
+    """A video of the mug, of a turn and a fifth, and folders of photographs that have their masks as transparency."""
+
+    video: Path
+    mug: Path
+    mug_backwards: Path
+    mug_from_above: Path
+    house: Path
+
+
 @pytest.fixture(scope="session")
-def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    again = np.arange(round(1.2 * PER_TURN)) % PER_TURN
-    for toy in ("mug", "house"):
-        write_video(folder / f"{toy}.mp4", film(toy)[again])
-    write_video(folder / "backwards.mp4", film("mug")[again][::-1])
-    write_video(folder / "high.mp4", film("mug", 50.0)[again])
-    return folder
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    mug, again = film("mug"), np.arange(round(1.2 * PER_TURN)) % PER_TURN
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{SIZE}x{SIZE}", "-r", "20", "-i", "-", "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"]
+    pixels = np.ascontiguousarray(mug[again][..., :3]).tobytes()
+    subprocess.run([*command, str(folder / "mug.mp4")], input=pixels, check=True)
+    turns = {"mug": mug, "mug_backwards": mug[again][::-1], "mug_from_above": film("mug", 50.0), "house": film("house")}
+    for name, images in turns.items():
+        (folder / name).mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / name / f"{number}.png", compress_level=1)
+    return Sources(folder / "mug.mp4", *(folder / name for name in turns))
 
 
 @pytest.fixture
@@ -60,25 +72,25 @@ def photos(restored_process, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def captured(videos, tmp_path_factory):
-    """What capturing the mug wrote, once for all tests that add to it; its paths are relative."""
+def captured(sources, tmp_path_factory):
+    """What capturing the video wrote, and said, once for all tests; paths in it are relative."""
     folder = tmp_path_factory.mktemp("captured")
-    program = "import sys; from graf.app.capture_command import main; sys.exit(main(sys.argv[1:]))"
-    arguments = [str(videos / "mug.mp4"), *KNOWN, "--frames", "12", "--class", "mug"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    subprocess.run([sys.executable, "-c", program, *arguments], cwd=folder, env=environment, check=True)
-    return folder / "photos"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        arguments = [str(sources.video), *KNOWN, "--frames", "12", "--class", "mug"]
+        said = capture_command.capture(capture_command.build_parser().parse_args(arguments))
+    return folder / "photos", said
 
 
 @pytest.fixture
 def mug(photos, captured):
     """A set that has the mug."""
-    shutil.copytree(captured, photos)
+    shutil.copytree(captured[0], photos)
     return photos
 
 
-def capture(video, *arguments):
-    return main([str(video), *KNOWN, "--frames", "12", *arguments])
+def capture(source, *arguments):
+    return main([str(source), *KNOWN, "--frames", "12", *arguments])
 
 
 def labels(folder):
@@ -87,15 +99,16 @@ def labels(folder):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file but the lock, which stays."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_video_becomes_a_set_that_the_doctor_passes_and_whose_cameras_are_true(videos, photos, capsys):
-    assert capture(videos / "mug.mp4", "--class", "mug") == 0
-    printed = capsys.readouterr().out
-    assert "graf doctor --config photos/capture.yaml" in printed
-    assert "graf train --config photos/capture.yaml --use_amp" in printed
-    rows = labels(photos)
+def test_a_video_becomes_a_set_that_the_doctor_passes_and_whose_cameras_are_true(captured, mug, capsys):
+    said = "\n".join(captured[1])
+    assert "graf doctor --config photos/capture.yaml" in said
+    assert "graf train --config photos/capture.yaml --use_amp" in said
+    rows = labels(mug)
     assert len(rows) == 12
     assert {(row["class"], row["height"], row["instance"]) for row in rows} == {("mug", "0", "")}
     angles = np.array([int(row["angle"]) for row in rows])
@@ -113,13 +126,19 @@ def test_a_video_becomes_a_set_that_the_doctor_passes_and_whose_cameras_are_true
     assert "problem: none found" in report
 
 
-@pytest.mark.parametrize("video", ["mug", "backwards"])
-def test_pictures_stand_at_the_angles_of_their_labels(videos, photos, video):
+def test_pictures_of_a_video_stand_at_the_angles_of_their_labels(captured):
+    assert_true_views(captured[0], START)
+
+
+def test_pictures_of_a_turn_the_other_way_stand_at_the_angles_of_their_labels(sources, photos):
+    assert capture(sources.mug_backwards, "--class", "mug") == 0
+    assert_true_views(photos, START + 360 * (round(1.2 * PER_TURN) - 1) / PER_TURN)
+
+
+def assert_true_views(folder, first):
     """Each picture is the toy's true view at its label's azimuth, from where the first one was taken."""
-    assert capture(videos / f"{video}.mp4", "--class", "mug") == 0
-    first = START if video == "mug" else START + 360 * (round(1.2 * PER_TURN) - 1) / PER_TURN
-    for row in labels(photos)[::3]:
-        found = _object(np.asarray(Image.open(photos / row["file"])).astype(float))
+    for row in labels(folder)[::3]:
+        found = _object(np.asarray(Image.open(folder / row["file"])).astype(float))
         differences = []
         for offset in (0, 30, 90, 180, 270, 330):
             differences.append(np.abs(found - _true_object(first + int(row["angle"]) + offset)).mean())
@@ -145,17 +164,31 @@ def _object(rgba):
     return np.asarray(Image.fromarray(pixels.astype(np.uint8)).resize((40, 40))).astype(float)
 
 
-def test_a_second_object_leaves_the_first_ones_files_as_they_are(videos, mug):
+def test_a_second_object_leaves_the_first_ones_files_as_they_are(sources, mug):
     before = contents(mug)
-    assert capture(videos / "house.mp4", "--class", "house") == 0
+    assert capture(sources.house, "--class", "house") == 0
     after = contents(mug)
-    changed = {str(path) for path in before if before[path] != after[path]}
-    assert changed == {"labels.csv"}
+    assert {path for path in before if before[path] != after[path]} == {"labels.csv"}
     assert [row["class"] for row in labels(mug)] == ["mug"] * 12 + ["house"] * 12
 
 
-def test_another_height_of_an_object_keeps_its_scale(videos, mug, capsys):
-    assert main([str(videos / "high.mp4"), "--fov", "30", "--elevation", "50", "--frames", "12", "--class", "mug"]) == 0
+def test_what_a_person_has_written_into_labels_csv_stays(sources, mug):
+    rows = labels(mug)
+    with open(mug / "labels.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], "split", "remark"])
+        writer.writeheader()
+        writer.writerows({**row, "split": "test", "remark": "a, b"} for row in rows)
+    assert capture(sources.house, "--class", "house") == 0
+    after = labels(mug)
+    assert {(row["split"], row["remark"]) for row in after[:12]} == {("test", "a, b")}
+    assert {(row["class"], row["split"], row["remark"]) for row in after[12:]} == {("house", "", "")}
+
+
+def test_another_height_of_an_object_keeps_its_scale(sources, mug, capsys):
+    file = mug / "capture.yaml"
+    file.write_text(file.read_text().replace("expname: 'photos'", "expname: mine  # my own"))
+    assert main([str(sources.mug_from_above), *HIGH, "--frames", "12", "--class", "mug"]) == 0
+    assert "expname: mine  # my own" in file.read_text()
     config = load_config("photos/capture.yaml").data
     assert config.v_list == pytest.approx([height_from_elevation(22), height_from_elevation(50)], abs=1e-4)
     widths = []
@@ -169,77 +202,135 @@ def test_another_height_of_an_object_keeps_its_scale(videos, mug, capsys):
     assert "height 1, v = 0.117 (elevation 50 degrees): 12 photographs" in capsys.readouterr().out
 
 
-def test_what_is_there_is_replaced_only_when_asked(videos, mug, capsys):
+def test_what_is_there_is_replaced_only_when_asked_and_files_of_a_persons_own_stay(sources, mug, capsys):
+    (mug / "own").mkdir()
+    (mug / "own" / "mine.png").write_bytes((mug / labels(mug)[0]["file"]).read_bytes())
+    with open(mug / "labels.csv", "a") as stream:
+        stream.write("own/mine.png,mug,0,7,\n")
     before = contents(mug)
-    assert capture(videos / "backwards.mp4", "--class", "mug") == 1
-    assert "12 photographs of mug are there already" in capsys.readouterr().err
+    assert capture(sources.mug_backwards, "--class", "mug") == 1
+    assert "13 photographs of mug are there already" in capsys.readouterr().err
     assert contents(mug) == before
-    assert capture(videos / "backwards.mp4", "--class", "mug", "--replace") == 0
+    assert capture(sources.mug_backwards, "--class", "mug", "--replace") == 0
     rows = labels(mug)
     assert len(rows) == 12
-    assert sorted(path.name for path in mug.iterdir() if path.is_dir()) == ["capture_check", "mug-2"]
+    assert sorted(path.name for path in mug.iterdir() if path.is_dir()) == ["capture_check", "mug-2", "own"]
+    assert (mug / "own" / "mine.png").is_file()
     assert all((mug / row["file"]).is_file() for row in rows)
 
 
-@pytest.mark.parametrize("failing", ["draw_masks", "cut", "write_set_camera"])
-def test_a_failed_run_leaves_the_set_whole(videos, mug, monkeypatch, failing):
+@pytest.mark.parametrize("failing", ["draw_masks", "cut", "compose_set_configuration", "labels.csv"])
+def test_a_failed_run_leaves_the_set_as_it_was(sources, mug, monkeypatch, failing):
+    """Of another height, so that capture.yaml would have changed too."""
     before = contents(mug)
+    (mug / ".mug_h1.1234.saving").mkdir()  # of one that was killed
+    write = photo_set.write_atomically
 
     def fail(*arguments, **options):
         raise KeyboardInterrupt if failing == "cut" else OSError("no space left")
 
+    def write_but_labels(path, content):
+        (fail if path.name == failing else write)(path, content)
+
     with monkeypatch.context() as patch:
-        patch.setattr(capture_turntable, failing, fail)
-        assert capture(videos / "house.mp4", "--class", "house") != 0
-    after = contents(mug)
-    assert {path: after[path] for path in before} == before
-    assert all("capture_check" in str(path) for path in after.keys() - before.keys())
-    assert not list(mug.glob(".capture_*"))
-    assert capture(videos / "house.mp4", "--class", "house") == 0
-    assert len(labels(mug)) == 24
+        if failing == "labels.csv":
+            patch.setattr(photo_set, "write_atomically", write_but_labels)
+        else:
+            patch.setattr(capture_turntable, failing, fail)
+        assert main([str(sources.mug_from_above), *HIGH, "--class", "mug"]) != 0
+    assert contents(mug) == before
+    assert sorted(path.name for path in mug.iterdir() if path.is_dir()) == ["capture_check", "mug"]
 
 
-def test_instances_are_named_or_none_is(videos, photos, capsys):
-    assert capture(videos / "mug.mp4", "--class", "mug", "--instance", "green") == 0
-    assert capture(videos / "house.mp4", "--class", "house") == 1
+def test_an_interrupt_after_the_labels_are_written_takes_nothing_back(sources, mug, monkeypatch):
+    write = photo_set.write_atomically
+
+    def write_and_interrupt(path, content):
+        write(path, content)
+        if path.name == "labels.csv":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(photo_set, "write_atomically", write_and_interrupt)
+    assert main([str(sources.mug_from_above), *HIGH, "--class", "mug"]) == 130
+    assert len(load_config("photos/capture.yaml").data.v_list) == 2
+    assert all((mug / row["file"]).is_file() for row in labels(mug))
+
+
+def test_instances_are_named_or_none_is(sources, photos, capsys):
+    assert capture(sources.mug, "--class", " mug ", "--instance", "green") == 0
+    assert capture(sources.house, "--class", "house") == 1
     assert "--instance is missing" in capsys.readouterr().err
-    assert capture(videos / "house.mp4", "--class", "house", "--instance", "red") == 0
+    assert capture(sources.house, "--class", "house", "--instance", "red") == 0
     assert load_config("photos/capture.yaml").nerf.planes == "synthesis"
     assert {(row["class"], row["instance"]) for row in labels(photos)} == {("mug", "green"), ("house", "red")}
 
 
-def test_an_edited_configuration_keeps_its_edits(videos, mug):
-    file = mug / "capture.yaml"
-    file.write_text(file.read_text().replace("expname: 'photos'", "expname: mine  # my own"))
-    assert main([str(videos / "high.mp4"), "--fov", "30", "--elevation", "50", "--frames", "12", "--class", "mug"]) == 0
-    text = file.read_text()
-    assert "expname: mine  # my own" in text
-    assert len(load_config(str(file)).data.v_list) == 2
-
-
-def test_photographs_with_masks_of_their_own_and_without_any(videos, photos, tmp_path, capsys):
+def test_photographs_with_masks_of_their_own_and_without_any(sources, photos, tmp_path):
     folder, masks = tmp_path / "shots", tmp_path / "masks"
     folder.mkdir()
     masks.mkdir()
-    for number, frame in enumerate(film("house")[::2]):
-        Image.fromarray(frame).save(folder / f"p{number}.jpg", quality=95)
-        Image.fromarray(np.where(np.abs(frame.astype(int) - 204).max(-1) > 8, np.uint8(255), np.uint8(0))).save(
-            masks / f"p{number}.png"
-        )
+    for number in range(0, PER_TURN, 2):
+        image = Image.open(sources.house / f"{number}.png")
+        image.convert("RGB").save(folder / f"p{number}.jpg", quality=95)
+        image.getchannel("A").save(masks / f"p{number}.png")
     options = ["--fov", "30", "--elevation", "22", "--direction", "cw"]
     assert main([str(folder), *options, "--class", "own", "--mask", str(masks)]) == 0
     assert len(labels(photos)) == 18
     angles = [int(row["angle"]) for row in labels(photos)]
     np.testing.assert_allclose(angles, np.arange(18) * 20, atol=6)
-    assert main([str(folder), *options, "--class", "bare", "--mask", "none", "--out", "bare", "--turns", "1"]) == 0
-    assert load_config("bare/capture.yaml").nerf.background == "learned"
-    with Image.open(tmp_path / "bare" / labels(tmp_path / "bare")[0]["file"]) as image:
+    bare = "-its bare, 'mine'"  # a name that has to become one of a run
+    assert main([str(folder), *options, "--class", "bare", "--mask", "none", f"--out={bare}", "--turns", "1"]) == 0
+    config = load_config(f"{bare}/capture.yaml")
+    assert (config.nerf.background, config.expname, config.data.datadir) == ("learned", "its_bare___mine_", bare)
+    with Image.open(tmp_path / bare / labels(tmp_path / bare)[0]["file"]) as image:
         assert image.mode == "RGB"
+
+
+def no_configuration(folder):
+    (folder / "capture.yaml").unlink()
+
+
+def poses_of_its_own(folder):
+    (folder / "transforms.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (None, ["--mask", "none"], "are transparent around their objects"),
+        (no_configuration, [], "no capture.yaml"),
+        (poses_of_its_own, [], "poses of their own"),
+    ],
+)
+def test_what_does_not_fit_a_set_is_said_and_changes_nothing(sources, mug, capsys, change, arguments, words):
+    if change is not None:
+        change(mug)
+    before = contents(mug)
+    assert capture(sources.house, "--class", "house", *arguments) == 1
+    assert words in capsys.readouterr().err
+    assert contents(mug) == before
+
+
+def test_a_set_that_another_program_works_on_is_left_alone(sources, mug, capsys):
+    with RunLock(mug):
+        assert capture(sources.house, "--class", "house") == 1
+    assert "error: --out photos: another program works there" in capsys.readouterr().err
+
+
+def test_a_picture_of_the_set_that_is_gone_is_named(sources, mug, capsys):
+    missing = labels(mug)[3]["file"]
+    (mug / missing).unlink()
+    assert main([str(sources.mug_from_above), *HIGH, "--class", "mug"]) == 1
+    assert f"photos/{missing} cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["{mug}", "--mask", "none", "--fov", "150"], "--fov 150: through such a lens"),
+        (["{mug}", "--features", "object"], "--features: a turntable has no use for it"),
+        (["{mug}", "--walkaround", "--first-angle", "9"], "--first-angle: a walk-around has no use for it"),
+        (["{mug}", "--markers", "--features", "object"], "--features: a capture by markers has no use for it"),
         (["{mug}", "--frames", "4"], "--frames 4: expected 8 to 3600"),
         (["{mug}", "--frames", "200"], "--frames 200: there are"),
         (["{mug}", "--class", "a/b"], "--class: class 'a/b'"),
@@ -249,8 +340,8 @@ def test_photographs_with_masks_of_their_own_and_without_any(videos, photos, tmp
         (["--marker-sheet", "sheet.txt"], "sheet.pdf"),
     ],
 )
-def test_errors_are_one_line(videos, photos, capsys, arguments, words):
-    assert main([argument.format(mug=videos / "mug.mp4") for argument in arguments]) == 1
+def test_errors_are_one_line(sources, photos, capsys, arguments, words):
+    assert main([argument.format(mug=sources.mug) for argument in arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert words in error

@@ -1,5 +1,14 @@
 """`graf capture --walkaround` with cameras that are known: what is made of them; tests/capture finds them."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +19,7 @@ pytest.importorskip("cv2")
 from graf.app import capture_walkaround
 from graf.app.capture_command import main
 from graf.app.command_line import main as graf
+from graf.capture import posed
 from graf.capture.cameras import Lens, PosedPhotographs
 from graf.capture.walkaround import Walkaround
 from graf.config import load_config
@@ -17,6 +27,7 @@ from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
 from graf.geometry.cameras import Intrinsics, height_from_elevation, pose_from_angles
 
+ROOT = Path(__file__).resolve().parents[2]
 COUNT, SIZE, FOV, RADIUS = 16, 144, 35.0, 4.0
 
 
@@ -79,3 +90,60 @@ def test_a_walk_is_not_mixed_with_what_is_there(shots, capsys):
     assert main(["shots", "--walkaround"]) == 1
     assert "photographs of a turntable" in capsys.readouterr().err
     assert not (shots / "photos" / "transforms.json").exists()
+
+
+def test_photographs_in_a_folder_of_the_name_that_pictures_get_are_not_overwritten(shots):
+    folder = (shots / "shots").rename(shots / "images")
+    for file in folder.iterdir():
+        file.rename(folder / f"{int(file.stem):04d}.png")  # as ffmpeg numbers frames
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert main(["images", "--walkaround", "--out", ".", "--mask", "none"]) == 0
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    frames = json.loads((shots / "transforms.json").read_text())["frames"]
+    assert frames[0]["file_path"] == "images-2/0000.png"
+    assert all((shots / frame["file_path"]).is_file() for frame in frames)
+
+
+def test_a_walk_that_fails_leaves_nothing_and_one_that_is_there_whole(shots, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posed, "write_atomically", fail)  # transforms.json
+        assert main(["shots", "--walkaround", "--out", "mug", "--mask", "none"]) == 1
+    assert not (shots / "mug" / "capture.yaml").exists()
+    (shots / "mug" / "capture.yaml").write_text("# mine")
+    assert main(["shots", "--walkaround", "--out", "mug", "--mask", "none"]) == 1
+    assert "mug/capture.yaml exists already" in capsys.readouterr().err
+    assert (shots / "mug" / "capture.yaml").read_text() == "# mine"
+
+
+SLOW_WORKER = """
+import sys, time
+from graf.app import command_line
+from graf.capture import walkaround
+run = walkaround.run_worker
+slow = [sys.executable, "-c", "import time; time.sleep(60)"]
+walkaround.run_worker = lambda command, *rest: run(slow, *rest)
+sys.exit(command_line.main(["capture", "shots", "--walkaround", "--mask", "none"]))
+"""
+
+
+@pytest.mark.skipif(find_spec("pycolmap") is None, reason="needs pycolmap")
+def test_a_walk_that_is_ended_leaves_no_worker_and_no_temporary_folder(tmp_path, views):
+    (tmp_path / "shots").mkdir()
+    (tmp_path / "temporary").mkdir()
+    for place, image in enumerate(views[0]):
+        Image.fromarray(image).save(tmp_path / "shots" / f"{place}.png")
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", SLOW_WORKER]
+    with subprocess.Popen(program, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "temporary").glob("*/job.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)  # the worker, which has its standard error, would hold it open
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "error: interrupted; the set is as it was"
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shots", "temporary"]

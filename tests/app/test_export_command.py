@@ -1,18 +1,24 @@
 """`graf export` on a trained run: weights render as their checkpoint does, bit for bit, and errors are one line."""
 
+import copy
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import graf
 from graf.app import export_tasks
 from graf.app.command_line import main
 from graf.app.loading import open_checkpoint
+from graf.app.run_arguments import object_code
+from graf.base.errors import UserError
+from graf.inversion.object_file import ObjectFile
 from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.torch_release import torch_release
 from graf.sharing.programs import OLDEST_TORCH
@@ -100,9 +106,44 @@ def test_pictures_of_an_object_by_name(smoke_run, tmp_path, capsys):
     assert (found["graf"]["class"], found["graf"]["object"], len(found["frames"])) == ("duck", "duck_2", 3)
 
 
+def test_pictures_of_the_object_of_a_file(smoke_run, trained, tmp_path):
+    z = tuple(torch.linspace(-1, 1, trained.renderer.generator.dim_z).tolist())
+    ObjectFile("house", z, {"azimuth": 0.0, "elevation": 0.0, "radius": 3.5}, "mine").write(tmp_path / "o.json")
+    out = tmp_path / "set"
+    arguments = ["--transforms", "2", "--object", str(tmp_path / "o.json"), "--resolution", "8", "--out", str(out)]
+    assert main(["export", str(smoke_run.folder), *arguments]) == 0
+    scene = json.loads((out / "transforms.json").read_text())
+    assert (scene["graf"]["class"], scene["graf"]["object"]) == ("house", "house_mine")
+    pose = torch.tensor(scene["frames"][0]["transform_matrix"])
+    expected = trained.renderer.render(torch.tensor(z), "house", pose, resolution=8).rgb[0].permute(1, 2, 0)
+    with Image.open(out / scene["frames"][0]["file_path"]) as picture:
+        pixels = torch.from_numpy(np.array(picture)) / 255
+    found = 2 * (pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]) - 1  # over white
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 / 255)
+
+
+def test_a_known_object_is_of_its_own_class_where_none_is_named(trained):
+    names = ("car/red", "mug/blue")
+    generator = copy.deepcopy(trained.renderer.generator)
+    generator.instances = torch.nn.Parameter(torch.randn(2, generator.dim_z))
+    known = replace(
+        trained,
+        renderer=replace(trained.renderer, generator=generator),
+        dataset_info=replace(trained.dataset_info, instance_names=names),
+    )
+    for given in ("mug/blue", "1"):
+        class_name, z, name = object_code(known, {"class_name": None, "seed": 0, "instance": given})
+        assert (class_name, name) == ("mug", "mug_mug_blue")
+        assert torch.equal(z, known.renderer.instance_codes([1])[0])
+    assert object_code(known, {"class_name": "duck", "seed": 0, "instance": "1"})[0] == "duck"
+    with pytest.raises(UserError, match=r"--instance 2: expected one of the objects .*: car/red, mug/blue"):
+        object_code(known, {"class_name": None, "seed": 0, "instance": "2"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (("--to", "pt2", "--object", "o.json"), "--object: chooses pictures"),
         (("--to", "onnx", "--seed", "3"), "--seed: chooses pictures"),
         (("--to", "pt2", "--class", "car"), "--class: chooses pictures"),
         (("--to", "pt2", "--truncation", "0.5"), "--truncation: chooses pictures"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 import graf
+from graf.app.card_tasks import describe_model
 from graf.app.command_line import main
+from graf.app.invert_command import choose_starts
 from graf.app.run_arguments import object_code, open_run
 from graf.base.errors import UserError
 from graf.inversion.object_file import ObjectFile, fingerprint, read_object
@@ -137,7 +140,9 @@ def test_a_file_that_describes_no_object_is_refused(smoke_run, inverted, tmp_pat
             object_code(trained, {"class_name": None, "object_file": str(tmp_path / "object.json")})
 
     refuses("{", "cannot be read")
+    refuses("[" * 100_000, "cannot be read")
     refuses("[]", "describes no object")
+    refuses(json.dumps(values | {"z": [10**400] * 8}), "describes no object")
     refuses(json.dumps(values | {"format": 9}), "format 9, this version reads 1")
     refuses(json.dumps(values | {"z": []}), "describes no object")
     refuses(json.dumps(values | {"z": [0.0] * 3}), "its code has 3 numbers, those of this run 8")
@@ -169,6 +174,43 @@ def test_what_cannot_be_done_is_one_line(smoke_run, photograph, tmp_path, restor
         assert expected in error
         assert error.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_of_which_no_object_is_known_is_searched_from_drawn_codes(smoke_run, restored_process):
+    trained = open_run(str(smoke_run.folder), "cpu", 1.0).trained
+    trained.renderer.generator.instances = torch.nn.Parameter(torch.randn(2, trained.renderer.generator.dim_z))
+    known = replace(
+        trained, dataset_info=replace(trained.dataset_info, instance_names=("car/red", "car/blue")), tuned={}
+    )
+    starts = choose_starts(known, None, count=3, seed=0)
+    assert [len(starts[number]) for number in range(4)] == [1 + 3 + 2, 1 + 3, 1 + 3, 1 + 3]
+    torch.testing.assert_close(starts[0][4:], known.renderer.instance_codes([0, 1]))
+
+
+def test_a_photograph_is_never_replaced_by_a_result(smoke_run, photograph, tmp_path, restored_process, capsys):
+    mine = tmp_path / "comparison.png"
+    shutil.copyfile(photograph, mine)
+    assert main(["invert", str(smoke_run.folder), str(mine), "--out", str(tmp_path), *QUICK]) == 1
+    assert "comparison.png: would be replaced by a result of that name" in capsys.readouterr().err
+    assert mine.read_bytes() == photograph.read_bytes()
+
+
+def test_what_a_tuned_run_is_handed_on_as_says_so_without_places_of_this_machine(
+    smoke_run, inverted, tmp_path, restored_process
+):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "model.safetensors"
+    assert main(["export", str(inverted / "tuned"), "--to", "safetensors", "--out", str(file)]) == 0
+    opened = open_run(str(file), "cpu", 1.0)
+    assert opened.trained.tuned == {"photograph": "my duck", "from": "model_best.pt"}
+    assert open_run(str(smoke_run.folder), "cpu", 1.0).trained.tuned == {}
+    assert "tuned to one photograph (`graf invert --tune`), called `my duck`" in describe_model(opened, [], False).data
+    assert "tuned" not in describe_model(open_run(str(smoke_run.folder), "cpu", 1.0), [], False).data
+    # and it can be tuned once more
+    arguments = [str(file), str(inverted / "comparison.png"), "--class", "duck", "--tune", "1", "--mask", "none"]
+    assert main(["invert", *arguments, "--out", str(tmp_path / "again"), *QUICK]) == 0
+    again = read_checkpoint(tmp_path / "again" / "tuned" / "checkpoints" / "model_best.pt")["meta"]
+    assert again["tuned"] == {"photograph": "comparison", "from": str(file)}
 
 
 def test_a_run_of_training_is_never_replaced_by_a_tuned_one(smoke_run, photograph, tmp_path, restored_process, capsys):

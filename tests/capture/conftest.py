@@ -1,56 +1,37 @@
-"""A toy on a turntable, filmed with known angles, and videos written with the ffmpeg that imageio brings."""
+"""Toys on a turntable, filmed with known angles, and videos written with the ffmpeg that imageio brings."""
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from graf.data.shapes import CLASS_NAMES
-from graf.data.synthetic import render_views
-from graf.geometry.cameras import Intrinsics, height_from_elevation, pose_from_angles
+from benchmarks.videos import Footage, Shot, film_turntable
 
-FRAMES_PER_TURN, SIZE, FOV, RADIUS, ELEVATION = 40, 96, 30.0, 4.0, 22.0
+SHOT = Shot(size=96, frames=40, turns=1.3)
 
 
-@dataclass(frozen=True)
-class Film:
-    """Frames uint8 (N, H, W, 3), masks bool (N, H, W) and the camera's azimuth in degrees (N,), 40 frames a turn."""
-
-    frames: np.ndarray
-    masks: np.ndarray
-    azimuths: np.ndarray
-
-    def backwards(self):
-        return Film(self.frames[::-1], self.masks[::-1], self.azimuths[::-1])
+@cache
+def film(toy: str, textured: bool = False) -> Footage:
+    """A turn and a third of a toy, 40 frames a turn, the camera's azimuth growing."""
+    return film_turntable(toy, replace(SHOT, textured=textured))
 
 
-def make_film(toy, turns, background=None):
-    """A toy before a grey wall, or before a picture (3, H, W) in [0, 1]; the azimuth grows from 50 degrees on."""
-    count = round(FRAMES_PER_TURN * min(turns, 1))
-    azimuths = 50 + 360 * np.arange(count) / FRAMES_PER_TURN
-    u = torch.tensor(azimuths / 360 % 1, dtype=torch.float32)
-    poses = pose_from_angles(u, torch.full_like(u, height_from_elevation(ELEVATION)), RADIUS)
-    rgb, _, mask = render_views(CLASS_NAMES.index(toy), poses, Intrinsics.from_fov(SIZE, FOV))
-    behind = torch.full((3, SIZE, SIZE), 0.8) if background is None else background
-    images = ((rgb + 1) / 2 - (1 - mask) * (1 - behind)).clamp(0, 1)
-    frames = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    order = np.arange(round(FRAMES_PER_TURN * turns)) % FRAMES_PER_TURN
-    return Film(frames[order], mask[:, 0].numpy()[order] >= 0.5, azimuths[order] % 360)
+@pytest.fixture(scope="session")
+def film_of():
+    return film
 
 
 @pytest.fixture(scope="session")
 def mug_film():
-    return make_film("mug", 1.3)
+    return film("mug")
 
 
 @pytest.fixture(scope="session")
 def textured_film():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(1, 3, 12, 12, generator=generator)
-    return make_film("mug", 1.0, torch.nn.functional.interpolate(noise, (SIZE, SIZE), mode="bilinear")[0])
+    return film("mug", textured=True)
 
 
 def encode(path, frames, *options, rate=20, before=()):
@@ -67,8 +48,3 @@ def encode(path, frames, *options, rate=20, before=()):
 @pytest.fixture(scope="session")
 def write_video():
     return encode
-
-
-@pytest.fixture(scope="session")
-def film_of():
-    return make_film

@@ -1,6 +1,8 @@
 """What is read of videos and photographs, which frames are chosen, and what is said of sources that are none."""
 
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,19 +11,12 @@ from PIL import Image
 pytest.importorskip("cv2")
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
-from graf.capture import frames as frames_module  # noqa: E402
+from graf.capture import video as video_module  # noqa: E402
 from graf.capture.errors import CaptureError  # noqa: E402
-from graf.capture.frames import (  # noqa: E402
-    HLG,
-    PQ,
-    Scan,
-    choose_frames,
-    open_source,
-    read_photograph,
-    scan,
-    select_frames,
-    tone_map,
-)
+from graf.capture.frames import Scan, choose_frames, scan, select_frames  # noqa: E402
+from graf.capture.photographs import read_photograph  # noqa: E402
+from graf.capture.sources import open_source  # noqa: E402
+from graf.capture.tone_mapping import BT2020_TO_BT709, HLG, PQ, tone_map  # noqa: E402
 
 
 @pytest.fixture
@@ -66,10 +61,49 @@ def test_chosen_frames_of_a_video_are_those_frames(tmp_path, write_video, corner
 
 
 def test_a_long_video_is_thinned_out_evenly(tmp_path, write_video, corner_frames, monkeypatch):
-    monkeypatch.setattr(frames_module, "MAX_SCANNED", 10)
+    monkeypatch.setattr(video_module, "MAX_SCANNED", 10)
     seen = scan(open_source(write_video(tmp_path / "v.mp4", np.repeat(corner_frames, 3, axis=0))))
     assert 9 <= len(seen) <= 11
     np.testing.assert_allclose(np.diff(seen.times), seen.times[1])
+
+
+def test_a_video_that_does_not_tell_how_long_it_is_is_thinned_out_too(
+    tmp_path, write_video, corner_frames, monkeypatch
+):
+    """As browsers record it; and of more than a hundred chosen frames, which ffmpeg would not take in one sum."""
+    path = write_video(tmp_path / "v.mkv", np.repeat(corner_frames, 30, axis=0), "-c:v", "libx264", "-live", "1")
+    monkeypatch.setattr(video_module, "MAX_SCANNED", 180)
+    video = open_source(path)
+    assert len(video) == 180
+    frames = list(video.read(64, range(1, 151)))
+    assert [frame.source for frame in frames] == [f"v.mkv#{number}" for number in range(1, 151)]
+    bar = frames[148].image.astype(int)[35] @ (1, -1, 0) > 80  # the bar of 24 frames of the file, 12 of those looked at
+    assert np.nonzero(bar)[0].mean() == pytest.approx(4 * (149 // 15) + 3.5, abs=1)
+
+
+def test_oblong_pixels_become_square(tmp_path, write_video, corner_frames):
+    options = ("-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-vf")
+    wide = next(
+        iter(open_source(write_video(tmp_path / "w.mp4", corner_frames, *options, "setsar=4/3")).read(200))
+    ).image
+    high = next(
+        iter(open_source(write_video(tmp_path / "h.mp4", corner_frames, *options, "setsar=1/2")).read(200))
+    ).image
+    assert wide.shape == (48, 85, 3)  # of 64 x 48
+    assert high.shape == (96, 64, 3)
+    assert next(iter(open_source(tmp_path / "w.mp4").read(40))).image.shape == (23, 40, 3)
+
+
+def test_a_decoder_ends_when_nobody_wants_the_rest(tmp_path, write_video, corner_frames, monkeypatch):
+    """One that is still at work behind the last frame that was chosen."""
+    video = open_source(write_video(tmp_path / "v.mp4", corner_frames))
+    code = "import sys, time; sys.stdout.buffer.write(b'P6\\n1 1\\n255\\nabc'); sys.stdout.flush(); time.sleep(60)"
+    monkeypatch.setattr(video, "_command", lambda: [sys.executable, "-c", code])
+    frames = video.read(64, [0])
+    next(frames)
+    started = time.monotonic()
+    frames.close()
+    assert time.monotonic() - started < 20
 
 
 def test_the_sharpest_of_a_blurred_neighbourhood_is_chosen(tmp_path, write_video):
@@ -99,6 +133,13 @@ def test_duplicates_are_dropped(tmp_path, write_video, corner_frames):
     twice = corner_frames[[0, 1, 2, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11]]
     source = open_source(write_video(tmp_path / "v.mp4", twice))
     assert len(select_frames(source, 15)) == 12
+
+
+def test_all_frames_or_the_most_are_taken_where_no_number_is_given(tmp_path, corner_frames):
+    source = open_source(write_photographs(tmp_path / "p", corner_frames))
+    assert len(select_frames(source, None)) == 12
+    assert [frame.time for frame in select_frames(source, None, 8)] == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert len(select_frames(source, None, 80)) == 12
 
 
 def test_more_frames_than_there_are_is_an_error():
@@ -183,22 +224,30 @@ def test_middle_tones_of_hdr_keep_their_brightness_and_highlights_are_bent(trans
     assert found[6, 0] >= 253
 
 
-def test_a_hdr_video_is_tone_mapped(tmp_path, write_video):
-    nits = np.array([[20.0, 60, 100]])  # three grey bars
-    code = np.round(hlg_code((nits / 1000) ** (1 / 1.2)) * 65535).astype(np.uint16)
-    frames = np.broadcast_to(np.repeat(code, 32, axis=1)[None, :, :, None], (9, 64, 96, 3))
-    parameters = "log-level=error:colorprim=bt2020:transfer=arib-std-b67:colormatrix=bt2020nc"
+@pytest.mark.parametrize("transfer", [HLG, PQ])
+def test_a_hdr_video_shows_the_colours_that_were_filmed(tmp_path, write_video, transfer):
+    colours = np.array([[0.3, 0.05, 0.05], [0.05, 0.3, 0.05], [0.05, 0.05, 0.3], [0.3, 0.3, 0.05], [0.2, 0.2, 0.2]])
+    nits = 203 * colours @ np.linalg.inv(BT2020_TO_BT709.astype(float)).T  # of BT.2020's primaries
+    luminance = nits @ (0.2627, 0.6780, 0.0593) / 1000
+    code = pq_code(nits) if transfer == PQ else hlg_code(nits / 1000 * luminance[:, None] ** (1 / 1.2 - 1))
+    bars = np.repeat(np.round(code * 65535).astype(np.uint16)[None, None], 32, axis=2)
+    parameters = f"log-level=error:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
     convert = "scale=out_color_matrix=bt2020:out_range=tv,format=yuv420p10le"
-    options = ["-vf", convert, "-colorspace", "bt2020nc", "-color_trc", HLG, "-color_primaries", "bt2020"]
+    options = ["-vf", convert, "-colorspace", "bt2020nc", "-color_trc", transfer, "-color_primaries", "bt2020"]
     try:
-        path = write_video(tmp_path / "hdr.mp4", frames, *options, "-c:v", "libx265", "-x265-params", parameters)
+        path = write_video(
+            tmp_path / "hdr.mp4",
+            np.broadcast_to(bars, (2, 64, 160, 3)),
+            *options,
+            *("-c:v", "libx265", "-preset", "ultrafast", "-crf", "8", "-x265-params", parameters),
+        )
     except subprocess.CalledProcessError:
         pytest.skip("this ffmpeg has no encoder of 10 bits")
     video = open_source(path)
-    assert video.transfer == HLG
+    assert video.transfer == transfer
     image = next(iter(video.read(200))).image
     assert image.dtype == np.uint8
-    np.testing.assert_allclose(image[32, [16, 48, 80]].mean(axis=-1), srgb(nits[0] / 203), atol=4)
+    np.testing.assert_allclose(image[32, 16::32], srgb(colours), atol=5)
 
 
 # -- what is no source

@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from graf.capture.cameras import Lens, look_at_origin
+from benchmarks.sheets import photograph_sheet, walk_around_sheet
+from graf.capture.cameras import Lens
 from graf.capture.errors import CaptureError
 from graf.capture.marker_sheet import (
     BAR,
     MARKER,
     PAPERS,
     POINT,
-    draw_marker_sheet,
     lay_out_markers,
     marker_cells,
     write_marker_sheet,
@@ -21,44 +21,17 @@ from graf.capture.markers import centre_on_sheet, detect_markers, poses_from_mar
 
 cv2 = pytest.importorskip("cv2")
 
-DOTS = 4.0  # per millimetre of the sheet's picture
 LENS = Lens.from_fov(480, 360, 52.0)
 
 
 def walk(count: int) -> np.ndarray:
-    """Poses around the sheet at three elevations, by an unsteady hand (millimetres)."""
-    random = np.random.default_rng(0)
-    poses = []
-    for number in range(count):
-        azimuth, elevation = 2 * np.pi * number / count, np.radians([22, 35, 50][number % 3])
-        place = [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
-        pose = look_at_origin(random.uniform(400, 470) * np.array(place))
-        pose[:3, :3] = pose[:3, :3] @ cv2.Rodrigues(random.normal(0, 0.03, 3))[0]
-        poses.append(pose)
-    return np.stack(poses)
-
-
-def photograph_sheet(pose: np.ndarray, lens: Lens = LENS, paper: str = "a4", fine: int = 3) -> np.ndarray:
-    """What a pinhole camera sees of the sheet: a homography of its picture, with noise."""
-    sheet = lay_out_markers(paper)
-    to_millimetres = np.array(
-        [[1 / DOTS, 0, 0.5 / DOTS - sheet.width / 2], [0, -1 / DOTS, sheet.height / 2 - 0.5 / DOTS], [0, 0, 1]]
-    )
-    focal, width, height = lens.focal * fine, lens.width * fine, lens.height * fine
-    project = np.array([[focal, 0, width / 2 - 0.5], [0, focal, height / 2 - 0.5], [0, 0, 1]])
-    rotation = (pose[:3, :3] @ np.diag([1.0, -1.0, -1.0])).T
-    plane = np.column_stack([rotation[:, 0], rotation[:, 1], -rotation @ pose[:3, 3]])
-    picture = draw_marker_sheet(sheet, DOTS)
-    seen = cv2.warpPerspective(picture, project @ plane @ to_millimetres, (width, height), borderValue=150)
-    small = cv2.resize(seen, (lens.width, lens.height), interpolation=cv2.INTER_AREA)
-    noisy = 20 + 0.8 * small + np.random.default_rng(1).normal(0, 3, small.shape)
-    return np.dstack([noisy.clip(0, 255).astype(np.uint8)] * 3)
+    return walk_around_sheet(count, (22, 35, 50), (400, 470))
 
 
 @pytest.fixture(scope="module")
 def photographs() -> tuple[list[np.ndarray], np.ndarray]:
     poses = walk(12)
-    return [photograph_sheet(pose) for pose in poses], poses
+    return [photograph_sheet(pose, LENS) for pose in poses], poses
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -160,7 +133,7 @@ def test_photographs_without_markers_are_lost_by_name_and_all_of_them_are_an_err
 
 def test_the_paper_is_recognised_by_its_markers():
     poses = walk(12)[:4]
-    marked = poses_from_markers([photograph_sheet(pose, paper="letter") for pose in poses], fov=52.0)
+    marked = poses_from_markers([photograph_sheet(pose, LENS, paper="letter") for pose in poses], fov=52.0)
     assert marked.sheet is lay_out_markers("letter")
     for found, true in zip(marked.photographs.poses, poses, strict=True):
         assert np.linalg.norm(found[:3, 3] - true[:3, 3]) < 0.02 * np.linalg.norm(true[:3, 3])

@@ -6,14 +6,14 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 
+from benchmarks.capture import overlaps
 from graf.capture.errors import CaptureError
 from graf.capture.frames import Frame
 from graf.capture.masks import draw_masks, find_odd_masks, mask_of, masks_of
 
 
 def overlap(mask, truth):
-    """Intersection over union."""
-    return ((mask > 0) & truth).sum() / ((mask > 0) | truth).sum()
+    return overlaps([mask], [truth])[0]
 
 
 def frames_of(film, every):
@@ -40,11 +40,12 @@ def test_a_textured_wall_that_stands_still_is_told_from_the_object(textured_film
 
 
 def test_a_mask_that_lacks_what_the_opposite_side_has_is_found(mug_film):
-    masks = [np.where(mask, np.uint8(255), np.uint8(0)) for mask in mug_film.masks[:40]]
+    masks = list(mug_film.masks[:40])
     angles = 9 * np.arange(40)
     assert find_odd_masks(masks, angles) == []
     masks[3] = np.where(np.arange(96)[:, None] < 48, masks[3], 0).astype(np.uint8)
     assert find_odd_masks(masks, angles) == [3]
+    assert find_odd_masks(masks[:15], angles[:15]) == []  # of 126 degrees: nothing has an opposite side
 
 
 def test_masks_do_not_depend_on_chance(mug_film):
@@ -62,23 +63,25 @@ def test_an_empty_picture_has_an_empty_mask_and_is_named(mug_film):
 
 def test_none_takes_everything_and_transparency_wins_over_auto(mug_film):
     image, truth = mug_film.frames[0], mug_film.masks[0]
-    frame = Frame(image, 0, "a.png", alpha=(255 * truth).astype(np.uint8))
+    frame = Frame(image, 0, "a.png", alpha=truth)
     assert masks_of([frame], "none")[0].min() == 255
-    np.testing.assert_array_equal(masks_of([frame], "auto")[0] > 0, truth)
+    np.testing.assert_array_equal(masks_of([frame], "auto")[0] > 0, truth > 127)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg.png"])
-@pytest.mark.parametrize("mode", ["L", "1", "RGBA", "large"])
+@pytest.mark.parametrize("mode", ["L", "1", "I;16", "RGBA", "large"])
 def test_mask_files_are_found_by_name(tmp_path, mug_film, name, mode):
     truth = mug_film.masks[0]
-    mask = Image.fromarray(np.where(truth, np.uint8(255), np.uint8(0)))
+    mask = Image.fromarray(truth)
     if mode == "RGBA":
         alpha, mask = mask, Image.fromarray(mug_film.frames[0])
         mask.putalpha(alpha)
     elif mode == "large":  # of the photograph's full size, which is read reduced
         mask = mask.resize((192, 192), Image.Resampling.NEAREST)
+    elif mode == "I;16":
+        mask = Image.fromarray(np.where(truth > 127, np.uint16(65535), np.uint16(20000)))  # 20000 is dark
     else:
-        mask = mask.convert(mode)
+        mask = mask.point(lambda value: 255 * (value > 127)).convert(mode)
     mask.save(tmp_path / name)
     found = masks_of([Frame(mug_film.frames[0], 0, "a.jpg")], str(tmp_path))[0]
     assert overlap(found, truth) > 0.99

@@ -232,6 +232,19 @@ def test_a_point_is_seen_where_the_aimed_camera_says_also_through_a_distorting_l
         assert np.linalg.norm(seen - expected) < 0.3
 
 
+def test_pictures_that_are_made_smaller_are_averaged():
+    poses = ring_of_poses(6)
+    lens = Lens.from_fov(400, 400, 40.0)
+    checks = np.where((np.add(*np.mgrid[:400, :400]) % 2 == 0)[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
+    full = np.full((400, 400), 255, np.uint8)
+    aimed = aim_at_object(PosedPhotographs([checks] * 6, [full] * 6, poses, lens, ["a"] * 6), 40)
+    assert aimed.lens.width == 40
+    assert aimed.images[0].shape == (40, 40, 3)
+    assert np.abs(aimed.images[0].astype(int) - 127).max() < 25  # and not black and white by turns
+    whole = aim_at_object(PosedPhotographs([checks] * 6, [full] * 6, poses, lens, ["a"] * 6))
+    assert aimed.lens.fov == pytest.approx(whole.lens.fov)
+
+
 def test_cameras_inside_the_object_are_refused():
     photographs = photograph_sphere(ring_of_poses(distance=1.05))
     with pytest.raises(CaptureError, match="almost inside"):

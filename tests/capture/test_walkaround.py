@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,22 @@ import pytest
 
 from benchmarks.videos import Walk, film_walkaround
 from benchmarks.walkaround import compare_cameras
+from graf.base.extras import MissingExtra
 from graf.capture import walkaround
 from graf.capture.errors import CaptureError
+from graf.capture.frames import DEFAULT_FRAMES
 from graf.capture.posed import centre_on_object
-from graf.capture.walkaround import WalkaroundSettings, read_result, reconstruct, run_worker, to_camera_to_world
+from graf.capture.walkaround import (
+    EXHAUSTIVE_BELOW,
+    WalkaroundSettings,
+    read_result,
+    reconstruct,
+    run_worker,
+    to_camera_to_world,
+)
 
+#: it is looked for and not imported: it takes the signals of its process over
+needs_pycolmap = pytest.mark.skipif(find_spec("pycolmap") is None, reason="needs pycolmap")
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 12
 IMAGES = [np.zeros((60, 80, 3), np.uint8)] * COUNT
@@ -46,8 +59,8 @@ def answer(*groups: range, step: float = 0.5, **changes: object) -> dict[str, ob
     return {"features": features, "pairs": 66, "matches": 1000, "still": 10, "models": models} | changes
 
 
+@needs_pycolmap
 def test_a_walk_around_a_toy_on_a_patterned_table_gives_its_cameras():
-    pytest.importorskip("pycolmap")
     footage = film_walkaround("duck", Walk(size=224, frames=20, elevations=(25.0, 45.0)))
     settings = WalkaroundSettings(threads=1)
     found = reconstruct(list(footage.frames), list(footage.masks), None, settings)
@@ -65,11 +78,21 @@ def test_a_walk_around_a_toy_on_a_patterned_table_gives_its_cameras():
     assert 0.75 < similarity.scale < 1.05  # it lies inside a sphere of radius 0.95
 
 
+@needs_pycolmap
 def test_photographs_of_nothing_are_an_error_that_says_what_to_do():
-    pytest.importorskip("pycolmap")
     blank = [np.full((120, 160, 3), 90 + number, np.uint8) for number in range(8)]
     with pytest.raises(CaptureError, match=r"8 of 8 photographs have fewer than .* textured"):
         reconstruct(blank, settings=WalkaroundSettings(threads=1))
+
+
+def test_without_the_library_the_command_that_brings_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    with pytest.raises(MissingExtra, match=r"pycolmap is not installed; run: pip install .*\[capture\]"):
+        reconstruct(IMAGES, settings=WalkaroundSettings(threads=1))
+
+
+def test_frames_of_a_video_are_compared_each_with_each_unless_more_are_asked_for():
+    assert DEFAULT_FRAMES < EXHAUSTIVE_BELOW
 
 
 def test_a_library_that_aborts_is_an_error_with_its_last_words(capfd):
@@ -155,25 +178,43 @@ def test_what_cannot_work_is_said_before_any_work(images, settings, message, mon
         reconstruct(images, settings=WalkaroundSettings(**settings))
 
 
-def test_the_worker_goes_when_the_program_that_started_it_is_killed():
+def test_the_worker_goes_when_the_program_that_started_it_is_killed_even_before_it_looks(tmp_path):
+    folder = tmp_path / "graf_walkaround_1"
+    folder.mkdir()
     worker = (
-        "import os; from graf.capture.colmap_worker import end_with_parent\n"
-        "parent = os.getppid(); print('ready', flush=True); end_with_parent(parent)"
+        "import os, pathlib, sys, time; from graf.capture.colmap_worker import end_with_parent\n"
+        "folder, parent = pathlib.Path(sys.argv[1]), os.getppid()\n"
+        "(folder / 'number').write_text(str(os.getpid()))\n"
+        "(folder / 'number').rename(folder / 'ready')\n"
+        "while os.getppid() == parent: time.sleep(0.02)\n"
+        "end_with_parent(folder)"
     )
     program = (
-        "import subprocess, sys, time\n"
-        f"process = subprocess.Popen([sys.executable, '-c', {worker!r}])\n"
-        "print(process.pid, flush=True)\n"
-        "time.sleep(60)"
+        "import sys; from graf.capture.walkaround import run_worker\n"
+        f"run_worker([sys.executable, '-c', {worker!r}, sys.argv[1]], threads=1, patience=60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
-        number = int(parent.stdout.readline())
-        assert parent.stdout.readline() == "ready\n"
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], cwd=ROOT) as parent:
+        assert wait_until((folder / "ready").is_file)
+        number = int((folder / "ready").read_text())
         parent.kill()
-    deadline = time.monotonic() + 20
-    while is_alive(number) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_alive(number)
+    assert wait_until(lambda: not is_alive(number))
+    assert not folder.exists()
+
+
+def test_a_worker_without_a_program_that_waits_ends_and_leaves_a_folder_that_somebody_named(tmp_path):
+    (tmp_path / "job.json").write_text("{")
+    code = "import pathlib, sys; from graf.capture.colmap_worker import end_with_parent as end; "
+    code += "end(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60, check=False).returncode == 1
+    assert (tmp_path / "job.json").is_file()
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not is_true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return is_true()
 
 
 def is_alive(number: int) -> bool:

@@ -157,6 +157,20 @@ def test_a_video_that_could_not_be_finished_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_video_that_could_not_be_finished_leaves_the_former_one(tmp_path: Path) -> None:
+    file = write_video(tmp_path / "turn.mp4", make_frames(3))
+    former = file.read_bytes()
+
+    def frames() -> Iterator[Picture]:
+        yield from make_frames(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_video(file, frames())
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == former
+
+
 def test_without_ffmpeg_a_gif_is_written_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(pictures, "warn_once", lambda message, key=None: said.append(message))

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from graf.base.errors import UserError
 from graf.evaluation.renderer import Renderer
-from graf.geometry.cameras import Intrinsics, pose_from_angles
+from graf.geometry.cameras import Intrinsics, height_from_elevation, pose_from_angles
 from graf.geometry.rays import NEAREST, RayCaster
 from graf.geometry.views import Cameras
 from graf.geometry.volume_rendering import RaySampling
@@ -99,7 +99,43 @@ def test_every_distance_sees_what_rays_through_the_pixels_see(renderer, distance
         expected = renderer.generator(z, torch.tensor([1]), rays)
     assert_close(found.rgb.flatten(2).mT, expected.rgb)
     assert_close(found.opacity.flatten(2).mT, expected.opacity)
-    assert_close(found.depth.flatten(2).mT, expected.depth)
+    met = rays.far > rays.near
+    assert_close(found.depth.flatten(2).mT[met], expected.depth[met])
+
+
+@pytest.mark.parametrize("distance", [0.5, 2.0, 8.0])
+def test_samples_from_nearer_and_farther_see_all_of_the_object(renderer, distance):
+    """As rays do that are sampled in the whole sphere; training's range, 2.5 to 4.5 from its camera, would cut it."""
+    z = renderer.codes(1, range(1))
+    found = renderer.sample(z=z, class_name=1, azimuth=36.0, elevation=20.0, radius=distance)
+    height = height_from_elevation(20.0)
+    from_there = pose(0.1, height, distance)
+    sphere = renderer.caster.bounding_radius
+    near, far = max(distance - 1, NEAREST), distance + 1
+    caster = RayCaster(renderer.caster.intrinsics, near, far, sphere)
+    with torch.no_grad():
+        expected = renderer.generator(z, torch.tensor([1]), caster.cast_images(from_there[None], SIZE))
+    assert_close(found.rgb.flatten(2).mT, expected.rgb)
+    assert_close(found.opacity.flatten(2).mT, expected.opacity)
+    for name, value in zip(("rgb", "opacity"), renderer.render(z, 1, from_there).tensors()[::2], strict=False):
+        assert_close(getattr(found, name), value, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_distances_is_what_each_of_them_gives_alone(renderer):
+    distances = [2.0, 3.5, 6.0]
+    together = renderer.sample(radius=distances)
+    for row, distance in enumerate(distances):
+        assert torch.equal(together.rgb[row : row + 1], renderer.sample(radius=distance).rgb)
+
+
+def test_where_the_radius_says_nothing_of_true_poses_the_middle_of_the_range_is_their_distance(renderer):
+    """data.radius=3.5 of cameras that stand 8 from the origin, which are sampled from 7 to 9."""
+    far_away = replace(renderer, caster=replace(renderer.caster, near=7.0, far=9.0))
+    z = renderer.codes(1, range(1))
+    for distance in (3.5, 8.0, 10.0):
+        found = far_away.render(z, 1, pose(radius=distance)).opacity
+        assert_close(found, renderer.render(z, 1, pose(radius=distance)).opacity, atol=1e-4, rtol=1e-4)
+        assert found.max() > 0.01
 
 
 def test_the_lens_that_was_learned_is_in_the_field_of_view(renderer):

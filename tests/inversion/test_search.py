@@ -35,6 +35,8 @@ QUICK = SearchSettings(
     finish_steps=60,
     finish_size=16,
 )
+#: where it does not matter how near the answer is
+SHORT = replace(QUICK, leaders=2, finalists=1, follow_steps=15, finish_steps=30)
 STARTS = {0: torch.zeros(1, 3), 1: torch.zeros(1, 3)}
 
 
@@ -68,15 +70,15 @@ def test_the_answer_depends_on_the_seed_alone_and_leaves_the_generator_as_it_was
     generator = ball_renderer.generator.train()
     weight = generator.field.centres.requires_grad_(True)
     before = weight.detach().clone()
-    first = invert(ball_renderer, photograph)
+    first = invert(ball_renderer, photograph, SHORT)
     torch.manual_seed(1234)
     random.seed(5)
     state = torch.get_rng_state()
-    second = invert(ball_renderer, photograph)
+    second = invert(ball_renderer, photograph, SHORT)
     assert torch.equal(torch.get_rng_state(), state)
     assert [item.error for item in first] == [item.error for item in second]
     assert torch.equal(first[0].z, second[0].z)
-    other = invert(ball_renderer, photograph, replace(QUICK, seed=1))
+    other = invert(ball_renderer, photograph, replace(SHORT, seed=1))
     assert other[0].error != first[0].error
     assert angle_between(other[0].azimuth, first[0].azimuth) < 2
     assert generator.training
@@ -91,27 +93,33 @@ def test_without_colours_or_mask_the_rest_still_finds_the_camera(ball_renderer):
     for poorer in (replace(photograph, mask=None), Photograph(grey, photograph.mask, is_grey=True)):
         found = invert(ball_renderer, poorer, starts={0: torch.zeros(1, 3)})[0]
         assert angle_between(found.azimuth, 290) < 5
+        assert found.psnr > 25  # of brightness, where there are no colours
 
 
 def test_truncation_keeps_codes_near_the_mean(ball_renderer):
     photograph = take_photograph(ball_renderer, torch.tensor([2.0, -2.0, 2.0]), azimuth=100)
     starts = {0: torch.zeros(1, 3)}
-    assert torch.equal(invert(ball_renderer, photograph, replace(QUICK, truncation=0.0), starts)[0].z, torch.zeros(3))
-    strict = replace(QUICK, truncation=0.3, code_prior=0.02)
-    free = replace(QUICK, code_prior=0.02)
+    assert torch.equal(invert(ball_renderer, photograph, replace(SHORT, truncation=0.0), starts)[0].z, torch.zeros(3))
+    strict = replace(SHORT, truncation=0.3, code_prior=0.02)
+    free = replace(SHORT, code_prior=0.02)
     found = [invert(ball_renderer, photograph, settings, starts)[0] for settings in (strict, free)]
     assert float(found[0].z.norm()) < 0.8 * float(found[1].z.norm())
     uniform = replace(ball_renderer, uniform_z=True)
-    assert float(invert(uniform, photograph, replace(QUICK, truncation=0.5), starts)[0].z.abs().max()) <= 0.5
+    assert float(invert(uniform, photograph, replace(SHORT, truncation=0.5), starts)[0].z.abs().max()) <= 0.5
 
 
-def test_a_candidate_is_rendered_as_sample_renders_it(ball_renderer):
+@pytest.mark.parametrize("log_distance", [0.05, -0.4], ids=["a little farther", "much nearer"])
+def test_a_candidate_is_rendered_as_sample_renders_it(ball_renderer, log_distance):
     z = torch.tensor([0.3, 0.1, -0.4])
     one = Candidates(
-        torch.tensor([1]), 2 * z[None], torch.tensor([0.2]), torch.deg2rad(torch.tensor([15.0])), torch.tensor([0.05])
+        torch.tensor([1]),
+        2 * z[None],
+        torch.tensor([0.2]),
+        torch.deg2rad(torch.tensor([15.0])),
+        torch.tensor([log_distance]),
     )
     found = render_candidates(ball_renderer, one, pixel_grid(1, 24, 24)[0], truncation=0.5)
-    radius = 3.5 * float(torch.tensor(0.05).exp())
+    radius = 3.5 * float(torch.tensor(log_distance).exp())
     expected = ball_renderer.sample(z=z, class_name=1, azimuth=72, elevation=15, radius=radius)
     assert_close(found.rgb, expected.rgb, rtol=0, atol=2e-5)
     assert_close(found.opacity, expected.opacity, rtol=0, atol=2e-5)

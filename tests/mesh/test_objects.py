@@ -1,9 +1,6 @@
 """Whole meshes: of true toys made into density fields, of fields with known colours, and of a trained run."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ pytest.importorskip("skimage")
 
 import graf
 from benchmarks.meshes import measure_accuracy
+from graf.app import mesh_command
 from graf.app.mesh_command import main
 from graf.base.errors import UserError
 from graf.data.shapes import build_toy
@@ -27,8 +25,6 @@ from graf.mesh.field_of_object import FieldOfObject
 from graf.mesh.level import choose_level
 from graf.mesh.point_cloud import collect_points, write_depth_maps
 from graf.mesh.rasteriser import draw_mesh
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class TrueToy:
@@ -157,19 +153,21 @@ class Denser(FieldOfObject):
         return 200 * super().density(points)
 
 
-def test_the_command_writes_every_format_and_depth_maps(smoke_run, tmp_path):
+def test_the_command_writes_every_format_and_depth_maps(smoke_run, tmp_path, restored_process, capsys, monkeypatch):
     trimesh = pytest.importorskip("trimesh")
+    monkeypatch.setattr(mesh_command, "AZIMUTHS", 2)
+    monkeypatch.setattr(mesh_command, "RESOLUTION", 16)
     renderer = graf.load(smoke_run.folder, device="cpu")
     densities = FieldOfObject(renderer, renderer.codes(0, range(1))[0], "duck").density(torch.rand(4000, 3) - 0.5)
     level = f"{float(densities.median()):.3g}"
     files = [str(tmp_path / name) for name in ("m.glb", "m.ply", "m.obj", "m.stl")]
-    command = [sys.executable, "-W", "error", "-m", "graf", "mesh", str(smoke_run.folder), "--class", "duck"]
-    command += ["--resolution", "24", "--depth", "--level", level, "--triangles", "600", "--device", "cpu", "--out"]
-    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "(as given)" in done.stdout
+    arguments = [str(smoke_run.folder), "--class", "duck", "--resolution", "24", "--depth", "--level", level]
+    assert main([*arguments, "--triangles", "600", "--device", "cpu", "--out", *files]) == 0
+    said = capsys.readouterr().out
+    assert "(as given)" in said
+    assert ", watertight, " in said
     for file in files:
-        assert f"wrote {file}" in done.stdout
+        assert f"wrote {file}" in said
         assert trimesh.load(file, force="mesh").is_watertight
     cameras = json.loads((tmp_path / "m_depth" / "cameras.json").read_text())
     assert all((tmp_path / "m_depth" / frame["file"]).is_file() for frame in cameras["frames"])
@@ -196,12 +194,16 @@ def test_points_and_depth_maps_show_the_surface_of_the_field(smoke_run, tmp_path
     np.testing.assert_allclose(torch.cat(found).numpy(), cloud.places, atol=1e-3)
 
 
-def test_what_cannot_be_made_is_told_before_it_is_computed(smoke_run, capsys, restored_process):
+def test_what_cannot_be_made_is_told_before_it_is_computed(smoke_run, capsys, restored_process, monkeypatch):
     folder = str(smoke_run.folder)
     assert main([folder, "--out", "m.fbx"]) == 1
     assert "m.fbx: has the suffix '.fbx'; expected one of .ply" in capsys.readouterr().err
-    assert main([folder, "--resolution", "1", "--level", "1"]) == 1
-    assert "resolution=1: expected 2 to" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(FieldOfObject, "density", lambda *_: pytest.fail("the field was asked"))
+        assert main([folder, "--resolution", "1"]) == 1
+        assert "resolution=1: expected 2 to" in capsys.readouterr().err
+        assert main([folder, "--triangles", "3"]) == 1
+        assert "triangles=3: expected at least 4" in capsys.readouterr().err
     assert main([folder, "--level", "-1"]) == 1
     assert "level=-1.0: expected a density above 0" in capsys.readouterr().err
     renderer = graf.load(folder, device="cpu")

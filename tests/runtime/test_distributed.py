@@ -70,7 +70,7 @@ def test_an_environment_that_is_not_whole_is_refused(environment, message):
 def test_what_torchrun_says_is_read():
     environment = {"WORLD_SIZE": "6", "RANK": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **ADDRESS}
     assert Launch.read(environment) == Launch(4, 6, 1, 3, "127.0.0.1:1")
-    assert Launch.read(environment | {"TORCHELASTIC_RUN_ID": "x"}).is_watched
+    assert Launch.read(environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
 
 
 def test_who_is_alone_says_whom_it_did_not_find(monkeypatch):

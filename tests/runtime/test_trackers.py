@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graf.base.extras import MissingExtra
 from graf.config import build_config
 from graf.runtime import trackers
 from graf.runtime.trackers import TRACKERS, Trackers
@@ -68,6 +69,29 @@ def test_one_that_fails_is_said_once_and_ends_alone(monkeypatch):
     assert len(sound.calls) == 5
     assert len(warnings) == 1
     assert warnings[0].startswith("monitoring: broken cannot write (the server has gone); the run goes on without it")
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (ConnectionError("no network"), "W&B could not start (no network); the run goes on without it"),
+        (OSError(28, "No space left on device"), "W&B could not start (No space left on device)"),
+        (MissingExtra("wandb is not installed; run: pip"), "wandb is not installed; run: pip, or leave broken out"),
+    ],
+)
+def test_one_that_cannot_start_is_said_and_the_others_go_on(monkeypatch, failure, expected):
+    def refuse(*_):
+        raise failure
+
+    warnings: list[str] = []
+    sound = Recorder()
+    monkeypatch.setattr(trackers, "TRACKERS", {"broken": ("W&B", refuse), "sound": ("sound", lambda *_: sound)})
+    opened = Trackers(["broken", "sound"], Path(), 0, None, warnings.append)
+    opened.scalars(1, {"loss": 2.0})
+    opened.close()
+    assert sound.calls == [("scalars", 1, {"loss": 2.0}), ("close",)]
+    assert len(warnings) == 1
+    assert expected in warnings[0]
 
 
 def test_the_configuration_takes_exactly_these():

@@ -15,7 +15,7 @@ FIELDS = {
     "mlp": ("nerf.field=mlp", "nerf.netdepth=4", "nerf.netwidth=16"),
     "siren": ("nerf.field=siren", "nerf.netdepth=3", "nerf.netwidth=16", "nerf.use_viewdirs=false"),
     "table": ("nerf.field=triplane", "nerf.planes=table", "nerf.bounding_radius=1", "nerf.plane_resolution=8"),
-    "synthesis": ("nerf.field=triplane", "nerf.planes=synthesis", "nerf.bounding_radius=1", "nerf.plane_resolution=24"),
+    "synthesis": ("nerf.field=triplane", "nerf.planes=synthesis", "nerf.bounding_radius=1", "nerf.plane_resolution=12"),
 }
 CLASSES = ("car", "duck", "mug")
 
@@ -31,6 +31,12 @@ def _make_renderer(*keys: str, v_list: tuple[float, ...] = (0.3, 0.4)) -> Render
 def make_renderer() -> Callable[..., Renderer]:
     """Configuration keys, and heights v -> a new renderer of three classes, 16 x 16 pixels."""
     return _make_renderer
+
+
+@pytest.fixture(scope="session")
+def make_field_renderer() -> Callable[[str], Renderer]:
+    """A kind of field (mlp, siren, table, synthesis) -> a new renderer of it."""
+    return lambda kind: _make_renderer(*FIELDS[kind])
 
 
 @pytest.fixture(params=FIELDS)

@@ -15,7 +15,7 @@ from graf.base.errors import UserError
 from graf.config import load_config
 from graf.geometry.cameras import Intrinsics, elevation_from_height
 from graf.models.camera_refinement import STORED_FACTOR, CameraRefinement
-from graf.sharing.transforms import cut_out, views_around, write_transforms
+from graf.sharing.transforms import cut_out, turntable_views, write_transforms
 
 #: a difference of two levels of 255, in [-1, 1]: colour and opacity are rounded apart
 TWO_LEVELS = 4 / 255
@@ -30,7 +30,7 @@ def read_back(folder, white: bool, imsize: int = 16):
 def test_the_own_reader_sees_the_renders_from_their_cameras(any_renderer, make_renderer, tmp_path, white):
     renderer = any_renderer if white else make_renderer("data.white_bkgd=false")
     z = renderer.codes(4, range(1))[0]
-    views = views_around(renderer, 1, 5)
+    views = turntable_views(renderer, 1, 5)
     written = write_transforms(tmp_path / "set", renderer, z, views)
     assert [path.name for path in written] == ["transforms.json", *(f"{number:04d}.png" for number in range(5))]
     photographs = read_back(tmp_path / "set", white)
@@ -49,7 +49,7 @@ def test_a_lens_that_was_learned_is_the_one_that_is_written(make_renderer, tmp_p
     with torch.no_grad():
         cameras.lens.fill_(STORED_FACTOR * math.log(1.25))  # a focal length a quarter longer
         cameras.framing.fill_(1.0)  # the photographs' own, which a placed camera has not
-    views = views_around(renderer, 0, 3)
+    views = turntable_views(renderer, 0, 3)
     write_transforms(tmp_path / "set", renderer, z, views)
     photographs = read_back(tmp_path / "set", white=True)
     degrees = 2 * math.degrees(math.atan(math.tan(math.radians(15)) / 1.25))
@@ -63,7 +63,9 @@ def test_a_lens_that_was_learned_is_the_one_that_is_written(make_renderer, tmp_p
 
 def test_the_file_has_what_nerfstudio_asks_for(make_renderer, tmp_path):
     renderer = make_renderer("data.imsize=24")
-    write_transforms(tmp_path / "set", renderer, renderer.codes(0, range(1))[0], views_around(renderer, 0, 2), {"a": 1})
+    write_transforms(
+        tmp_path / "set", renderer, renderer.codes(0, range(1))[0], turntable_views(renderer, 0, 2), {"a": 1}
+    )
     found = json.loads((tmp_path / "set" / "transforms.json").read_text())
     # nerfstudio's data parser of its own format: fl_x, fl_y, cx, cy, w, h, distortion, camera_model, frames
     assert found["camera_model"] == "OPENCV"
@@ -79,16 +81,16 @@ def test_the_file_has_what_nerfstudio_asks_for(make_renderer, tmp_path):
 
 def test_cameras_stand_around_the_object_at_each_elevation_in_turn(make_renderer):
     renderer = make_renderer()
-    own = views_around(renderer, 2, 4)
+    own = turntable_views(renderer, 2, 4)
     assert_close(own.u, torch.tensor([0, 0.25, 0.5, 0.75]))
     assert_close(own.v, torch.tensor([0.3, 0.4, 0.3, 0.4]))
     assert own.class_idx.tolist() == [2] * 4
-    chosen = views_around(renderer, 0, 3, [-10, 60])
+    chosen = turntable_views(renderer, 0, 3, [-10, 60])
     assert [elevation_from_height(v) for v in chosen.v.tolist()] == pytest.approx([-10, 60, -10], abs=1e-4)
     with pytest.raises(UserError, match="--elevations 91"):
-        views_around(renderer, 0, 3, [91])
+        turntable_views(renderer, 0, 3, [91])
     with pytest.raises(UserError, match="--transforms 1: expected at least 2"):
-        views_around(renderer, 0, 1)
+        turntable_views(renderer, 0, 1)
 
 
 def test_cutting_out_is_the_inverse_of_laying_over_a_background():
@@ -105,7 +107,7 @@ def test_cutting_out_is_the_inverse_of_laying_over_a_background():
 
 def test_a_folder_that_exists_is_left_alone_and_a_failure_leaves_none(make_renderer, tmp_path, monkeypatch):
     renderer = make_renderer()
-    z, views = renderer.codes(0, range(1))[0], views_around(renderer, 0, 2)
+    z, views = renderer.codes(0, range(1))[0], turntable_views(renderer, 0, 2)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").touch()
     with pytest.raises(UserError, match="exists already"):

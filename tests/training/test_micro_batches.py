@@ -114,25 +114,26 @@ def gradients_of_a_step(
 
 
 @pytest.mark.parametrize("sharing", ["training.share_fakes=false", "training.share_fakes=true"])
-@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
 @pytest.mark.parametrize(
     "field",
     [(), SIREN, TRIPLANE, SYNTHESIS, REFINED],
     ids=["mlp", "siren", "triplane", "synthesis", "learned cameras"],
 )
-def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, field, sharing, strategy):
+def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, field, sharing):
     make_trainer = partial(make_trainer, *field)
     whole = gradients_of_a_step(make_trainer(sharing, "training.chunk=4096"), batch, monkeypatch)
     assert {name.split(".")[0] for name in whole} == {"discriminator", "generator", "ccsr"}
     moving = [name for name, gradient in whole.items() if ".cameras." in name and gradient.any()]
     assert len(moving) == (3 if field is REFINED else 0)
-    for size in (1, 2, 3):
-        keys = (f"training.micro_batch_size={size}", f"training.memory_strategy={strategy}", "training.chunk=100")
-        parts = gradients_of_a_step(make_trainer(sharing, *keys), batch, monkeypatch)
-        assert parts.keys() == whole.keys()
-        for name, gradient in whole.items():
-            scale = float(gradient.abs().max())
-            assert float((parts[name] - gradient).abs().max()) <= 1e-9 * scale + 1e-15, (size, name)
+    for strategy in ("dense", "checkpoint", "deferred"):
+        for size in (1, 3):  # of five
+            keys = (f"training.micro_batch_size={size}", f"training.memory_strategy={strategy}", "training.chunk=100")
+            parts = gradients_of_a_step(make_trainer(sharing, *keys), batch, monkeypatch)
+            assert parts.keys() == whole.keys()
+            for name, gradient in whole.items():
+                scale = float(gradient.abs().max())
+                difference = float((parts[name] - gradient).abs().max())
+                assert difference <= 1e-9 * scale + 1e-15, (strategy, size, name)
 
 
 def test_buffers_are_the_same_after_a_split_step(make_trainer, batch):

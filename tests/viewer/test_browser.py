@@ -27,7 +27,7 @@ from graf.evaluation.camera_paths import path_from_json
 from graf.evaluation.renderer import Renderer
 from graf.viewer.drawing import Look, draw
 from graf.viewer.exhibit import Exhibit, Photograph
-from graf.viewer.session import Session
+from graf.viewer.session import DRAWN, Session
 
 pytest.importorskip("viser")
 playwright_api = pytest.importorskip("playwright.sync_api")
@@ -76,7 +76,12 @@ def server(lasting_renderer: Renderer) -> Iterator[ViewerServer]:
 def browser() -> Iterator[object]:
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
+        # One for all pages, so that the program of the page is compiled once. A tall window, so that every control can
+        # be reached; a small canvas would be hidden by the panel. Of few pixels, since a browser without a GPU takes a
+        # processor from the viewer for each of them.
+        yield browser.new_context(
+            viewport={"width": 640, "height": 1180}, device_scale_factor=0.5, accept_downloads=True
+        )
         browser.close()
 
 
@@ -93,8 +98,7 @@ class Visitor:
     def __init__(self, server: ViewerServer, browser) -> None:
         before = {client.handle.client_id for client in server.clients()}
         self.server = server
-        # a tall window, so that every control can be reached; a small canvas would be hidden by the panel
-        self.page = browser.new_page(viewport={"width": 640, "height": 1180}, accept_downloads=True)
+        self.page = browser.new_page()
         self.page.set_default_timeout(1000 * SECONDS)
         self.page.add_init_script(KEEP_PICTURES)
         self.page.goto(f"http://localhost:{server.port}")
@@ -117,6 +121,9 @@ class Visitor:
         box = self.row(label).locator("input[type=text]")
         box.fill(str(value))
         box.press("Enter")
+
+    def value(self, label: str) -> str:
+        return self.row(label).locator("input[role=combobox]").input_value()
 
     def press(self, label: str, option: str) -> None:
         self.row(label).get_by_role("button", name=option, exact=True).click()
@@ -159,22 +166,25 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def test_the_page_connects_and_shows_the_first_object_from_the_default_camera(page):
+def test_the_page_shows_the_object_from_the_default_camera_and_a_drag_shows_it_from_the_new_one(page, monkeypatch):
     assert page.page.get_by_text("toys, iteration 7").is_visible()
     camera, renderer = page.client.handle.camera, page.server.exhibit.renderer
     assert np.linalg.norm(camera.position) == pytest.approx(3.5, abs=1e-3)
     assert math.degrees(camera.fov) == pytest.approx(renderer.fov, abs=0.01)
     assert camera.position[2] == pytest.approx(3.5 * math.sin(math.radians(renderer.default_elevation)), abs=1e-3)
 
-
-def test_a_drag_changes_the_picture_to_that_of_the_new_camera(page):
     before, position = page.picture(), page.client.handle.camera.position
+    asked, ask = [], page.server.loop.ask
+    monkeypatch.setattr(page.server.loop, "ask", lambda *given: asked.append(threading.get_ident()) or ask(*given))
+    page.choose("class", "mug")
     page.drag(120, 30)
     wait_for(lambda: not np.allclose(page.client.handle.camera.position, position, atol=0.1), "the camera to move")
     time.sleep(0.5)
     page.wait_for_look(page.client.session.look)
     after = page.picture()
     assert before.shape != after.shape or np.abs(before.astype(int) - after).mean() > 1
+    assert len(asked) > 2
+    assert len(set(asked)) == 1  # by one thread, so that the newest camera and choice are asked for last
 
 
 CHOICES = {
@@ -223,15 +233,19 @@ def test_each_control_changes_what_it_says(page):
     page.wait_for_look(expected.look)
     page.choose("rows", "64")
     page.wait_for_look(expected.look, 64)
+    assert page.value("known object") == DRAWN  # since a seed was chosen: so the known one can be chosen again
+    page.choose("known object", "duck/0")
+    expected.choose_instance("duck/0")
+    page.wait_for_look(expected.look, 64)
 
 
 def test_cameras_stand_where_presets_say_and_scenery_is_shown(page):
     camera = page.client.handle.camera
     page.press("azimuth", "180°")
     wait_for(lambda: np.allclose(camera.position[:2] / abs(camera.position[0]), [-1, 0], atol=1e-3), "azimuth 180")
-    low = min(page.server.exhibit.renderer.cameras.v_list, key=lambda v: 1 - 2 * v)
-    page.choose("elevation", f"{math.degrees(math.asin(1 - 2 * low)):.0f}°")
-    wait_for(lambda: abs(camera.position[2] - 3.5 * (1 - 2 * low)) < 0.05, "the lower height")
+    low = max(page.server.exhibit.renderer.cameras.v_list)
+    page.choose("elevation", f"{math.degrees(math.asin(1 - 2 * low)):.1f}°")
+    wait_for(lambda: abs(camera.position[2] - 3.5 * (1 - 2 * low)) < 1e-3, "the lower height")
     page.enter("field of view", 45)
     wait_for(lambda: math.degrees(camera.fov) == pytest.approx(45, abs=0.1), "the field of view")
     page.wait_for_look(page.client.session.look)
@@ -240,6 +254,10 @@ def test_cameras_stand_where_presets_say_and_scenery_is_shown(page):
         page.page.get_by_role("checkbox", name=name).check()
         wait_for(lambda before=before: page.page.screenshot() != before, name)
         before = page.page.screenshot()
+    assert len(page.client.scenery._frustums) == 1
+    page.choose("known object", "duck/0")  # and with it another class, which other cameras saw
+    wait_for(lambda: page.client.scenery._frustums == [], "the other class's cameras")
+    wait_for(lambda: page.value("class") == "duck", "the other class")
 
 
 def test_two_clients_do_not_disturb_each_other(page, server, browser):
@@ -259,7 +277,7 @@ def test_two_clients_do_not_disturb_each_other(page, server, browser):
     page.wait_for_look(replace(own, class_name="mug"))
 
 
-def test_pictures_and_camera_paths_are_saved_as_files(page):
+def test_pictures_camera_paths_and_meshes_are_saved_as_files(page):
     page.choose("show", "opacity")
     page.wait_for_look(replace(page.client.session.look, mode="opacity"))
     with page.page.expect_download() as download:
@@ -292,8 +310,6 @@ def test_pictures_and_camera_paths_are_saved_as_files(page):
     page.click("clear")
     page.page.get_by_text("keyframes: 0").wait_for()
 
-
-def test_the_object_is_exported_as_a_mesh(page):
     pytest.importorskip("skimage")
     page.choose("mesh resolution", "64")
     with page.page.expect_download() as download:
@@ -302,7 +318,7 @@ def test_the_object_is_exported_as_a_mesh(page):
     assert download.value.path().read_bytes()[:4] == b"glTF"
 
 
-def test_newer_weights_are_shown_to_whoever_is_connected(page, server):
+def test_newer_weights_are_shown_to_whoever_is_connected(page, server, ball):
     former, title = server.exhibit.renderer, server.exhibit.title
     changed = replace(former, cameras=replace(former.cameras))
     page.choose("class", "mug")
@@ -315,26 +331,38 @@ def test_newer_weights_are_shown_to_whoever_is_connected(page, server):
         assert page.client.session.renderer is changed
         page.wait_for_look(page.client.session.look)
         assert page.client.session.look.class_name == "mug"
+
+        page.page.get_by_role("checkbox", name="axes").check()
+        server.take(ball((0.0, 0.0, 0.0), 0.05), "a small ball")
+        wait_for(lambda: count_axes(page) > 50, "the axes outside of a small ball")
+        server.take(ball((0.0, 0.0, 0.0), 0.9), "a large ball")
+        wait_for(lambda: count_axes(page) < 12, "the large ball to hide them")  # all but the blue one's tip
     finally:
         server.take(former, title)
+
+
+def count_axes(page: Visitor) -> int:
+    """The pixels of the green and the blue axis that are seen beside a red object; a white page has none either."""
+    # the page's picture covers 65 of these columns, the rest is nothing
+    picture = page.client.handle.get_render(120, 160, transport_format="png")[:, 50:110, :3].astype(int)
+    return int(((picture.max(-1) - picture[..., 0]) > 80).sum())
 
 
 def test_a_killed_browser_leaves_no_thread_and_no_client(lasting_renderer, tmp_path):
     """What a visit adds goes with it: viser keeps a pool of threads for its callbacks, this program none."""
     before = own_threads()
     server = ViewerServer(Exhibit(lasting_renderer, "toys", (), (), FULL_HEIGHT), port=18180)
-    for visit in range(2):
-        url, profile = f"http://localhost:{server.port}", f"--user-data-dir={tmp_path / str(visit)}"
-        with subprocess.Popen(
-            [CHROMIUM, *ARGUMENTS, profile, url], start_new_session=True, stderr=subprocess.DEVNULL
-        ) as browser:
-            try:
-                wait_for(lambda: server.clients(), "the client to connect")
-                (client,) = server.clients()
-                client.export_mesh()  # work that it will not be there to receive
-            finally:
-                os.killpg(browser.pid, signal.SIGKILL)
-        wait_for(lambda: not server.clients(), "the client to be forgotten")
+    url, profile = f"http://localhost:{server.port}", f"--user-data-dir={tmp_path}"
+    with subprocess.Popen(
+        [CHROMIUM, *ARGUMENTS, profile, url], start_new_session=True, stderr=subprocess.DEVNULL
+    ) as browser:
+        try:
+            wait_for(lambda: server.clients(), "the client to connect")
+            (client,) = server.clients()
+            client.export_mesh()  # work that it will not be there to receive
+        finally:
+            os.killpg(browser.pid, signal.SIGKILL)
+    wait_for(lambda: not server.clients(), "the client to be forgotten")
     server.stop()
     assert own_threads() == before
 

@@ -31,18 +31,24 @@ def look(renderer) -> Look:
     return Look("mug", renderer.codes(0, range(1))[0])
 
 
-def test_depth_is_where_a_ball_is_and_nothing_elsewhere(ball):
+@pytest.mark.parametrize("distance", [1.2, 3.5, 9.0], ids=["zoomed in", "as photographs", "zoomed out"])
+@pytest.mark.parametrize("in_box", [False, True], ids=["in the sphere", "in its box"])
+def test_depth_is_where_a_ball_is_and_nothing_elsewhere(ball, distance, in_box):
     """z-depth in world units, by intersecting each pixel's ray with the sphere."""
-    radius, fov, height, width = 0.5, 30.0, 40, 50
+    radius, height, width = 0.5, 40, 50
+    fov = math.degrees(2.8 * math.asin(radius / distance))
     renderer = ball((0.0, 0.0, 0.0), radius)
-    viewpoint = replace(VIEWPOINT, aspect=width / height, fov=fov)
-    depth = draw(renderer, Look("car", torch.zeros(5), num_samples=400), viewpoint, height).depth
+    pose = pose_from_angles(torch.tensor(0.1), torch.tensor(0.3), distance)
+    viewpoint = Viewpoint(pose, fov, width / height)
+    look = Look("car", torch.zeros(5), num_samples=400)
+    bounds = find_bounds(renderer, look.z, "car") if in_box else None
+    depth = draw(renderer, look, viewpoint, height, bounds=bounds).depth
     focal = height / 2 / math.tan(math.radians(fov) / 2)
     x = (np.arange(width) + 0.5 - width / 2) / focal
     y = (np.arange(height) + 0.5 - height / 2) / focal
     length = np.sqrt(1 + x[None, :] ** 2 + y[:, None] ** 2)
-    middle = 3.5 / length
-    half_squared = radius**2 - (3.5**2 - middle**2)
+    middle = distance / length
+    half_squared = radius**2 - (distance**2 - middle**2)
     expected = (middle - np.sqrt(half_squared.clip(0))) / length
     inside, outside = half_squared > 0.01, half_squared < -0.01
     assert np.abs(depth - expected)[inside].max() < 0.01
@@ -123,6 +129,21 @@ def test_a_picture_is_left_before_the_chunk_in_which_it_is_interrupted(renderer,
     watched.generator.chunk = 100
     with pytest.raises(Interrupted):
         draw(watched, look, VIEWPOINT, 48)
+    assert len(calls) == 3
+
+
+def test_a_mesh_is_left_in_the_middle_of_its_grid(renderer):
+    """Else Ctrl-C would wait for all of it."""
+    calls = []
+
+    def check() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise Interrupted
+
+    points = torch.zeros(4 * CHUNK * renderer.generator.sampling.total, 3)
+    with pytest.raises(Interrupted):
+        interruptible(renderer, check).density(points)
     assert len(calls) == 3
 
 

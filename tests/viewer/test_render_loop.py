@@ -41,7 +41,7 @@ class Studio:
             raise
         return job.request
 
-    def deliver(self, job: Job[object], result: object, seconds: float) -> None:
+    def deliver(self, job: Job[object], result: object) -> None:
         self.delivered.append((job.client, result, job.quick))
 
 

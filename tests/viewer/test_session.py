@@ -1,5 +1,6 @@
 """What a client chooses: each choice changes what it names and nothing else."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from torch.testing import assert_close
 
 from graf.base.errors import UserError
 from graf.geometry.cameras import pose_from_angles
-from graf.viewer.session import DRAWN, Session
+from graf.viewer.session import DRAWN, MAX_SEED, Session
 from graf.viewer.viewpoints import Viewpoint
 
 NAMES = ("car/0", "car/1", "duck/0", "mug/0")
@@ -80,6 +81,14 @@ def test_interpolation_leads_along_a_straight_line_to_the_second_object(session,
     assert_close(session.look.z, other)
 
 
+def test_the_second_object_is_that_of_the_second_seed_from_the_start(renderer):
+    session = Session(renderer, NAMES, seed=4)
+    assert session.other_seed == 5
+    session.interpolate(1.0)
+    assert_close(session.look.z, renderer.codes(5, range(1))[0])
+    assert Session(renderer, seed=MAX_SEED).other_seed == 0
+
+
 def test_a_known_object_brings_its_code_and_its_class(session, renderer):
     session.choose_instance("duck/0")
     assert session.look.class_name == "duck"
@@ -124,6 +133,20 @@ def test_two_sessions_share_nothing_that_changes(renderer):
     assert other.look.class_name == "car"
     assert torch.equal(other.look.z, renderer.codes(0, range(1))[0])
     assert other.keyframes == []
+
+
+def test_a_known_object_has_the_code_that_newer_weights_gave_it_and_what_was_drawn_keeps_its_own(session, renderer):
+    newer = replace(renderer, generator=copy.deepcopy(renderer.generator))
+    newer.generator.instances.data += 1
+    session.choose_instance("duck/0")
+    session.take(newer)
+    assert_close(session.look.z, newer.instance_codes([2])[0])
+    assert not torch.equal(session.look.z, renderer.instance_codes([2])[0])
+    session.draw_part("appearance")
+    assert session.instance == DRAWN
+    look = session.look
+    session.take(renderer)
+    assert session.look is look
 
 
 def test_newer_weights_leave_what_was_chosen(session, renderer):

@@ -1,9 +1,11 @@
 """`graf view` as people type it: it serves, follows, warns, writes its page, and says what is wrong."""
 
+import atexit
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from graf.app import mesh_page
+from graf.app import mesh_page, viewing
 from graf.app.loading import open_checkpoint
+from graf.app.runs import RunFolder
 from graf.app.view_command import main
 from graf.app.viewing import CAMERAS_PER_CLASS, ViewOptions, find_photographs
 from graf.base.errors import UserError
+from graf.config import ConfigError
 from graf.evaluation.renderer import Renderer
 from graf.mesh import ColouredMesh, MeshOptions
 from graf.mesh.extraction import EmptySurface
+from graf.runtime import interrupt
+from graf.runtime.interrupt import STOP_SIGNALS
+from graf.viewer.follow import sign
 
 pytest.importorskip("viser")
 
@@ -48,6 +55,16 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} was not printed, but {lines}")
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Signals are answered as before when a command that was asked to stop in this process has ended."""
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    atexit.unregister(interrupt._fall_deaf)
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
 def test_a_run_is_served_on_this_machine_only_until_ctrl_c(smoke_run):
     with started(str(smoke_run.folder), "--device", "cpu", "--port", "18280") as process:
         printed = read_until(process, "open http://localhost:")
@@ -59,10 +76,16 @@ def test_a_run_is_served_on_this_machine_only_until_ctrl_c(smoke_run):
         assert process.wait(15) == 0
 
 
-def test_another_host_is_warned_about(smoke_run):
-    with started(str(smoke_run.folder), "--device", "cpu", "--host", "0.0.0.0", "--port", "18290") as process:
-        printed = read_until(process, "open http://")
-    assert "--host 0.0.0.0: whoever reaches this address can use the viewer" in printed
+def test_another_host_is_warned_about_and_sigterm_ends_the_viewer_as_ctrl_c_does(
+    smoke_run, restored_process, own_signals, caplog, monkeypatch
+):
+    """In this process, which it leaves without a thread."""
+    monkeypatch.setattr(viewing.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    arguments = [str(smoke_run.folder), "--device", "cpu", "--host", "0.0.0.0", "--port", "18290"]
+    assert main(arguments) == 0
+    assert "--host 0.0.0.0: whoever reaches this address can use the viewer" in caplog.text
+    assert "open http://0.0.0.0:18290 in a browser" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("graf-view")]
 
 
 def test_a_run_in_training_is_followed_from_its_first_checkpoint_on(smoke_run, tmp_path):
@@ -73,8 +96,15 @@ def test_a_run_in_training_is_followed_from_its_first_checkpoint_on(smoke_run, t
     assert {"backup_00000004.pt", "model_00000006.pt"} <= set(saved)
     with started(str(run), "--follow", "--device", "cpu", "--port", "18300") as process:
         read_until(process, "waiting for the first one")
+        (run / "half").write_bytes(b"a disk that was full")
+        (run / "half").rename(run / "checkpoints" / "backup_00000005.pt")
         put(saved["backup_00000004.pt"], run / "checkpoints")
-        assert "iteration 4" in read_until(process, "open http://")
+        printed = read_until(process, "open http://")
+        assert "backup_00000004.pt is used instead" in printed
+        assert "iteration 4" in printed
+        if sys.platform == "linux":
+            niceness = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[16]
+            assert niceness == "19"
         put(saved["model_00000006.pt"], run / "checkpoints")
         assert "model_00000006.pt" in read_until(process, "iteration 6")
 
@@ -124,6 +154,8 @@ def test_no_page_is_written_where_no_class_has_a_surface(smoke_run, restored_pro
         ({"height": 5000}, "--height=5000: expected 16 to 2048"),
         ({"truncation": 2}, "--truncation=2"),
         ({"follow": True, "html": "x.html"}, "--follow and --html"),
+        ({"height": 64, "html": "x.html"}, "--height and --html: a page that is written is not served"),
+        ({"resolution": 64}, "--resolution: is that of the meshes of --html"),
         ({"follow": True, "run": "model_best.pt"}, "expected the folder of a run"),
     ],
 )
@@ -138,14 +170,46 @@ def test_a_missing_extra_is_one_line_that_names_the_command(restored_process, mo
     assert capsys.readouterr().err.endswith('viser is not installed; run: pip install "graf-ccsr[viewer]"\n')
 
 
-def test_a_run_that_is_not_there_is_told(restored_process, capsys):
+def test_following_leaves_the_gpu_to_training(smoke_run, monkeypatch):
+    opened = []
+    monkeypatch.setattr(viewing, "open_first", lambda folder, files, device, truncation: opened.append(device))
+    for device in ("auto", "cuda"):
+        viewing.open_followed(ViewOptions(str(smoke_run.folder), follow=True, device=device))
+    assert opened == ["cpu", "cuda"]
+
+
+def test_a_checkpoint_that_is_saved_while_the_first_one_is_read_is_new(smoke_run, tmp_path, monkeypatch):
+    run = shutil.copytree(smoke_run.folder, tmp_path / "run")
+    newer = run / "checkpoints" / "model_00000006.pt"
+    newer.rename(run / "newer")
+    (run / "checkpoints" / "model_best.pt").unlink()
+
+    def open_slowly(*given):
+        (run / "newer").rename(newer)
+
+    monkeypatch.setattr(viewing, "open_first", open_slowly)
+    _, seen = viewing.open_followed(ViewOptions(str(run), follow=True))
+    assert {name for name, _, _ in sign([newer]) - seen} == {"model_00000006.pt"}
+
+
+def test_a_checkpoint_that_goes_while_others_are_ordered_is_the_last(smoke_run, tmp_path, monkeypatch):
+    """As training removes older ones."""
+    folder = RunFolder(shutil.copytree(smoke_run.folder, tmp_path / "run"))
+    gone = folder.checkpoints / "backup_00000001.pt"
+    files = [gone, *folder.saved()]
+    monkeypatch.setattr(RunFolder, "saved", lambda self: files)
+    assert folder.newest_first()[-1] == gone
+
+
+def test_a_run_that_is_not_there_is_told(restored_process, capsys, monkeypatch):
     assert main(["nowhere"]) == 1
     assert "nowhere: no run is there" in capsys.readouterr().err
+    monkeypatch.setattr("os.nice", lambda increment: 0)  # of this process, which could not take it back
     assert main(["nowhere", "--follow"]) == 1
     assert "nowhere: no run is there" in capsys.readouterr().err
 
 
-def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_run, restored_process):
+def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_run, restored_process, monkeypatch):
     trained = open_checkpoint([smoke_run.folder / "checkpoints" / "model_00000006.pt"], torch.device("cpu"))
     config = trained.renderer.config
     at_hand = config.model_copy(update={"data": config.data.model_copy(update={"datadir": str(smoke_run.data)})})
@@ -156,6 +220,15 @@ def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_r
     assert all(photograph.thumbnail.dtype == np.uint8 for photograph in photographs)
     radii = torch.stack([photograph.camera_to_world[:3, 3].norm() for photograph in photographs])
     assert radii.allclose(torch.tensor(config.data.radius))
+
+    def refuse(config: object) -> None:
+        raise ConfigError("data.near=9: the cameras stand 3 from the origin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(viewing.builders, "open_photographs", refuse)
+        unusable = find_photographs(at_hand, trained.dataset_info)
+    assert all(photograph.thumbnail is None for photograph in unusable)
+    assert unusable
 
     missing = config.model_copy(update={"data": config.data.model_copy(update={"datadir": "elsewhere"})})
     bare = find_photographs(missing, trained.dataset_info)
