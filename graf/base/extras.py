@@ -27,7 +27,6 @@ EXTRAS = {
     "mesh": {
         "scikit-image": "skimage",
         "scipy": "scipy",
-        "trimesh": "trimesh",
         "fast-simplification": "fast_simplification",
     },
     "capture": {
