@@ -1,6 +1,7 @@
 """The whole program on GPUs: training with super-resolution in half precision, resumed, scored, shown; on several."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -59,10 +60,11 @@ def test_auto_is_bfloat16_where_it_is_native_and_goes_on_from_float16(run_progra
 
 
 def torchrun(processes: int, *command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A script in as many processes as asked for, which are left with nothing but what torchrun tells them."""
+    """A script in as many processes as asked for, as torchrun starts them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [*launcher, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [*launcher, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
