@@ -106,7 +106,7 @@ def test_a_configuration_that_lacks_a_later_key_takes_its_default(run, tmp_path)
     del contents["meta"]["config"]["nerf"]["background"]
     with open(tmp_path / "older.pt", "wb") as file:
         write_sealed(file, contents, {})
-    assert graf.load(tmp_path / "older.pt", device="cpu").config.nerf.background == "auto"
+    assert graf.load(tmp_path / "older.pt", device="cpu", trust=True).config.nerf.background == "auto"
 
 
 def test_what_cannot_be_opened_is_said(run, tmp_path):
@@ -127,14 +127,14 @@ def test_what_cannot_be_opened_is_said(run, tmp_path):
         with open(tmp_path / "changed.pt", "wb") as file:
             write_sealed(file, contents | {"meta": meta}, {})
         with pytest.raises(CheckpointError, match=expected):
-            graf.load(tmp_path / "changed.pt")
+            graf.load(tmp_path / "changed.pt", trust=True)
 
 
 def test_a_run_of_format_1_shows_the_picture_that_its_own_version_showed():
     """renders.pt: codes z of classes 1 and 3 from azimuth 45 at the median height, rendered by the version before."""
     expected = torch.load(FORMAT_1 / "renders.pt", weights_only=True)
     z = expected.pop("z")
-    found = graf.load(FORMAT_1, device="cpu").sample(z=z, class_name=["duck", "mug"], super_resolve=True)
+    found = graf.load(FORMAT_1, device="cpu", trust=True).sample(z=z, class_name=["duck", "mug"], super_resolve=True)
     assert float(expected["rgb"].std()) > 0.05
     for name, images in expected.items():
         assert_close(getattr(found, name), images, rtol=0, atol=1e-6)

@@ -385,7 +385,8 @@ def test_the_picture_of_a_checkpoint_stays_when_its_run_goes_on_with_another_con
 def test_a_checkpoint_is_enough_wherever_it_lies(look, smoke_run, tmp_path):
     alone = tmp_path / "sent by a friend.pt"
     shutil.copy(smoke_run.folder / "checkpoints" / "model_best.pt", alone)
-    code, stdout, stderr = look("--checkpoint", alone, "--grid", "--views", 1, "--classes", "car", run_folder=None)
+    picture = ["--grid", "--views", 1, "--classes", "car"]
+    code, stdout, stderr = look("--checkpoint", alone, "--trust", *picture, run_folder=None)
     assert code == 0, stderr
     assert "grid_car_rgb.png" in stdout
     assert (tmp_path / "eval" / "grid_car_rgb.png").is_file()

@@ -359,7 +359,7 @@ def test_into_another_folder_the_best_checkpoint_comes_with_its_score(train, tmp
     assert brought.is_file()
     alone = tmp_path / "alone.pt"
     shutil.copy(newest, alone)
-    assert train("--resume", str(alone), "--outdir", "bare", *keys, "training.fid_every=0") == 0
+    assert train("--resume", str(alone), "--trust", "--outdir", "bare", *keys, "training.fid_every=0") == 0
     assert "the best score so far starts over" in capsys.readouterr().out
     final = tmp_path / "bare" / "smoke" / "checkpoints" / "model_00000007.pt"
     assert read_checkpoint(final)["objects"]["progress"]["best"] == {}

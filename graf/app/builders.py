@@ -123,8 +123,12 @@ def build_loader(
     start_iteration: int = 0,
     pin_memory: bool = False,
     share: Callable[[int], range] = range,
+    local_size: int = 1,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Endless batches of photographs, beginning with that of an iteration; share: which places of each batch."""
+    """Endless batches of photographs, beginning with that of an iteration.
+
+    share: which places of each batch; local_size: processes of this machine, each of which has a loader.
+    """
     training = config.training
     return make_loader(
         photographs,
@@ -136,6 +140,7 @@ def build_loader(
         pin_memory=pin_memory,
         repeats=balance_instances(photographs.labels) if training.match_views else None,
         share=share,
+        processes=local_size,
     )
 
 
@@ -392,10 +397,11 @@ def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscr
         return PatchDiscriminator(shape)
 
 
-def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
+def build_ccsr(config: Config, pretrained: bool = True, trust: bool = False) -> CCSR | None:
     """The super-resolution module of a configuration, with weights that depend on config.seed alone; None without one.
 
-    pretrained: read ccsr.weights, which a module that is about to be restored from a checkpoint does not need.
+    pretrained: read ccsr.weights, which a module that is about to be restored from a checkpoint does not need; trust:
+    as in :func:`load_esrgan_weights`.
     """
     ccsr = config.ccsr
     if not ccsr.enabled:
@@ -407,7 +413,7 @@ def build_ccsr(config: Config, pretrained: bool = True) -> CCSR | None:
         else:
             rrdb = RRDBTrunk(ccsr.scale, ccsr.features, ccsr.features // 2, ccsr.blocks)
             if pretrained and ccsr.weights is not None:
-                load_esrgan_weights(rrdb, ccsr.weights)
+                load_esrgan_weights(rrdb, ccsr.weights, trust)
             trunk = UnitRange(rrdb)
         if ccsr.freeze_trunk:
             trunk.requires_grad_(False)
@@ -424,12 +430,13 @@ def build_trainer(
     device: torch.device,
     pretrained: bool = True,
     processes: Processes | None = None,
+    trust: bool = False,
 ) -> Trainer:
     """The networks of a configuration, on `device`, and the trainer that plays them against each other.
 
-    pretrained: as in :func:`build_ccsr`; processes: those that train together, one by default.
+    pretrained, trust: as in :func:`build_ccsr`; processes: those that train together, one by default.
     """
-    ccsr = build_ccsr(config, pretrained)
+    ccsr = build_ccsr(config, pretrained, trust)
     generator = build_generator(config, dataset_info)
     discriminator = build_discriminator(config, dataset_info)
     for network in (generator, discriminator, ccsr):

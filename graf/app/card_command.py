@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from graf.app.run_arguments import open_run
 
         chosen = CardOptions(options.name, options.license, tuple(options.dataset), options.seed, options.frames)
-        opened = open_run(options.run, options.device, options.truncation)
+        opened = open_run(options.run, options.device, options.truncation, options.trust)
         print(write_card_folder(opened, chosen, options.out))
         return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog, run_command
+from graf.app.run_arguments import add_trust_argument
 from graf.base.errors import UserError
 
 
@@ -19,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--run", help="run folder (default: the newest under --outdir)")
     source.add_argument("--outdir", help="folder of all runs (default: %(default)s)")
     source.add_argument("--checkpoint", help="checkpoint file (default: model_best.pt of the run, else the newest)")
+    add_trust_argument(source)
     source.add_argument("--classes", nargs="+", help="names or indices of classes (default: all)")
     source.add_argument(
         "--seed", type=int, help="seed of the codes (default: 0; of --fid_kid: as in training, evaluation.seed)"

@@ -81,9 +81,9 @@ def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
 def open_evaluation(options: EvalOptions) -> Evaluation:
     """Find run and checkpoint and open the averaged generator."""
     setup_console()
-    run, files = find_run(options.run or options.checkpoint, options.outdir)
+    run, files = find_run(options.run or options.checkpoint, options.outdir, options.trust)
     if options.checkpoint:
-        files = [Path(options.checkpoint)]
+        _, files = find_run(options.checkpoint, trust=options.trust)
     prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)

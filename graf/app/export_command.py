@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from graf.app import export_tasks
         from graf.app.run_arguments import open_run
 
-        opened = open_run(options.run, options.device, options.truncation)
+        opened = open_run(options.run, options.device, options.truncation, options.trust)
         if options.to is not None:
             line = export_tasks.write_model(opened, options.to, options.out)
         else:

@@ -104,7 +104,7 @@ class Inversion:
             given = getattr(options, name)
             if given is not None and given < least:
                 raise UserError(f"--{name} {given}: expected at least {least}")
-        opened = open_run(options.run, options.device, options.truncation)
+        opened = open_run(options.run, options.device, options.truncation, options.trust)
         renderer = opened.renderer
         data = renderer.config.data
         photograph = read_photograph(

@@ -12,7 +12,7 @@ from torch import nn
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.runs import RunFolder, read_first
+from graf.app.runs import RunFolder, read_first, require_origin
 from graf.config import ConfigError, build_config
 from graf.data.errors import DataError
 from graf.data.labels import check_name
@@ -25,16 +25,18 @@ from graf.runtime.device import pick_device
 TUNED_KEY = "tuned"
 
 
-def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Renderer:
+def load(path: str | Path, device: str = "auto", truncation: float = 1.0, trust: bool = False) -> Renderer:
     """Open a trained generator: averaged weights, in evaluation mode, with the configuration that they were saved with.
 
     path: a run folder, of which model_best.pt is opened, else the newest checkpoint that can be read; or a checkpoint
     file; or a .safetensors file of `graf export`. The run's config.yaml, which may be newer, is not read. device:
     "auto" (the first of cuda, mps, cpu) | "cpu" | "cuda" | "cuda:1" | "mps". Flags of the whole process, such as TF32,
     are left as they are. truncation: factor in [0, 1] on drawn codes; below 1 objects are surer and less various.
+    trust: take a .pt file that lies in no run folder though torch is so old that it could do harm; .safetensors cannot.
 
     Raises an error that says what to do: CheckpointError where nothing is there, where the file cannot be read or was
-    written by another version; ConfigError where a folder is no run; DeviceError where there is no such device.
+    written by another version; UntrustedFile where it needs `trust`; ConfigError where a folder is no run; DeviceError
+    where there is no such device.
 
     >>> import graf
     >>> renderer = graf.load(run, device="cpu")  # run = "results/default", for example
@@ -44,7 +46,11 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0) -> Ren
     16
     >>> renderer.sample(class_name="mug", azimuth=45, elevation=20).pil()[0].save(run / "mug.png")
     """
-    files = RunFolder(Path(path)).best_first() if Path(path).is_dir() else [Path(path)]
+    if Path(path).is_dir():
+        files = RunFolder(Path(path)).best_first()
+    else:
+        files = [Path(path)]
+        require_origin(files[0], trust)
     return replace(open_checkpoint(files, pick_device(device)).renderer, truncation=truncation)
 
 

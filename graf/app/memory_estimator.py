@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import inception_v3
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
+from graf.base.errors import UserError
 from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
@@ -48,10 +48,19 @@ from graf.runtime.memory_settings import MemorySettings
 from graf.training.inputs import FakeInputs, InputSampler, StepInputs
 from graf.training.trainer import Trainer
 
+try:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+except ImportError:  # private: a release of torch may move it, and then nothing else is lost
+    FakeTensor = FakeTensorMode = None  # type: ignore[assignment, misc]
+
 #: tensors up to this many elements are real
 CONTROL_ELEMENTS = 4096
 #: length of Inception's pooled features
 INCEPTION_DIMENSIONS = 2048
+
+
+class PredictionError(UserError):
+    """This torch has no tensors without data where they are looked for, so that no memory can be predicted."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +125,35 @@ def _is_large(func: Any, args: Any) -> bool:
     return all(isinstance(side, int) for side in shape) and math.prod(shape) > CONTROL_ELEMENTS
 
 
+@contextmanager
+def _fake_lists() -> Iterator[None]:
+    """Teach fake tensors `tolist`, which torch 2.1 has not done: as for one value, the answer is yes, or 1."""
+    if "tolist" in vars(FakeTensor):
+        yield
+        return
+    FakeTensor.tolist = _list_answers  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del FakeTensor.tolist
+
+
+def _list_answers(tensor: Tensor) -> Any:
+    answer: Any = True if tensor.dtype is torch.bool else 1
+    for side in reversed(tensor.shape):
+        answer = [answer] * side
+    return answer
+
+
 class _Rehearsal:
     """The modes of one prediction: `building` makes networks, `running` runs code on them under the meter."""
 
     def __init__(self) -> None:
+        if FakeTensorMode is None:
+            raise PredictionError(
+                f"memory cannot be predicted: torch {torch.__version__} has no torch._subclasses.fake_tensor; use "
+                "another version of torch, or set training.micro_batch_size, memory_strategy and chunk yourself"
+            )
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.meter = LiveTensorMeter()
 
@@ -132,7 +166,7 @@ class _Rehearsal:
 
     @contextmanager
     def running(self) -> Iterator[LiveTensorMeter]:
-        with _ControlTensors(self.fake_mode), self.meter:
+        with _ControlTensors(self.fake_mode), _fake_lists(), self.meter:
             yield self.meter
 
 

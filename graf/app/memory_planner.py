@@ -12,12 +12,12 @@ from torch import Tensor
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.memory_estimator import Plan, StepPlanner
+from graf.app.memory_estimator import Plan, PredictionError, StepPlanner
 from graf.config import Config, ConfigError, parse_bytes
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import pick_device
-from graf.runtime.logs import logger
+from graf.runtime.logs import logger, warn_once
 from graf.runtime.memory import MIB, read_usable_memory
 from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings
 from graf.training.trainer import Trainer
@@ -178,7 +178,10 @@ def resolve_budget(text: str, device: torch.device) -> int:
 def choose_for_budget(
     config: Config, trainer: Trainer, dataset_info: DatasetInfo, offline_features: bool
 ) -> MemorySettings:
-    """What training.memory_budget, which has to be there, asks of each process; said in one line."""
+    """What training.memory_budget, which has to be there, asks of each process; said in one line.
+
+    Where nothing can be predicted the sizes stay, and are made smaller when memory runs out.
+    """
     text = config.training.memory_budget
     assert text is not None
     share = trainer.processes.largest_share(config.training.batch_size)
@@ -189,7 +192,11 @@ def choose_for_budget(
     if offline_features:
         evaluation = config.evaluation.model_copy(update={"feature_extractor": "offline"})
         config = config.model_copy(update={"evaluation": evaluation})
-    plan = choose_settings(StepPlanner(config, dataset_info, trainer.objective.precision, device.type), budget)
+    try:
+        plan = choose_settings(StepPlanner(config, dataset_info, trainer.objective.precision, device.type), budget)
+    except PredictionError as error:
+        warn_once(f"training.memory_budget={text} is not kept: {error}")
+        return trainer.memory
     logger.info(
         "memory: %s, the fastest that fits training.memory_budget=%s (%s): %s predicted, %s (%.0f s)",
         plan.settings,

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import_optional("skimage", "mesh")  # as is a missing extra
         if given["triangles"] is not None:
             import_optional("fast_simplification", "mesh")
-        opened = open_run(given["run"], given["device"], given["truncation"])
+        opened = open_run(given["run"], given["device"], given["truncation"], given["trust"])
         errors.folder = opened.folder.path
         for line in write_object(opened, given):
             print(line)

@@ -22,7 +22,7 @@ RESOLUTION = 128
 def write_mesh_page(options: ViewOptions, path: Path) -> int:
     """One page with a mesh of each class, of the object that the seed names; returns the exit code."""
     import_optional("skimage", "mesh")  # before the run is opened: what is missing is told at once
-    opened = open_run(options.run, options.device, options.truncation)
+    opened = open_run(options.run, options.device, options.truncation, options.trust)
     renderer = opened.renderer
     z, meshes = renderer.codes(options.seed, range(1))[0], {}
     made = MeshOptions(resolution=options.resolution or RESOLUTION, triangles=TRIANGLES)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is imported when a run is opened, so that --help answ
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --truncation, --device and --debug."""
+    """RUN, --truncation, --device, --trust and --debug."""
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="run folder or checkpoint file (default: the newest run under results/)"
     )
@@ -25,7 +25,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--truncation", type=float, default=1.0, help="factor on drawn codes; below 1 surer, less various (default: 1)"
     )
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps (default: %(default)s)")
+    add_trust_argument(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+def add_trust_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--trust."""
+    parser.add_argument(
+        "--trust", action="store_true", help="take a .pt file from outside a run folder though torch is below 2.10"
+    )
 
 
 def add_object_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -53,16 +61,17 @@ class OpenedRun:
         return self.trained.renderer
 
 
-def open_run(run: str | None, device: str, truncation: float) -> OpenedRun:
+def open_run(run: str | None, device: str, truncation: float, trust: bool = False) -> OpenedRun:
     """Open the best checkpoint of a run folder, or a checkpoint file; None: of the newest run under results/.
 
-    Raises ConfigError, CheckpointError, DeviceError and, for a truncation out of range, UserError.
+    trust: take a file from outside a run folder that an old torch cannot read safely. Raises ConfigError,
+    CheckpointError, UntrustedFile, DeviceError and, for a truncation out of range, UserError.
     """
     from graf.app.runs import find_run
     from graf.runtime.logs import setup_console
 
     setup_console()
-    return open_first(*find_run(run), device, truncation)
+    return open_first(*find_run(run, trust=trust), device, truncation)
 
 
 def open_first(folder: RunFolder, files: Sequence[Path], device: str, truncation: float) -> OpenedRun:

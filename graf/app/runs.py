@@ -14,6 +14,7 @@ from typing import Any
 from graf.config import Config, ConfigError
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint, read_iteration
 from graf.runtime.logs import logger, warn_once
+from graf.runtime.torch_release import require_trust
 from graf.sharing.weights import read_weights
 
 BEST_CHECKPOINT = "model_best.pt"
@@ -133,26 +134,39 @@ def newest_run(results: Path) -> RunFolder:
     return max(runs, key=lambda run: max(map(_last_change, run.checkpoints.glob("*.pt")), default=0))
 
 
-def find_run(path: str | None, outdir: str = "results") -> tuple[RunFolder, list[Path]]:
+def find_run(path: str | None, outdir: str = "results", trust: bool = False) -> tuple[RunFolder, list[Path]]:
     """The run that a run folder or a file of weights names, and its checkpoints, those to show something with first.
 
-    None: the run under `outdir` that saved last.
+    None: the run under `outdir` that saved last. trust: take a file from anywhere; raises UntrustedFile without it.
     """
     if path is None:
         run = newest_run(Path(outdir))
         return run, run.best_first()
     if Path(path).suffix not in WEIGHT_SUFFIXES:
         return RunFolder(Path(path)), RunFolder(Path(path)).best_first()
+    require_origin(Path(path), trust)
     folder = Path(path).resolve().parent
     return RunFolder(folder.parent if folder.name == "checkpoints" else folder), [Path(path)]
 
 
-def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, list[Path]]:
+def require_origin(file: Path, trust: bool) -> None:
+    """Refuse a checkpoint from elsewhere that this torch cannot read safely, unless it is trusted.
+
+    Checkpoints of a run lie in checkpoints/ beside a config.yaml. A missing file passes: who reads it says so. Raises
+    UntrustedFile.
+    """
+    folder = file.absolute().parent
+    of_a_run = folder.name == "checkpoints" and RunFolder(folder.parent).config_file.is_file()
+    if file.is_file() and not of_a_run:
+        require_trust(file, trust)
+
+
+def choose_run_folder(config: Config, resume: str, trust: bool = False) -> tuple[RunFolder, list[Path]]:
     """The folder to train in and the checkpoints to continue from: the first one that can be read.
 
     resume: "auto" continues from the newest checkpoint of outdir/expname; "none" starts afresh; anything else is the
     path of a checkpoint. What would mix with, or overwrite, what a run in outdir/expname has made goes beside it, to
-    outdir/expname-2, -3, ...: a fresh start, and a checkpoint that is not that run's newest.
+    outdir/expname-2, -3, ...: a fresh start, and a checkpoint that is not that run's newest. trust: as in `find_run`.
     """
     folder = RunFolder(config.run_folder)
     if resume == "auto":
@@ -166,6 +180,7 @@ def choose_run_folder(config: Config, resume: str) -> tuple[RunFolder, list[Path
         )
     if not file.is_file():
         raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
+    require_origin(file, trust)
     newest = next(iter(folder.newest_first()), None)
     inside = file.resolve().parent == folder.checkpoints.resolve()
     if newest is None or (inside and _iteration(file) >= _iteration(newest)):

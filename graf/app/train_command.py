@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from graf.app.failures import ErrorLog, run_command
+from graf.app.run_arguments import add_trust_argument
 
 #: of a run that was stopped by a signal or training.max_minutes and has saved: EX_TEMPFAIL of sysexits.h, which
 #: schedulers take for "run me again"
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
             config,
             options.resume,
             accept_new_data=options.accept_new_data,
+            trust=options.trust,
             plan_again=options.memory_budget is not None,
             memory_snapshot=options.memory_snapshot,
             started=started,
@@ -70,6 +72,7 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps")
     parser.add_argument("--resume", default="auto", help="auto: newest checkpoint of the run; none: afresh; or a file")
+    add_trust_argument(parser)
     parser.add_argument(
         "--accept_new_data", action="store_true", help="go on though photographs were added, removed or labelled anew"
     )

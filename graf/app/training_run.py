@@ -34,6 +34,7 @@ from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog, SilentLog, drop_rows_after, logger, setup_console
 from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
 from graf.runtime.run_lock import RunLock
+from graf.runtime.threads import describe_threads
 from graf.training.trainer import Hook, Trainer
 
 
@@ -42,6 +43,7 @@ def train(
     resume: str,
     *,
     accept_new_data: bool,
+    trust: bool,
     plan_again: bool,
     memory_snapshot: bool,
     started: float,
@@ -50,7 +52,8 @@ def train(
 ) -> bool:
     """Run a configuration; returns whether it has done all its iterations.
 
-    resume: as for choose_run_folder; accept_new_data: go on though photographs have changed; plan_again: decide anew
+    resume: as for choose_run_folder; accept_new_data: go on though photographs have changed; trust: take files
+    from outside the run folder that an old torch cannot read safely; plan_again: decide anew
     what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; started: time.monotonic() from
     which training.max_minutes counts; program: what to type to go on; errors: is told the run folder.
     """
@@ -59,19 +62,20 @@ def train(
     prepare_allocator()
     training = config.training
     device = pick_device(training.device, launch.local_rank, launch.local_size)
-    configure_backends(device, training.deterministic)
+    configure_backends(device, training.deterministic, launch.local_size)
     precision = choose_precision(training.use_amp, training.amp_dtype, device)
     logger.info("device: %s, %s", describe_device(device), precision.describe())
+    logger.info("threads: %s", describe_threads(launch.local_size))
     processes = launch.join(device.type, training.process_timeout)
     errors.tells = processes.tells
     check_launch(processes, config)
 
-    folder, checkpoints = processes.by_first(lambda: choose_run_folder(config, resume))
+    folder, checkpoints = processes.by_first(lambda: choose_run_folder(config, resume, trust))
     config = config.model_copy(update={"expname": folder.path.name})  # --resume none may have chosen a new one
     with ExitStack() as stack:
         checkpoints = processes.by_first(lambda: take_folder(stack, folder, checkpoints, resume))
         errors.folder = folder.path if processes.is_first else None
-        run = open_run(config, folder, checkpoints, accept_new_data, plan_again, device, precision, processes)
+        run = open_run(config, folder, checkpoints, accept_new_data, trust, plan_again, device, precision, processes)
         if run.is_complete:
             logger.info(
                 "%s has already run its %d iterations; raise training.max_iterations, or use --resume none",
@@ -163,7 +167,8 @@ class TrainingRun:
             request = stack.enter_context(StopRequest(describe if processes.is_first else None))
             log = stack.enter_context(self._open_log() if processes.is_first else SilentLog())
             pin_memory = self.device.type == "cuda"
-            loader = builders.build_loader(config, self.photographs, start, pin_memory, processes.share)
+            share, local_size = processes.share, processes.local_size
+            loader = builders.build_loader(config, self.photographs, start, pin_memory, share, local_size)
             batches = stack.enter_context(Batches(loader))
             stack.enter_context(record_allocations(snapshot, self.device))
             save, between = self._build_hooks(log, request, started)
@@ -257,6 +262,7 @@ def open_run(
     folder: RunFolder,
     checkpoints: list[Path],
     accept_new_data: bool,
+    trust: bool,
     plan_again: bool,
     device: torch.device,
     precision: Precision,
@@ -283,7 +289,9 @@ def open_run(
         resuming.check_photographs(photographs, info, meta, config, file, accept_new_data)
     extractor = builders.find_extractor(config) if config.training.fid_every else None
     pose_sampler = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, info))
-    trainer = builders.build_trainer(config, info, pose_sampler, precision, device, checkpoint is None, processes)
+    trainer = builders.build_trainer(
+        config, info, pose_sampler, precision, device, checkpoint is None, processes, trust
+    )
 
     keeps_sizes = False
     if checkpoint is not None and meta is not None and file is not None:

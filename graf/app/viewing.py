@@ -48,6 +48,7 @@ class ViewOptions:
     run: str | None = None
     truncation: float = 1.0
     device: str = "auto"
+    trust: bool = False
     follow: bool = False
     host: str = "127.0.0.1"
     port: int = 8080
@@ -106,7 +107,8 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
             stack.enter_context(give_way())
             opened, seen = open_followed(options)
         else:
-            opened, seen = open_run(options.run, options.device, options.truncation), sign([])
+            opened = open_run(options.run, options.device, options.truncation, options.trust)
+            seen = sign([])
         server = ViewerServer(build_exhibit(opened.trained, opened.folder, options), options.host, options.port)
         stack.callback(server.stop)
         if options.follow:

@@ -20,6 +20,7 @@ import torch
 
 from graf.base.files import write_atomically
 from graf.runtime.logs import warn_once
+from graf.runtime.sealed_archive import load_plainly
 
 #: raise it when the images handed to an extractor change, or the layout of a file
 FORMAT = 2
@@ -49,7 +50,7 @@ class FeatureCache:
             yield Path(private)
             for file in sorted(Path(private).glob(f"{self.name}-*{_PART}*.pt")):
                 if file.name not in known:
-                    features = torch.load(file, weights_only=True)
+                    features = load_plainly(file)
                     self._keep(file.stem, features.cpu().numpy())
 
     def _fetch(self, private: Path) -> set[str]:

@@ -7,7 +7,6 @@ named as in BasicSR and Real-ESRGAN: conv_first, body.N.rdb1.conv1, conv_body, c
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.base.errors import UserError
+from graf.base.extras import MissingExtra, import_optional
 from graf.runtime.logs import logger
 from graf.runtime.memory import is_out_of_memory
+from graf.runtime.sealed_archive import load_plainly
+from graf.runtime.torch_release import SAFE_SUFFIX, require_trust
 
 RESIDUAL_SCALE = 0.2
 INITIAL_SCALE = 0.1
@@ -134,15 +136,17 @@ class LoadReport:
     mismatched: list[str]
 
 
-def load_esrgan_weights(trunk: RRDBTrunk, path: Path | str) -> LoadReport:
+def load_esrgan_weights(trunk: RRDBTrunk, path: Path | str, trust: bool = False) -> LoadReport:
     """Load published weights into `trunk`, as far as names and shapes agree, and say how far that is.
 
     Understands the names of ESRGAN's repository (old and new architecture) and of BasicSR / Real-ESRGAN, as a plain
     state dict or inside params_ema, params or state_dict. Where the file has more blocks, the trunk takes the first
-    ones. Raises WeightsError when the file is missing, cannot be read with weights_only=True, or matches no tensor.
+    ones. A .safetensors file holds such a state dict too. trust: read a pickle though torch is so old that it could do
+    harm. Raises UntrustedFile, and WeightsError when the file is missing, cannot be read with weights_only=True, or
+    matches no tensor.
     """
     path = Path(path)
-    found = _read_tensors(path)
+    found = _read_tensors(path, trust)
     renamed = translate_names(found)
     own = trunk.state_dict()
     mismatched = [name for name in own if name in renamed and found[renamed[name]].shape != own[name].shape]
@@ -167,15 +171,14 @@ def load_esrgan_weights(trunk: RRDBTrunk, path: Path | str) -> LoadReport:
     return LoadReport(len(matched), missing, unexpected, mismatched)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, trust: bool) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; download ESRGAN weights, for example RRDB_ESRGAN_x4.pth, to there")
+    require_trust(path, trust)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch explains foreign pickles in warnings; the error below does it once
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = _read(path)
     except Exception as error:  # what a foreign file raises depends on its first bytes
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, MissingExtra):
             raise
         raise WeightsError(
             f"{path}: cannot be read with weights_only=True ({type(error).__name__}: {_first_line(error)}). It is cut "
@@ -192,6 +195,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{', '.join(WRAPPERS)}"
         )
     return tensors
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == SAFE_SUFFIX:
+        return import_optional("safetensors.torch", "share").load_file(path)
+    return load_plainly(path)
 
 
 NEW_ARCHITECTURE = {

@@ -2,6 +2,8 @@
 
 float16 has 5 exponent bits, so its gradients underflow without a scaler; bfloat16 has float32's range and needs none.
 Use one scaler per optimiser: an inf in one must not shrink the other's scale.
+
+Autocast and scaler are torch.amp's, else torch.cuda.amp's, else none: the three tiers of docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -70,17 +73,15 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A fresh context under which matrix products and convolutions run in `dtype`; a null context when off."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.amp.autocast(self.device_type, dtype=self.dtype)
+        return nullcontext() if self.dtype is None else _autocast(self.device_type, dtype=self.dtype)
 
     def make_scaler(self, enabled: bool | None = None) -> Scaler:
         """A gradient scaler for one optimiser: real for float16, else a no-op; `enabled` overrides that choice."""
         if not (self.dtype is torch.float16 if enabled is None else enabled):
             return NoOpScaler()
-        if hasattr(torch.amp, "GradScaler"):
+        if hasattr(_torch_amp(), "GradScaler"):  # torch 2.3
             return cast(Scaler, torch.amp.GradScaler(self.device_type))
-        if self.device_type == "cuda" and hasattr(torch.cuda, "amp"):  # torch before 2.3
+        if self.device_type == "cuda" and hasattr(torch.cuda, "amp"):
             return cast(Scaler, torch.cuda.amp.GradScaler())
         warn_once(
             f"torch {torch.__version__} has no gradient scaler for {self.device_type}: gradients are not scaled and "
@@ -101,12 +102,16 @@ def choose_precision(
 ) -> Precision:
     """The precision to run with; a difference from the request is reported once.
 
-    CUDA: float16 for `auto`; bfloat16 where asked for and native, else float16. CPU: bfloat16 where the processor
-    computes it natively (2x float32), else float32; never float16, which is 4x slower there. Other devices: float32.
+    CUDA: bfloat16 where native, which needs no scaler, else float16; where one is asked for, that one, if it is there.
+    CPU: bfloat16 where the processor computes it natively (2x float32), else float32; never float16, which is 4x slower
+    there. Other devices: float32.
     """
     if amp_dtype not in ("auto", "float16", "bfloat16"):
         raise ValueError(f"amp_dtype={amp_dtype!r}: expected auto, float16 or bfloat16")
     if not use_amp:
+        return Precision(device.type, None)
+    if device.type in ("cuda", "cpu") and not _has_autocast(device.type):
+        warn_once(f"mixed precision is off: torch {torch.__version__} has no autocast for {device.type}")
         return Precision(device.type, None)
     if device.type == "cuda":
         return Precision("cuda", _choose_cuda_dtype(amp_dtype, device))
@@ -117,17 +122,17 @@ def choose_precision(
 
 
 def _choose_cuda_dtype(amp_dtype: str, device: torch.device) -> torch.dtype:
-    if amp_dtype != "bfloat16":
+    if amp_dtype == "float16":
         return torch.float16
-    # is_bf16_supported() also counts emulation, which is slower than float32; native means compute capability 8.
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+    if has_native_bfloat16(device):
         return torch.bfloat16
-    warn_once(f"amp_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no native bfloat16; float16 is used")
+    if amp_dtype == "bfloat16":
+        warn_once(f"amp_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no native bfloat16; float16 is used")
     return torch.float16
 
 
 def _choose_cpu_dtype(amp_dtype: str) -> torch.dtype | None:
-    if not has_native_bfloat16():
+    if not has_native_bfloat16(torch.device("cpu")):
         warn_once(
             "mixed precision is off: this processor has no native bfloat16 (AVX512-BF16 or AMX), and emulating it is "
             "slower than float32"
@@ -138,11 +143,17 @@ def _choose_cpu_dtype(amp_dtype: str) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def has_native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX).
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware: on a CPU AVX512-BF16 or AMX, on CUDA capability 8 (Ampere).
 
-    Asks torch where it can tell, else Linux; where neither knows the answer is no, which only costs speed.
+    Of a CPU it asks torch where that can tell, else Linux; where neither knows the answer is no, which only costs
+    speed. MPS is not asked: nothing is computed in half precision there.
     """
+    if device.type == "cuda":
+        # is_bf16_supported() also counts emulation, which is slower than float32
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         found = capabilities()
@@ -150,9 +161,17 @@ def has_native_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor("flags").split())
 
 
+def name_amp_tier() -> str:
+    """Which of torch's modules autocast and scaling come from, or "none"."""
+    has_amp, has_scaler = hasattr(torch, "amp"), hasattr(getattr(torch, "amp", None), "GradScaler")
+    if has_scaler or not hasattr(torch.cuda, "amp"):
+        return ("torch.amp" if has_scaler else "torch.amp without scaling") if has_amp else "none"
+    return "torch.amp, scaling by torch.cuda.amp" if has_amp else "torch.cuda.amp"
+
+
 def float32_region(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast is off, for R1, compositing and losses; its inputs still need `.float()`."""
-    return torch.amp.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+    return _autocast(device_type, enabled=False)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -172,12 +191,28 @@ def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[An
         enabled, dtype = torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
     if not enabled:
         return lambda: float32_region(device_type)
-    return lambda: torch.amp.autocast(device_type, dtype=dtype)
+    return lambda: _autocast(device_type, dtype=dtype)
+
+
+def _torch_amp() -> ModuleType | None:
+    """torch.amp, which not every build of torch has."""
+    return getattr(torch, "amp", None)
 
 
 def _has_autocast(device_type: str) -> bool:
+    if _torch_amp() is None:
+        return device_type == "cuda" and hasattr(torch.cuda, "amp")
     is_available = getattr(torch.amp, "is_autocast_available", lambda kind: kind in ("cuda", "cpu"))  # torch >= 2.4
     return bool(is_available(device_type))
+
+
+def _autocast(device_type: str, **choices: Any) -> AbstractContextManager[Any]:
+    """torch.amp's autocast, else torch.cuda.amp's; a null context, in which all is float32, where there is neither."""
+    if not _has_autocast(device_type):
+        return nullcontext()
+    if _torch_amp() is None:
+        return torch.cuda.amp.autocast(**choices)
+    return torch.amp.autocast(device_type, **choices)
 
 
 def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:

@@ -66,6 +66,7 @@ class Processes:
 
     rank = 0
     size = 1
+    local_size = 1  # of them on this machine
 
     @property
     def is_first(self) -> bool:
@@ -135,6 +136,7 @@ class JoinedProcesses(Processes):
 
     def __init__(self, launch: Launch, store: Any) -> None:
         self.rank, self.size, self.store = launch.rank, launch.size, store
+        self.local_size = launch.local_size
         self._lost: PeerError | None = None
 
     # ------------------------------------------------------------------------------------------------ agreement
@@ -246,11 +248,11 @@ class JoinedProcesses(Processes):
         reason = str(error).strip().partition("\n")[0][:200]
         missing = []
         with suppress(Exception):  # the store may have gone with its machine, which is no news
-            self.store.set(f"here/{self.rank}", "")
+            self.store.add(f"here/{self.rank}", 1)
             until = time.monotonic() + GRACE
             missing = [rank for rank in range(self.size) if rank != self.rank]
             while missing and time.monotonic() < until:
-                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+                missing = [rank for rank in missing if not self.store.add(f"here/{rank}", 0)]
                 time.sleep(0.05)
         who = f"process {', '.join(map(str, missing))} of {self.size}" if missing else f"one of {self.size} processes"
         return PeerError(
@@ -262,7 +264,7 @@ class JoinedProcesses(Processes):
         if isinstance(error, PeerError):
             time.sleep(GRACE / 3)  # who has the cause goes first
         try:
-            self.store.set(f"here/{self.rank}", "")
+            self.store.add(f"here/{self.rank}", 1)
             return int(self.store.add("told", 1)) == 1
         except Exception:  # without the store everybody says what it knows
             return True
@@ -333,6 +335,18 @@ class Launch:
                 f"(training.process_timeout) [{reason}]"
             ) from error
         return JoinedProcesses(self, distributed.PrefixStore("people", store))
+
+
+def list_backends() -> list[str]:
+    """What torch can connect processes with here, of "gloo" and "nccl"; empty in a build that connects none."""
+    distributed = _distributed()
+    if not distributed.is_available():
+        return []
+    asked = {
+        "gloo": "is_gloo_available",
+        "nccl": "is_nccl_available",
+    }  # the former since torch 2.4; builds had it before
+    return [name for name, is_there in asked.items() if getattr(distributed, is_there, lambda: True)()]
 
 
 def hash_tensor(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -25,15 +26,24 @@ class LiveTensorMeter(TorchDispatchMode):
 
     device_type: count the tensors of one kind of device only ("cuda"); None counts all. Under FakeTensorMode enter it
     after that mode. While it is active autograd adds gradients out of place, as for every dispatch mode, so a run that
-    is not measured may need slightly less. Needs torch 2.1, whose storages keep their Python object.
+    is not measured may need slightly less. Needs torch 2.1.
     """
 
     def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
         self.device_type = device_type
-        self.current = 0
         self.peak = 0
+        self._counted = 0
         self._sizes: dict[int, int] = {}
+        self._polled: dict[int, StorageWeakRef] = {}
+
+    @property
+    def current(self) -> int:
+        """Bytes of what is alive now."""
+        if self._polled:
+            for key in [key for key, storage in self._polled.items() if storage.expired()]:
+                self._forget(key)
+        return self._counted
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
@@ -72,13 +82,31 @@ class LiveTensorMeter(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
         if known is None:
-            weakref.finalize(storage, self._forget, key).atexit = False  # type: ignore[misc]
+            self._watch(storage, key)
         self._sizes[key] = size
-        self.current += size - (known or 0)
-        self.peak = max(self.peak, self.current)
+        self._counted += size - (known or 0)
+        if self._counted > self.peak:
+            self.peak = max(self.peak, self.current)
+
+    def _watch(self, storage: torch.UntypedStorage, key: int) -> None:
+        if _ENDS_ARE_TOLD:
+            weakref.finalize(storage, self._forget, key).atexit = False  # type: ignore[misc]
+        else:
+            self._polled[key] = StorageWeakRef(storage)  # which also keeps the key from being used again
 
     def _forget(self, key: int) -> None:
-        self.current -= self._sizes.pop(key, 0)
+        self._counted -= self._sizes.pop(key, 0)
+        self._polled.pop(key, None)
+
+
+def _storages_keep_objects() -> bool:
+    """Whether a storage has one Python object, which lives as long as it does; in torch 2.1 it has many."""
+    tensor = torch.empty(1)
+    tensor.untyped_storage().is_kept = True  # type: ignore[attr-defined]
+    return hasattr(tensor.untyped_storage(), "is_kept")
+
+
+_ENDS_ARE_TOLD = _storages_keep_objects()
 
 
 def tensors_of(owner: nn.Module | torch.optim.Optimizer | Tensor) -> Iterator[Tensor]:

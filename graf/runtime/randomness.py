@@ -91,7 +91,8 @@ def _draw_pairs(keys: Tensor, count: int, first: int) -> Tensor:
     if keys.device.type != "cpu" or type(keys) is not Tensor:  # a fake tensor has no memory that NumPy could read
         places = torch.arange(start, stop, device=keys.device)
         words = _hash_on_device((places * keys[:, 1:]).add_(keys[:, :1])).view(torch.int32)
-        return words.bitwise_and_(_24_BITS).to(torch.float32).mul_(2.0**-24)
+        # Not in place: torch 2.1 refuses that under a mode that watches operations
+        return words.bitwise_and(_24_BITS).to(torch.float32).mul_(2.0**-24)
     rows = keys.numpy().view(np.uint64)
     origins, steps = rows[:, :1], rows[:, 1:]
     numbers, block = np.empty((len(keys), 2 * (stop - start)), np.float32), max(1, _BLOCK // max(1, len(keys)))

@@ -72,9 +72,17 @@ def load_sealed(path: Path | str) -> tuple[Any, dict[str, Any] | None]:
             raise BrokenSeal("its bytes are not those that were written: the disk or a copy has damaged it")
         _require_tensors(file)
         file.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch explains what it does not take in warnings, then raises
-            return torch.load(file, map_location="cpu", weights_only=True), seal
+        return load_plainly(file), seal
+
+
+def load_plainly(file: IO[bytes] | Path | str) -> Any:
+    """torch.load of tensors and plain values alone, on the CPU, without its warnings. Raises whatever it raises.
+
+    torch explains what it does not take in warnings before it raises, and 2.1 warns of storages that it makes itself.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _find_seal(file: IO[bytes]) -> tuple[int, dict[str, Any] | None]:

@@ -25,6 +25,7 @@ from graf.base.errors import UserError
 from graf.base.extras import import_optional
 from graf.base.files import write_atomically
 from graf.models.field import RadianceField
+from graf.runtime.torch_release import torch_release
 
 INPUTS, OUTPUTS = ("z", "class_idx", "points", "directions"), ("rgb", "density")
 TOLERANCE = 1e-5
@@ -35,8 +36,8 @@ CHECKED_SIZES = (EXAMPLE_SIZE, (1, 1, 1), (3, 7, 11), (5, 64, 24))
 #: half of the side of the cube that points are drawn from, world units: most inside the unit sphere, some beyond
 _REACH = 1.1
 
-#: the first one whose torch.export and torch.onnx.export keep all three sizes free
-OLDEST_TORCH = (2, 5)
+#: the first one that has been seen to keep all three sizes free, in torch.export and in torch.onnx.export
+OLDEST_TORCH = (2, 6)
 
 #: (z, class_idx, points, directions) -> (rgb, density)
 Program = Callable[..., Sequence[Tensor]]
@@ -142,9 +143,11 @@ def draw_inputs(size: tuple[int, int, int], dim_z: int, num_classes: int) -> tup
 
 
 def _trace(whole: WholeField, num_classes: int) -> Any:
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise ExportError(f"torch {torch.__version__}: exports with free sizes need {oldest} or newer; update torch")
+    if torch_release() < OLDEST_TORCH:
+        raise ExportError(
+            f"torch {torch.__version__} cannot export programs whose sizes are free; update torch to "
+            f"{OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, or write weights with --to safetensors"
+        )
     batch, rays, samples = (torch.export.Dim(name, min=1) for name in ("batch", "rays", "samples"))
     sizes = ({0: batch}, {0: batch}, {0: batch, 1: rays, 2: samples}, {0: batch, 1: rays})
     inputs = draw_inputs(EXAMPLE_SIZE, whole.field.dim_z, num_classes)

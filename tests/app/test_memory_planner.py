@@ -1,7 +1,10 @@
 """Predicted peaks against measured ones, and the choice of settings under a budget."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +195,31 @@ def test_auto_asks_the_device_and_takes_most(monkeypatch):
     monkeypatch.setattr(memory_planner, "read_usable_memory", lambda device: None)
     with pytest.raises(BudgetError, match="name a budget"):
         memory_planner.resolve_budget("auto", torch.device("cpu"))
+
+
+def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypatch, caplog, capsys, run_program):
+    monkeypatch.setattr(memory_estimator, "FakeTensorMode", None)
+    config = small("training.memory_budget=1GiB")
+    memory = builders.build_memory_settings(config)
+    processes = SimpleNamespace(largest_share=lambda batch_size: batch_size)
+    objective = SimpleNamespace(precision=Precision("cpu", None))
+    trainer = SimpleNamespace(processes=processes, device=torch.device("cpu"), objective=objective, memory=memory)
+    info = memory_estimator.imagine_dataset(config)
+    for _ in range(2):
+        assert memory_planner.choose_for_budget(config, trainer, info, False) is memory
+    assert len(caplog.records) == 1
+    assert "training.memory_budget=1GiB is not kept: memory cannot be predicted: torch" in caplog.text
+    assert run_program("train.py", "--config", CONFIGS / "smoke.yaml", "--plan") == 1
+    assert "error: memory cannot be predicted" in capsys.readouterr().err
+
+
+def test_the_rest_of_the_program_does_without_fake_tensors():
+    program = (
+        "import sys, torch, torchvision; sys.modules['torch._subclasses.fake_tensor'] = None; "
+        "import graf.app.training_run; from graf.app import memory_estimator; print(memory_estimator.FakeTensorMode)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert done.stdout.strip() == "None", done.stderr
 
 
 def test_the_plan_is_printed_without_a_run(run_program, capsys, tmp_path):

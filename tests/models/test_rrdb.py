@@ -130,7 +130,7 @@ def test_files_load_in_every_layout_and_wrapper(tmp_path, layout, wrapper):
     source, trunk = small_trunk(), small_trunk()
     weights = weights_in_layout(source, layout)
     torch.save(weights if wrapper is None else {wrapper: weights, "iter": 3}, tmp_path / "w.pth")
-    report = load_esrgan_weights(trunk, tmp_path / "w.pth")
+    report = load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     assert (report.matched, report.missing, report.unexpected, report.mismatched) == (len(weights), [], [], [])
     assert_same_output(source, trunk)
 
@@ -138,7 +138,7 @@ def test_files_load_in_every_layout_and_wrapper(tmp_path, layout, wrapper):
 def test_the_average_is_preferred_where_a_file_has_both(tmp_path):
     source, other, trunk = small_trunk(), small_trunk(), small_trunk()
     torch.save({"params": other.state_dict(), "params_ema": source.state_dict()}, tmp_path / "w.pth")
-    load_esrgan_weights(trunk, tmp_path / "w.pth")
+    load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     assert_same_output(source, trunk)
 
 
@@ -147,7 +147,7 @@ def test_prefixed_names_and_old_files_load(tmp_path, old_format):
     source, trunk = small_trunk(), small_trunk()
     weights = {f"module.{name}": value for name, value in weights_in_layout(source, "new").items()}
     torch.save(weights, tmp_path / "w.pth", _use_new_zipfile_serialization=not old_format)
-    assert load_esrgan_weights(trunk, tmp_path / "w.pth").matched == len(weights)
+    assert load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True).matched == len(weights)
     assert_same_output(source, trunk)
 
 
@@ -161,7 +161,7 @@ def test_the_old_layout_of_scale_2_is_told_by_order(tmp_path):
         old = places.get(module, "model.1.sub.1" if module == "conv_body" else inside)
         weights[f"{old}.{kind}"] = value
     torch.save(weights, tmp_path / "w.pth")
-    assert load_esrgan_weights(trunk, tmp_path / "w.pth").matched == len(weights)
+    assert load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True).matched == len(weights)
     assert_same_output(source, trunk)
 
 
@@ -170,7 +170,7 @@ def test_a_shallower_trunk_takes_the_first_blocks_and_reports_the_rest(tmp_path,
     source, trunk = small_trunk(blocks=3), small_trunk(blocks=1)
     torch.save(weights_in_layout(source, layout), tmp_path / "w.pth")
     with caplog.at_level(logging.INFO, logger=logger.name):
-        report = load_esrgan_weights(trunk, tmp_path / "w.pth")
+        report = load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     names = names_in_layout(layout, 3)
     rest = [name for name in source.state_dict() if name.startswith(("body.1.", "body.2."))]
     assert report.unexpected == [names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2] for name in rest]
@@ -187,7 +187,7 @@ def test_a_deeper_trunk_keeps_what_the_file_lacks_and_says_so(tmp_path, caplog):
     before = {name: value.clone() for name, value in trunk.state_dict().items()}
     torch.save(weights_in_layout(source, "old"), tmp_path / "w.pth")
     with caplog.at_level(logging.INFO, logger=logger.name):
-        report = load_esrgan_weights(trunk, tmp_path / "w.pth")
+        report = load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     assert report.missing == [name for name in before if name.startswith("body.1.")]
     assert all(torch.equal(trunk.state_dict()[name], before[name]) for name in report.missing)
     assert torch.equal(trunk.conv_body.weight, source.conv_body.weight)
@@ -197,7 +197,7 @@ def test_a_deeper_trunk_keeps_what_the_file_lacks_and_says_so(tmp_path, caplog):
 def test_an_x4_file_serves_an_x2_trunk_without_its_second_upsampling(tmp_path):
     source, trunk = small_trunk(4), small_trunk(2)
     torch.save(weights_in_layout(source, "new"), tmp_path / "w.pth")
-    report = load_esrgan_weights(trunk, tmp_path / "w.pth")
+    report = load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     assert report.unexpected == ["upconv2.weight", "upconv2.bias"]
     assert report.missing == report.mismatched == []
 
@@ -207,7 +207,7 @@ def test_tensors_of_another_shape_are_reported_and_left_alone(tmp_path, caplog):
     before = trunk.body[0].rdb1.conv1.weight.clone()
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with caplog.at_level(logging.INFO, logger=logger.name):
-        report = load_esrgan_weights(trunk, tmp_path / "w.pth")
+        report = load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     assert "body.0.rdb1.conv1.weight" in report.mismatched
     assert "conv_first.weight" not in report.mismatched
     assert report.matched + len(report.mismatched) == len(trunk.state_dict())
@@ -225,7 +225,7 @@ def test_a_pickle_that_needs_code_is_refused_with_the_way_to_convert_it(tmp_path
     path = tmp_path / "model.pth"
     torch.save({"net": Opaque()}, path)
     with pytest.raises(WeightsError, match=r"model\.pth: cannot be read with weights_only=True.*convert it once"):
-        load_esrgan_weights(small_trunk(), path)
+        load_esrgan_weights(small_trunk(), path, trust=True)
 
 
 def test_a_file_cut_short_and_a_missing_one_are_named(tmp_path):
@@ -233,16 +233,16 @@ def test_a_file_cut_short_and_a_missing_one_are_named(tmp_path):
     torch.save(small_trunk().state_dict(), path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(WeightsError, match=r"cut\.pth: cannot be read"):
-        load_esrgan_weights(small_trunk(), path)
+        load_esrgan_weights(small_trunk(), path, trust=True)
     with pytest.raises(WeightsError, match=r"none\.pth: no such file"):
-        load_esrgan_weights(small_trunk(), tmp_path / "none.pth")
+        load_esrgan_weights(small_trunk(), tmp_path / "none.pth", trust=True)
 
 
 @pytest.mark.parametrize("contents", [[torch.ones(2)], {}, {"params": {"epoch": 3}}, 7])
 def test_a_file_without_named_tensors_is_refused(tmp_path, contents):
     torch.save(contents, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"w\.pth: holds a .* without named tensors"):
-        load_esrgan_weights(small_trunk(), tmp_path / "w.pth")
+        load_esrgan_weights(small_trunk(), tmp_path / "w.pth", trust=True)
 
 
 @pytest.mark.parametrize(
@@ -256,5 +256,5 @@ def test_a_file_that_matches_nothing_is_refused_and_changes_nothing(tmp_path, we
     before = {name: value.clone() for name, value in trunk.state_dict().items()}
     torch.save(weights, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"w\.pth: none of its \d+ tensors fits.*expected ESRGAN weights with 8"):
-        load_esrgan_weights(trunk, tmp_path / "w.pth")
+        load_esrgan_weights(trunk, tmp_path / "w.pth", trust=True)
     assert all(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())

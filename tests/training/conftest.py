@@ -50,7 +50,7 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
     ) -> Trainer:
         config = smoke_config(*overrides)
         dataset_info = builders.describe_dataset(config, data)
-        ccsr = builders.build_ccsr(config)
+        ccsr = builders.build_ccsr(config, trust=True)
         if ccsr is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from graf.runtime.amp import scale_of
+from graf.runtime.amp import NoOpScaler, Scaler, scale_of
 from graf.training import players
 from graf.training.optim import LearningRateSchedule
 from graf.training.players import DivergenceError, Player
@@ -16,7 +16,9 @@ def make_player(lr: float = 0.1, schedule: LearningRateSchedule | None = None, s
     """Two weights under plain gradient descent: an update is -lr times the gradient."""
     network = nn.Module()
     network.first, network.second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    scaler: Scaler = NoOpScaler()
+    if scale is not None:
+        scaler = pytest.importorskip("torch.amp.grad_scaler").GradScaler("cpu", init_scale=scale)  # torch 2.3
     optimizer = torch.optim.SGD(network.parameters(), lr=123.0)
     return Player("ccsr", "sr", network, optimizer, scaler, lr, schedule or LearningRateSchedule(), (0.0, 0.9))
 

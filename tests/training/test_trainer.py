@@ -481,8 +481,9 @@ def test_the_losses_of_the_seeded_smoke_run_are_the_recorded_ones(make_trainer, 
 
 def with_scalers(trainer: Trainer, growth_interval: int = 2000) -> Trainer:
     """The trainer with an enabled scaler for each player, as float16 has on CUDA; its own arithmetic stays float32."""
+    scalers = pytest.importorskip("torch.amp.grad_scaler")  # torch 2.3
     for player in (trainer.g, trainer.d):
-        player.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth_interval)
+        player.scaler = scalers.GradScaler("cpu", init_scale=1024.0, growth_interval=growth_interval)
     return trainer
 
 
