@@ -1,6 +1,9 @@
-"""The whole program on a GPU: training with super-resolution in half precision, resumed, scored and shown."""
+"""The whole program on GPUs: training with super-resolution in half precision, resumed, scored, shown; on several."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -10,9 +13,10 @@ import torch
 from graf.app import builders
 from graf.config import load_config
 from graf.data.loader import make_loader
-from graf.runtime.amp import Precision
+from graf.runtime.amp import NoOpScaler, Precision, choose_precision
 
-SMOKE = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "configs" / "smoke.yaml"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +41,81 @@ def test_a_run_with_super_resolution_trains_resumes_and_is_shown(run_program, tm
     assert "sr_kid_offline" in (run / "scores.csv").read_text().splitlines()[0]
     actions = ["--grid", "--rotation", "--frames", "4", "--sr", "--consistency", "--heldout", "--fid_kid"]
     assert run_program("eval.py", "--run", run, "--device", "cuda", *actions) == 0
+
+
+def test_auto_is_bfloat16_where_it_is_native_and_goes_on_from_float16(run_program, tmp_path, capsys):
+    arguments = ["--config", SMOKE, "--use_amp", "--device", "cuda"]
+    assert run_program("train.py", *arguments, "training.amp_dtype=float16", "--max_iterations", "2") == 0
+    assert "float16 autocast with gradient scaling" in capsys.readouterr().out
+    assert run_program("train.py", *arguments, "--max_iterations", "4") == 0
+    precision = choose_precision(True, "auto", torch.device("cuda:0"))
+    is_native = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+    assert precision.dtype is (torch.bfloat16 if is_native else torch.float16)
+    assert isinstance(precision.make_scaler(), NoOpScaler) is is_native
+    assert f", {precision.describe()}\n" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "results" / "smoke" / "metrics.jsonl").read_text().splitlines()]
+    scales = {row["iteration"]: row["scale_g"] for row in rows if "scale_g" in row}
+    assert scales[2] > 1
+    assert (scales[4] == 1) is is_native
+
+
+def torchrun(processes: int, *command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script in as many processes as asked for, as torchrun starts them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_process_for_each_gpu_trains_resumes_and_scores(tmp_path):
+    processes = min(2, torch.cuda.device_count())
+    keys = ["data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "training.batch_size=4"]
+    keys += ["training.sync_check_every=1"]
+    command = [ROOT / "train.py", "--config", SMOKE, "--use_amp", "--device", "cuda", *keys]
+    for iterations in (3, 6):
+        result = torchrun(processes, *command, "--max_iterations", iterations, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert (f"{processes} processes share every batch of 4 images" in result.stdout) is (processes > 1)
+    run = tmp_path / "results" / "smoke"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows if "loss_sr" in row] == [1, 2, 3, 4, 5, 6]
+    assert "sr_kid_offline" in (run / "scores.csv").read_text().splitlines()[0]
+
+
+#: as in tests/training/test_processes.py, where processes of the CPU are compared
+EVERYTHING = (
+    *("data.imsize=16", "data.synthetic.instances=3", "training.batch_size=8", "nerf.N_importance=4"),
+    *("nerf.raw_noise_std=1", "nerf.jitter=true", "training.reg_type=real", "training.reg_every=2"),
+    *("discriminator.class_loss=1", "discriminator.spectral_norm=true", "training.grad_clip=norm"),
+    *("training.grad_clip_at=0.5", "training.share_fakes=true", "training.sync_check_every=1"),
+    "discriminator.augment={colour: 0.2, translation: 0.1, cutout: 0.2}",
+    *("ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=1", "ccsr.agreement=1"),
+    *("ccsr.start_iteration=0", "ccsr.every=1"),
+)
+PLANES = (
+    *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.plane_channels=4", "nerf.decoder_width=8"),
+    *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
+    *("data.refine_cameras=true", "training.share_fakes=false", "training.optimizer=adam"),
+)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("keys", [(), PLANES], ids=["mlp", "planes"])
+def test_twenty_steps_of_two_gpus_over_nccl_are_those_of_one(tmp_path, keys):
+    assert torch.distributed.is_nccl_available()
+    script, found = ROOT / "tests" / "training" / "steps_in_float64.py", {}
+    for processes in (1, 2):
+        file = tmp_path / f"{processes}.pt"
+        command = [script, file, "cuda", 20, f"data.datadir={tmp_path / 'data'}", *EVERYTHING, *keys]
+        result = torchrun(processes, *command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        found[processes] = torch.load(file, map_location="cpu", weights_only=True)
+    assert [found[count]["backend"] for count in (1, 2)] == ["Processes", "JoinedProcesses"]
+    for name, network in found[1]["state"].items():
+        for key, value in network.items():
+            other, scale = found[2]["state"][name][key], max(1.0, float(value.abs().max()))
+            assert float((other.double() - value.double()).abs().max()) <= 1e-8 * scale, f"{name}.{key}"
 
 
 def test_a_budget_is_kept_by_what_the_allocator_reserves(run_program, tmp_path):

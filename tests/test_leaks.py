@@ -35,6 +35,9 @@ def test_200_steps_with_sampling_scoring_and_checkpoints_leave_nothing_behind(ru
         keys = (
             "ccsr.enabled=true",
             "ccsr.agreement=0.3",
+            "ccsr.features=4",
+            "ccsr.blocks=1",
+            "data.imsize=16",
             "ccsr.start_iteration=0",
             "data.classes=[car,duck]",
             "data.synthetic.instances=2",  # of one instance the truth would be drawn for minutes

@@ -123,8 +123,12 @@ def build_loader(
     start_iteration: int = 0,
     pin_memory: bool = False,
     share: Callable[[int], range] = range,
+    local_size: int = 1,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Endless batches of photographs, beginning with that of an iteration; share: which places of each batch."""
+    """Endless batches of photographs, beginning with that of an iteration.
+
+    share: which places of each batch; local_size: processes of this machine, each of which has a loader.
+    """
     training = config.training
     return make_loader(
         photographs,
@@ -136,6 +140,7 @@ def build_loader(
         pin_memory=pin_memory,
         repeats=balance_instances(photographs.labels) if training.match_views else None,
         share=share,
+        processes=local_size,
     )
 
 

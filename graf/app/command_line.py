@@ -17,6 +17,7 @@ COMMANDS = {
     "mesh": ("graf.app.mesh_command:main", "take an object of a trained run away as a mesh with colours"),
     "invert": ("graf.app.invert_command:main", "find the object of a photograph, and its camera"),
     "capture": ("graf.app.capture_command:main", "make a data set of a video or photographs of an object"),
+    "check": ("graf.app.check_command:main", "look at this machine: what is there, what is missing"),
     "doctor": ("graf.app.doctor:main", "look at a data set and its cameras before training"),
     "plan": ("graf.app.train_command:plan", "predict what training needs of memory, without data or GPU"),
     "export": ("graf.app.export_command:main", "write weights, programs or pictures for other programs"),

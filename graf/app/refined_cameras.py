@@ -51,7 +51,7 @@ def build_camera_refinement(data: DataConfig, dataset_info: DatasetInfo) -> Came
 
 def read_refined_cameras(cameras: CameraRefinement, dataset_info: DatasetInfo) -> RefinedCameras:
     """What has been learned of the photographs' cameras, as data.refined_cameras takes it."""
-    state = {name: (weights.double() / STORED_FACTOR).tolist() for name, weights in cameras.state_dict().items()}
+    state = {name: (weights.cpu().double() / STORED_FACTOR).tolist() for name, weights in cameras.state_dict().items()}
     elevations = zip(dataset_info.v_list, state["elevation"], strict=True)
     half_width = _half_width(dataset_info.fov) / math.exp(state["lens"])
     framing = {

@@ -34,6 +34,7 @@ from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog, SilentLog, drop_rows_after, logger, setup_console
 from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
 from graf.runtime.run_lock import RunLock
+from graf.runtime.threads import describe_threads
 from graf.training.trainer import Hook, Trainer
 
 
@@ -61,9 +62,10 @@ def train(
     prepare_allocator()
     training = config.training
     device = pick_device(training.device, launch.local_rank, launch.local_size)
-    configure_backends(device, training.deterministic)
+    configure_backends(device, training.deterministic, launch.local_size)
     precision = choose_precision(training.use_amp, training.amp_dtype, device)
     logger.info("device: %s, %s", describe_device(device), precision.describe())
+    logger.info("threads: %s", describe_threads(launch.local_size))
     processes = launch.join(device.type, training.process_timeout)
     errors.tells = processes.tells
     check_launch(processes, config)
@@ -165,7 +167,8 @@ class TrainingRun:
             request = stack.enter_context(StopRequest(describe if processes.is_first else None))
             log = stack.enter_context(self._open_log() if processes.is_first else SilentLog())
             pin_memory = self.device.type == "cuda"
-            loader = builders.build_loader(config, self.photographs, start, pin_memory, processes.share)
+            share, local_size = processes.share, processes.local_size
+            loader = builders.build_loader(config, self.photographs, start, pin_memory, share, local_size)
             batches = stack.enter_context(Batches(loader))
             stack.enter_context(record_allocations(snapshot, self.device))
             save, between = self._build_hooks(log, request, started)

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 from graf.base.errors import UserError
 
 DISTRIBUTION = "graf-ccsr"
+#: what is always needed besides torch and torchvision: distribution -> the module that it brings
+REQUIRED = {
+    "torch-fidelity": "torch_fidelity",
+    "numpy": "numpy",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "imageio": "imageio",
+    "pydantic": "pydantic",
+    "tqdm": "tqdm",
+    "tensorboard": "tensorboard",
+}
+#: the extras of pyproject.toml, the same way
+EXTRAS = {
+    "viewer": {"viser": "viser"},
+    "mesh": {
+        "scikit-image": "skimage",
+        "scipy": "scipy",
+        "fast-simplification": "fast_simplification",
+    },
+    "capture": {
+        "imageio-ffmpeg": "imageio_ffmpeg",
+        "opencv-python-headless": "cv2",
+        "pycolmap": "pycolmap",
+        "pillow-heif": "pillow_heif",
+    },
+    "export": {"safetensors": "safetensors", "onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+    "share": {"safetensors": "safetensors", "huggingface_hub": "huggingface_hub"},
+    "track": {"wandb": "wandb", "trackio": "trackio"},
+    "docs": {"zensical": "zensical"},
+}
 
 
 class MissingExtra(UserError):
@@ -27,3 +59,15 @@ def import_optional(module: str, extra: str) -> Any:
             raise  # the package is there and broken: not what this message is about
         package = module.partition(".")[0]
         raise MissingExtra(f'{package} is not installed; run: pip install "{DISTRIBUTION}[{extra}]"') from error
+
+
+def find_missing(packages: Mapping[str, str]) -> list[str]:
+    """The distributions of a table like EXTRAS["mesh"] whose modules are not installed; nothing is imported."""
+    return [name for name, module in packages.items() if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # it is marked as absent, or half of it is loaded
+        return False

@@ -29,8 +29,8 @@ from graf.base.extras import import_optional
 from graf.capture.cameras import Lens, Picture, PosedPhotographs, find_floor
 from graf.capture.colmap_worker import IMAGES, MASKS, RESULT_FILE, TEMPORARY, Job, write_job
 from graf.capture.errors import CaptureError
-from graf.data.loader import count_usable_cpus
 from graf.runtime.logs import progress_bar
+from graf.runtime.threads import count_usable_cpus
 
 EXHAUSTIVE_BELOW = 80  # photographs; comparing all with all costs their square
 FEWEST = 8

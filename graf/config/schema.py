@@ -310,7 +310,7 @@ class TrainingConfig(Section):
     )
     max_iterations: int = Field(100_000, ge=1, description="length of the run and horizon of the schedules, iterations")
     max_minutes: float | None = Field(None, gt=0, description="stop (and save) after this many minutes; null: no limit")
-    nworkers: int = Field(0, ge=0, description="processes that load images; at most 4 and the number of CPUs are used")
+    nworkers: int = Field(0, ge=0, description="processes that load images; at most 4, and a core for each")
     drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(
@@ -335,7 +335,9 @@ class TrainingConfig(Section):
         False, description="CUDA: sums in one order where torch can, slower; on a CPU every run is deterministic"
     )
     use_amp: bool = Field(False, description="mixed precision where the device gains from it")
-    amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="its half-precision type")
+    amp_dtype: Literal["auto", "float16", "bfloat16"] = Field(
+        "auto", description="its half-precision type; auto: bfloat16 where the device has it, else float16 on CUDA"
+    )
     gan_type: Literal["standard", "hinge", "wgan"] = Field("standard", description="loss of the game")
     reg_type: Literal["none", "real", "wgangp"] = Field(
         "real", description="real: R1 penalty; wgangp: gradient penalty"

@@ -5,7 +5,6 @@ The processes that load them live and die with :class:`Batches`; signals to stop
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from graf.data.errors import DataError
 from graf.runtime.interrupt import STOP_SIGNALS
 from graf.runtime.randomness import derive_seed, seed_everything
+from graf.runtime.threads import share_of_cpus
 
 MAX_WORKERS = 4
 #: seconds for worker processes to end by themselves
@@ -88,13 +88,6 @@ class BatchOrder(Sampler[list[int]]):
                 batch_indices = order[first : first + self.batch_size]
                 yield [batch_indices[place] for place in self.share(len(batch_indices))]
             epoch, batch = epoch + 1, 0
-
-
-def count_usable_cpus() -> int:
-    """CPUs that this process may run on (affinity where the system tells it, else the machine's count)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def start_worker(worker_id: int, seed: int) -> None:
@@ -205,16 +198,18 @@ def make_loader(
     pin_memory: bool = False,
     repeats: Sequence[int] | None = None,
     share: Callable[[int], range] = range,
+    processes: int = 1,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
 
     Batches are (images float32 (B, 3, H, W), labels int64 (B, 4)). `repeats`: how often an epoch shows each image, once
-    by default; share: as for :class:`BatchOrder`. At most min(nworkers, 4, usable CPUs) workers; the global random
-    state is left as it is. Raises DataError for a data set smaller than a batch with `drop_last`.
+    by default; share: as for :class:`BatchOrder`; processes: of this machine, each of which has a loader. At most
+    min(nworkers, 4, a process's cores) workers; the global random state is left as it is. Raises DataError for a data
+    set smaller than a batch with `drop_last`.
     """
     repeats = [1] * len(dataset) if repeats is None else repeats  # type: ignore[arg-type]
     order = BatchOrder(repeats, batch_size, drop_last, seed, start_iteration, share)
-    workers = max(0, min(nworkers, MAX_WORKERS, count_usable_cpus()))
+    workers = max(0, min(nworkers, MAX_WORKERS, share_of_cpus(processes)))
     return DataLoader(
         dataset,
         batch_sampler=order,

@@ -24,11 +24,11 @@ from torch.nn import functional
 
 from graf.data.errors import DataError
 from graf.data.labels import LABELS_FILE, LABELS_HEADER, OPTIONAL_COLUMNS
-from graf.data.loader import count_usable_cpus
 from graf.data.shapes import CLASS_NAMES, Toy, build_toy
 from graf.geometry.cameras import Intrinsics, height_from_elevation, label_angles, pose_from_angles
 from graf.geometry.rays import RayCaster, pixel_grid
 from graf.runtime.logs import progress_bar
+from graf.runtime.threads import count_usable_cpus
 
 VERSION = 2  # part of the cache key: raise it whenever the pictures change
 DEPTH_FOLDER, MASK_FOLDER, SCENE_FILE = "depth", "mask", "scene.json"

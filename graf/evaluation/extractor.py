@@ -87,6 +87,11 @@ def choose_extractor(kind: str, weights_path: str | None = None, allow_download:
     return offline_extractor()
 
 
+def find_inception_weights(path: str | None) -> tuple[Path | None, list[str]]:
+    """The file of Inception weights on this machine, None without one, and why each place before it had none."""
+    return _search_inception_weights(path, allow_download=False)
+
+
 def _search_inception_weights(path: str | None, allow_download: bool) -> tuple[Path | None, list[str]]:
     """Weights with the right sha256 (or None), and why each place before them had none.
 

@@ -95,7 +95,7 @@ def raise_cameras(poses: Tensor, angle: Tensor) -> Tensor:
     right, up, backward, centre = poses[:, :3].unbind(-1)
     cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
     up, backward = cos * up - sin * backward, cos * backward + sin * up
-    top = torch.stack([right, up, backward, centre.norm(dim=-1, keepdim=True) * backward], dim=-1)
+    top = torch.stack([right, up, backward, torch.linalg.vector_norm(centre, dim=-1, keepdim=True) * backward], dim=-1)
     return torch.cat([top, poses[:, 3:]], dim=1)
 
 
@@ -103,7 +103,7 @@ def angles_from_pose(poses: Tensor) -> tuple[Tensor, Tensor]:
     """(u, v), each (...), of the camera centres of `poses` (..., 4, 4), wherever the cameras look."""
     centre = poses[..., :3, 3]
     u = torch.remainder(torch.atan2(centre[..., 1], centre[..., 0]) / (2 * math.pi), 1.0)
-    cos_polar = centre[..., 2] / centre.norm(dim=-1).clamp(min=1e-12)
+    cos_polar = centre[..., 2] / torch.linalg.vector_norm(centre, dim=-1).clamp(min=1e-12)
     return u, (1 - cos_polar) / 2
 
 

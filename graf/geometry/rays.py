@@ -182,7 +182,7 @@ class RayCaster:
         x = grid[..., 0] * (intrinsics.width / (2 * intrinsics.focal))
         y = -grid[..., 1] * (intrinsics.height / (2 * intrinsics.focal))
         camera = torch.stack([x, y, -torch.ones_like(x)], dim=-1)
-        length = camera.norm(dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(camera, dim=-1, keepdim=True)
         directions = rotate(poses[:, None, :3, :3], camera / length)
         origins = poses[:, None, :3, 3].expand_as(directions)
         near, far = torch.full_like(length, self.near), torch.full_like(length, self.far)

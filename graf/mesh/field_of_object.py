@@ -32,7 +32,7 @@ class FieldOfObject:
     def density(self, points: Tensor) -> Tensor:
         """Densities (N,) at points (N, 3); points beyond the sphere cost nothing."""
         found = torch.zeros(len(points))
-        inside = torch.nonzero(points.norm(dim=1) <= self.radius)[:, 0]
+        inside = torch.nonzero(torch.linalg.vector_norm(points, dim=1) <= self.radius)[:, 0]
         if len(inside):
             found[inside] = self.renderer.density(points[inside], z=self.z, class_name=self.class_name)
         return found

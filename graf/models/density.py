@@ -29,7 +29,7 @@ class DensityLaw:
         """Density (B, N, S) from raw (B, N, S) at points (B, N, S, 3); noise (B, N, S) is added to raw."""
         if noise is not None:
             raw = raw + noise
-        distance = points.norm(dim=-1)
+        distance = torch.linalg.vector_norm(points, dim=-1)
         raw = raw + self.bias
         if self.sphere_prior:
             raw = raw + self.sphere_prior * (self.prior_radius - distance)

@@ -102,8 +102,9 @@ def choose_precision(
 ) -> Precision:
     """The precision to run with; a difference from the request is reported once.
 
-    CUDA: float16 for `auto`; bfloat16 where asked for and native, else float16. CPU: bfloat16 where the processor
-    computes it natively (2x float32), else float32; never float16, which is 4x slower there. Other devices: float32.
+    CUDA: bfloat16 where native, which needs no scaler, else float16; where one is asked for, that one, if it is there.
+    CPU: bfloat16 where the processor computes it natively (2x float32), else float32; never float16, which is 4x slower
+    there. Other devices: float32.
     """
     if amp_dtype not in ("auto", "float16", "bfloat16"):
         raise ValueError(f"amp_dtype={amp_dtype!r}: expected auto, float16 or bfloat16")
@@ -121,17 +122,17 @@ def choose_precision(
 
 
 def _choose_cuda_dtype(amp_dtype: str, device: torch.device) -> torch.dtype:
-    if amp_dtype != "bfloat16":
+    if amp_dtype == "float16":
         return torch.float16
-    # is_bf16_supported() also counts emulation, which is slower than float32; native means compute capability 8.
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+    if has_native_bfloat16(device):
         return torch.bfloat16
-    warn_once(f"amp_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no native bfloat16; float16 is used")
+    if amp_dtype == "bfloat16":
+        warn_once(f"amp_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no native bfloat16; float16 is used")
     return torch.float16
 
 
 def _choose_cpu_dtype(amp_dtype: str) -> torch.dtype | None:
-    if not has_native_bfloat16():
+    if not has_native_bfloat16(torch.device("cpu")):
         warn_once(
             "mixed precision is off: this processor has no native bfloat16 (AVX512-BF16 or AMX), and emulating it is "
             "slower than float32"
@@ -142,16 +143,30 @@ def _choose_cpu_dtype(amp_dtype: str) -> torch.dtype | None:
     return torch.bfloat16
 
 
-def has_native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX).
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware: on a CPU AVX512-BF16 or AMX, on CUDA capability 8 (Ampere).
 
-    Asks torch where it can tell, else Linux; where neither knows the answer is no, which only costs speed.
+    Of a CPU it asks torch where that can tell, else Linux; where neither knows the answer is no, which only costs
+    speed. MPS is not asked: nothing is computed in half precision there.
     """
+    if device.type == "cuda":
+        # is_bf16_supported() also counts emulation, which is slower than float32
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         found = capabilities()
         return bool(found.get("avx512_bf16", False) or found.get("amx_bf16", False))
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_processor("flags").split())
+
+
+def name_amp_tier() -> str:
+    """Which of torch's modules autocast and scaling come from, or "none"."""
+    has_amp, has_scaler = hasattr(torch, "amp"), hasattr(getattr(torch, "amp", None), "GradScaler")
+    if has_scaler or not hasattr(torch.cuda, "amp"):
+        return ("torch.amp" if has_scaler else "torch.amp without scaling") if has_amp else "none"
+    return "torch.amp, scaling by torch.cuda.amp" if has_amp else "torch.cuda.amp"
 
 
 def float32_region(device_type: str) -> AbstractContextManager[Any]:

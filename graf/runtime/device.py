@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graf.base.errors import UserError
 from graf.base.tensors import TensorBatch
+from graf.runtime.threads import limit_threads
 from graf.runtime.torch_release import require_fitting_numpy
 
 Batch = TypeVar("Batch", bound=TensorBatch)
@@ -70,7 +71,7 @@ def _explain_absence(request: str) -> str:
     return ", or check the driver with nvidia-smi: this build of torch has CUDA but finds no usable GPU."
 
 
-def configure_backends(device: torch.device, deterministic: bool = False) -> None:
+def configure_backends(device: torch.device, deterministic: bool = False, processes: int = 1) -> None:
     """Set the process-wide flags that make `device` fast; call it before the first computation.
 
     CUDA: TF32 matrix products and convolutions (float32's range with a 10-bit mantissa, several times faster; what
@@ -82,10 +83,13 @@ def configure_backends(device: torch.device, deterministic: bool = False) -> Non
     operation costs on the order of a hundred cycles. The flag belongs to a thread, and worker threads inherit it when
     the first parallel operation starts them: hence before the first computation.
 
+    On all devices torch computes with no more threads than there are cores for, in a container or a batch job too.
+
     deterministic: on CUDA, algorithms whose sums have one order, so that two runs agree bit for bit. torch has none for
     some, such as the backward pass of grid_sample, by which planes are read; it warns of each once. On a CPU every run
-    is deterministic.
+    is deterministic. processes: of this machine, which share its cores.
     """
+    limit_threads(processes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

@@ -66,6 +66,7 @@ class Processes:
 
     rank = 0
     size = 1
+    local_size = 1  # of them on this machine
 
     @property
     def is_first(self) -> bool:
@@ -135,6 +136,7 @@ class JoinedProcesses(Processes):
 
     def __init__(self, launch: Launch, store: Any) -> None:
         self.rank, self.size, self.store = launch.rank, launch.size, store
+        self.local_size = launch.local_size
         self._lost: PeerError | None = None
 
     # ------------------------------------------------------------------------------------------------ agreement
@@ -333,6 +335,18 @@ class Launch:
                 f"(training.process_timeout) [{reason}]"
             ) from error
         return JoinedProcesses(self, distributed.PrefixStore("people", store))
+
+
+def list_backends() -> list[str]:
+    """What torch can connect processes with here, of "gloo" and "nccl"; empty in a build that connects none."""
+    distributed = _distributed()
+    if not distributed.is_available():
+        return []
+    asked = {
+        "gloo": "is_gloo_available",
+        "nccl": "is_nccl_available",
+    }  # the former since torch 2.4; builds had it before
+    return [name for name, is_there in asked.items() if getattr(distributed, is_there, lambda: True)()]
 
 
 def hash_tensor(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from graf.base.errors import UserError
+from graf.runtime.control_groups import ControlGroup, find_groups
 from graf.runtime.logs import info_once, logger
 from graf.runtime.torch_release import torch_release
 
@@ -40,11 +41,21 @@ def release_cache(device: torch.device) -> float:
     """
     start = time.perf_counter()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps" and hasattr(torch, "mps"):  # torch 2.0
-        torch.mps.empty_cache()
+    release = _find_release(device)
+    if release is not None:
+        release()
     return time.perf_counter() - start
+
+
+def _find_release(device: torch.device) -> Callable[[], None] | None:
+    """What gives a device's cache back; None where there is none, as on a CPU, or torch has no way, as of MPS once."""
+    kind = getattr(torch, device.type, None) if device.type in ("cuda", "mps") else None
+    return getattr(kind, "empty_cache", None)
+
+
+def name_cache_release(device: torch.device) -> str:
+    """What :func:`release_cache` does on a device besides collecting garbage."""
+    return "nothing to give back" if _find_release(device) is None else f"torch.{device.type}.empty_cache"
 
 
 class CacheRelease:
@@ -139,7 +150,7 @@ def read_usable_memory(device: torch.device) -> int | None:
         recommend = getattr(getattr(torch, "mps", None), "recommended_max_memory", None)  # torch 2.5
         return None if recommend is None else int(recommend())
     available = _read_amounts("/proc/meminfo").get("MemAvailable")
-    return None if available is None else min([available, *_read_control_group()])
+    return None if available is None else min([available, *_read_control_groups()])
 
 
 def _read_amounts(listing: str) -> dict[str, int]:
@@ -152,38 +163,27 @@ def _read_amounts(listing: str) -> dict[str, int]:
     return {line[0]: 1024 * int(line[1]) for line in lines if line[2:] == ["kB"]}
 
 
-#: where control groups are, and the process's own among them
-CONTROL_GROUPS, OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 #: files of a group by version: limit and use in bytes, and the line of memory.stat that counts reclaimable file pages
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = ("memory.max", "memory.current", "inactive_file")
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
-def _read_control_group() -> list[int]:
+def _read_control_groups() -> list[int]:
     """Bytes that the process's control group and those around it leave; empty without one, or without a limit."""
-    try:
-        lines = [line.split(":", 2) for line in OWN_CONTROL_GROUPS.read_text().splitlines()]
-    except OSError:  # not Linux
-        return []
-    left = []
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, files = (CONTROL_GROUPS / "memory", _V1) if controllers else (CONTROL_GROUPS, _V2)
-        own = root / path.lstrip("/")
-        groups = [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
-        left += [count for group in groups if (count := _read_group(group, *files)) is not None]
-    return left
+    return [left for group in find_groups("memory") if (left := _read_group(group)) is not None]
 
 
-def _read_group(group: Path, limit: str, use: str, reclaimable: str) -> int | None:
-    """Bytes left in one group; None where it has no limit, or is not there (a container sees its own as the root)."""
+def _read_group(group: ControlGroup) -> int | None:
+    """Bytes left in one group; None where it has no limit, or is not there."""
+    limit, use, reclaimable = _FILES[group.version]
     try:
-        most = (group / limit).read_text().strip()
+        most = group.read(limit)
         if most == "max":
             return None
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / use).read_text()) - int(statistics.get(reclaimable, 0))
+        statistics = dict(line.split() for line in group.read("memory.stat").splitlines())
+        used = int(group.read(use)) - int(statistics.get(reclaimable, 0))
         return max(0, int(most) - used)
     except (OSError, ValueError):
         return None

@@ -63,8 +63,9 @@ class LearningRateSchedule:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The Euclidean norm of all gradients together, a scalar; 0 without gradients."""
-    norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    norm = torch.linalg.vector_norm  # on MPS `Tensor.norm` takes a way that torch has deprecated
+    norms = [norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -> None:

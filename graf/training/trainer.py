@@ -25,7 +25,7 @@ from graf.geometry.volume_rendering import Render
 from graf.models.ccsr import CCSR
 from graf.models.discriminator import PatchDiscriminator
 from graf.models.generator import Generator
-from graf.runtime.amp import Precision, scale_of
+from graf.runtime.amp import Precision, at_least_float32, scale_of
 from graf.runtime.checkpoint import Stateful
 from graf.runtime.distributed import Processes
 from graf.runtime.logs import info_once
@@ -451,8 +451,11 @@ class Trainer:
         iteration = max(self.progress.iteration - 1, 0)
         settings = self.settings_at(iteration)
         found = statistics | {f"scale_{player.suffix}": scale_of(player.scaler, self.device) for player in self.players}
-        values = torch.stack([value.double().to(self.device) for value in found.values()]).tolist()
-        scalars = dict(zip(found, values, strict=True))
+        scalars = dict.fromkeys(found, 0.0)
+        for is_on_cpu in (True, False):  # float64 is kept there, which not every device has
+            names = [name for name, value in found.items() if (value.device.type == "cpu") is is_on_cpu]
+            values = [at_least_float32(found[name]) for name in names]
+            scalars |= dict(zip(names, torch.stack(values).tolist() if values else [], strict=True))
         scalars |= {f"lr_{player.suffix}": player.lr_at(iteration) for player in self.players}
         return scalars | {"patch_min_scale": settings.min_scale, "density_noise": settings.density_noise}
 

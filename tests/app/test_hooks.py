@@ -11,8 +11,12 @@ import torch
 from graf.app import hooks
 from graf.app.runs import RunFolder
 from graf.config import Config
+from graf.evaluation.grids import Showcase
+from graf.evaluation.renderer import Renders
+from graf.geometry.views import Cameras, Views
+from graf.runtime.distributed import Processes
 from graf.runtime.interrupt import Stopped, StopRequest
-from graf.runtime.logs import RunLog
+from graf.runtime.logs import RunLog, SilentLog
 from graf.runtime.memory import CacheRelease
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.training.trainer import Progress
@@ -32,6 +36,9 @@ def trainer_at(iteration: int, seconds: float = 0.0, **training: Any) -> SimpleN
         owners=[],
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,
+        processes=Processes(),
+        latest={},
+        share_statistics=lambda: None,
         scalars_of=lambda statistics: {"loss_d": 1.0, "loss_g": 2.0},
     )
 
@@ -70,7 +77,7 @@ def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
     expected = [1, 10, 50, 100, 250, 400, 800] if expected is None else expected
     drawn: list[int] = []
     hook = hooks.SampleHook(*[None] * 4, CacheRelease("never", CPU))  # type: ignore[arg-type]
-    monkeypatch.setattr(hook, "write", drawn.append)
+    monkeypatch.setattr(hook, "write", lambda iteration, processes: drawn.append(iteration))
     for iteration in range(1, 1001):
         hook(trainer_at(iteration, sample_every=every, max_iterations=2000), {})
     assert drawn == expected
@@ -112,3 +119,33 @@ def test_the_trainer_is_asked_to_stop_by_a_signal_or_by_the_clock(monkeypatch):
     unlimited = trainer_at(1)
     hooks.StopHook(StopRequest(), started=0.0)(unlimited, {})
     assert unlimited.stop_reason is None
+
+
+class FlatRenderer:
+    """Stands in for Renderer: paints each image in one colour that says its code, class and azimuth."""
+
+    cameras = Cameras(3.5, (0.2, 0.4))
+    classes = ("cup", "pot", "jug")
+    caster = SimpleNamespace(near=2.5, far=4.5)
+    ccsr = None
+
+    def render_views(self, z: torch.Tensor, views: Views, super_resolve: bool = False) -> Renders:
+        colours = torch.stack([z[:, 0], views.class_idx / 10, views.u * 2 - 1], 1)
+        plane = torch.ones(len(z), 1, 8, 8)
+        return Renders(colours[:, :, None, None] * plane, 3 * plane, 0.5 * plane)
+
+
+@pytest.mark.parametrize(("size", "objects"), [(2, 5), (3, 2), (4, 1)])
+def test_several_processes_draw_the_grids_of_one(run_processes, tmp_path, size, objects):
+    showcase = Showcase.around(torch.linspace(-1, 1, objects)[:, None], [row % 3 for row in range(objects)], 4, 0.3)
+
+    def draw(processes: Processes) -> dict[str, bytes]:
+        folder = RunFolder(tmp_path / str(processes.size))
+        log = SilentLog()
+        hook = hooks.SampleHook(FlatRenderer(), showcase, folder, log, CacheRelease("never", CPU))
+        hook.write(7, processes)
+        return {file.name: file.read_bytes() for file in folder.samples.iterdir()}
+
+    alone = draw(Processes())
+    assert set(alone) == {f"{kind}_00000007.png" for kind in ("rgb", "depth", "opacity")}
+    assert run_processes(size, draw)[0] == alone

@@ -244,7 +244,7 @@ def test_a_run_with_a_budget_trains_with_the_chosen_settings(run_program, capsys
 
 def test_a_run_with_grids_and_scores_stays_within_its_budget(run_program, tmp_path):
     """Images that wait for their grid, score or consistency measurement are on the CPU too, where the budget is."""
-    keys = [*benchmark.SMALL, *benchmark.SUPER_RESOLUTION, "training.batch_size=6", "training.fid_every=3"]
+    keys = [*benchmark.SMALL, *benchmark.SUPER_RESOLUTION, "training.batch_size=6", "training.fid_every=2"]
     keys += ["data.synthetic.instances=2"]  # of one instance the truth would be drawn for minutes
     config = load_config(CONFIGS / "smoke.yaml", [*keys, "evaluation.num_images=42"])
     budget = StepPlanner(config).predict(MemorySettings(1, "checkpoint", 64)).peak

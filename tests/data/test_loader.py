@@ -120,9 +120,11 @@ def test_loader_leaves_the_global_random_state_alone():
 
 @pytest.mark.parametrize("cpus", [1, 3, 64])
 def test_workers_are_limited_to_four_and_to_the_cpus(monkeypatch, cpus):
-    monkeypatch.setattr("graf.data.loader.count_usable_cpus", lambda: cpus)
+    monkeypatch.setattr("graf.data.loader.share_of_cpus", lambda processes: cpus // processes)
     monkeypatch.setattr("torch.utils.data.DataLoader.check_worker_number_rationality", lambda self: None)
     assert make_loader(Numbers(8), 2, nworkers=99, drop_last=True, seed=0).num_workers == min(4, cpus)
+    shared = make_loader(Numbers(8), 2, nworkers=99, drop_last=True, seed=0, processes=2)
+    assert shared.num_workers == min(4, cpus // 2)
     assert make_loader(Numbers(8), 2, nworkers=0, drop_last=True, seed=0).num_workers == 0
 
 

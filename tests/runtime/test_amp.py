@@ -32,7 +32,7 @@ def fresh_messages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend_native_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(amp, "has_native_bfloat16", lambda: native)
+    monkeypatch.setattr(amp, "has_native_bfloat16", lambda device: native)
 
 
 @pytest.mark.parametrize("amp_dtype", ["auto", "float16", "bfloat16"])
@@ -68,19 +68,33 @@ def test_without_use_amp_everything_is_float32_and_silent(
 @pytest.mark.parametrize(
     ("amp_dtype", "capability", "expected"),
     [
-        ("auto", (9, 0), torch.float16),
+        ("auto", (9, 0), torch.bfloat16),
+        ("auto", (8, 0), torch.bfloat16),
+        ("auto", (7, 5), torch.float16),
         ("float16", (9, 0), torch.float16),
         ("bfloat16", (8, 0), torch.bfloat16),
         ("bfloat16", (7, 5), torch.float16),
     ],
 )
-def test_cuda_runs_float16_unless_bfloat16_is_asked_for_and_native(
-    monkeypatch: pytest.MonkeyPatch, amp_dtype: str, capability: tuple[int, int], expected: torch.dtype
+def test_cuda_runs_bfloat16_where_it_is_native_and_float16_where_not_or_where_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    amp_dtype: str,
+    capability: tuple[int, int],
+    expected: torch.dtype,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.version, "hip", None)
     assert choose_precision(True, amp_dtype, CUDA) == Precision("cuda", expected)
+    assert bool(caplog.records) == (amp_dtype == "bfloat16" and expected is torch.float16), "asked for, and not there"
+
+
+def test_bfloat16_on_cuda_has_no_scaler_and_so_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    scaler = choose_precision(True, "auto", CUDA).make_scaler()
+    assert isinstance(scaler, NoOpScaler)
+    assert find_inf(scaler, make_pair()[1]) is None
 
 
 def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones() -> None:
@@ -91,9 +105,9 @@ def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones() -> None:
 def test_native_bfloat16_agrees_between_torch_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.cpu, "get_capabilities") or not Path("/proc/cpuinfo").exists():
         pytest.skip("needs both ways of asking")
-    by_torch = amp.has_native_bfloat16()
+    by_torch = amp.has_native_bfloat16(CPU)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert amp.has_native_bfloat16() == by_torch
+    assert amp.has_native_bfloat16(CPU) == by_torch
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,7 @@ def test_native_bfloat16_is_read_from_processor_flags(
     assert read_processor("flags", str(listing)) == flags
     monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)
     monkeypatch.setattr(amp, "read_processor", lambda key: read_processor(key, str(listing)))
-    assert amp.has_native_bfloat16() == native
+    assert amp.has_native_bfloat16(CPU) == native
 
 
 def test_a_machine_without_proc_lists_no_flags(tmp_path: Path) -> None:
@@ -317,3 +331,16 @@ def test_a_build_without_any_scaler_gets_the_noop_and_one_message(
         assert isinstance(Precision("cuda", torch.float16).make_scaler(), NoOpScaler)
     assert len(caplog.records) == 1
     assert "no gradient scaler" in caplog.messages[0]
+
+
+def test_the_tier_is_told_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert amp.name_amp_tier() in ("torch.amp", "torch.amp, scaling by torch.cuda.amp")
+    monkeypatch.delattr(torch.amp, "GradScaler", raising=False)
+    assert amp.name_amp_tier() == "torch.amp, scaling by torch.cuda.amp"
+    with monkeypatch.context() as hidden:
+        hidden.delattr(torch, "amp")
+        assert amp.name_amp_tier() == "torch.cuda.amp"
+        hidden.delattr(torch.cuda, "amp")
+        assert amp.name_amp_tier() == "none"
+    monkeypatch.delattr(torch.cuda, "amp")
+    assert amp.name_amp_tier() == "torch.amp without scaling"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from graf.runtime import logs, memory
+from graf.runtime import control_groups, logs, memory
 from graf.runtime.memory import is_out_of_memory, read_memory, release_cache, reset_peak
 
 CPU = torch.device("cpu")
@@ -73,8 +73,8 @@ def test_a_control_group_and_those_around_it_bound_what_is_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, root: str, limit_file: str, use_file: str, pages: str
 ) -> None:
     groups, own = tmp_path / "groups", tmp_path / "own"
-    monkeypatch.setattr(memory, "CONTROL_GROUPS", groups)
-    monkeypatch.setattr(memory, "OWN_CONTROL_GROUPS", own)
+    monkeypatch.setattr(control_groups, "CONTROL_GROUPS", groups)
+    monkeypatch.setattr(control_groups, "OWN_CONTROL_GROUPS", own)
     system = memory.read_usable_memory(CPU)
     assert system is not None
     own.write_text(f"9:pids:/other\n{entry}\n")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.fixed_seed_runs import make_float64
 from graf.app import builders
 from graf.app.failures import explain_failure
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import OutOfMemory
 from graf.runtime.memory_settings import MemorySettings
-from graf.training.inputs import InputSampler, StepInputs
+from graf.training.inputs import StepInputs
 from graf.training.objective import GANObjective
 from graf.training.players import Player
 from graf.training.trainer import SharedRender, Trainer
@@ -73,30 +74,16 @@ def batch(photographs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-class Float64Inputs:
-    """A trainer's inputs with every number in float64."""
-
-    def __init__(self, inputs: InputSampler) -> None:
-        self.inputs = inputs
-
-    def draw(self, *arguments: Any) -> StepInputs:
-        return self.inputs.draw(*arguments).map(lambda part: part.double() if part.is_floating_point() else part)
-
-
 def gradients_of_a_step(
     trainer: Trainer, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, torch.Tensor]:
     """The gradients that every player is updated with in one step in float64."""
     torch.manual_seed(2)
+    make_float64(trainer)
     for player in trainer.players:
-        player.network.double()
         for parameter in player.network.parameters():
             if not parameter.any():  # what starts at zero would hide what is in front of it
                 nn.init.normal_(parameter, std=0.1)
-    for average in (trainer.average, trainer.sr_average):
-        if average is not None:
-            average.module.double()
-    trainer.inputs = Float64Inputs(trainer.inputs)  # type: ignore[assignment]
     found: dict[str, torch.Tensor] = {}
     apply = Player.apply
 

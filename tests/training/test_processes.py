@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fixed_seed_runs import make_float64
 from graf.app import builders
 from graf.data.errors import DataError
 from graf.data.loader import Batches, BatchOrder
 from graf.runtime.amp import Precision
 from graf.runtime.distributed import DesynchronisedError, Processes
-from graf.training.inputs import InputSampler, StepInputs
 from graf.training.objective import GANObjective
 from graf.training.players import DivergenceError, Player
 from graf.training.trainer import Trainer
@@ -45,22 +45,6 @@ def photographs(smoke_config):
     return builders.open_photographs(smoke_config(*EVERYTHING))
 
 
-class Float64Inputs:
-    """A trainer's inputs with every number in float64."""
-
-    def __init__(self, inputs: InputSampler) -> None:
-        self.inputs = inputs
-
-    def draw(self, *arguments: Any) -> StepInputs:
-        return self.inputs.draw(*arguments).map(lambda part: part.double() if part.is_floating_point() else part)
-
-
-def to_float64(trainer: Trainer) -> None:
-    for module in [*(player.network for player in trainer.players), *(a.module for a in trainer.averages.values())]:
-        module.double()
-    trainer.inputs = Float64Inputs(trainer.inputs)  # type: ignore[assignment]
-
-
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     """Every weight and buffer, the averages' too, and the optimisers' states."""
     found = {}
@@ -80,7 +64,7 @@ def train(smoke_config, photographs, make_trainer) -> Callable[..., Any]:
     def run(processes: Processes, *keys: str, steps: int, float64: bool = True) -> tuple[dict[str, Tensor], Any]:
         trainer = make_trainer(*EVERYTHING, *keys, data=photographs, processes=processes)
         if float64:
-            to_float64(trainer)
+            make_float64(trainer)
         loader = builders.build_loader(smoke_config(*EVERYTHING, *keys), photographs, share=processes.share)
         with Batches(loader) as batches:
             for images, labels, size in islice(batches, steps):
