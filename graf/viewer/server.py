@@ -239,6 +239,7 @@ class ViewerServer:
 
         def work() -> None:
             try:
+                self._check_worker(client)  # what has waited until the end is not begun
                 note.body = "is being made ..."
                 client.send(make(renderer, lambda share: setattr(note, "body", f"{100 * share:.0f}%")))
             except Interrupted:
