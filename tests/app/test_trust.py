@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graf
-from graf.app import loading
+from graf.app import eval_tasks, loading, viewing
 from graf.app.command_line import main
 from graf.app.runs import choose_run_folder, find_run, require_origin
 from graf.base.errors import UserError
@@ -59,8 +59,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         files.extend(given)
         raise UserError("it would be opened here")
 
-    monkeypatch.setattr(loading, "open_checkpoint", stop)
-    monkeypatch.setattr("graf.app.eval_tasks.open_checkpoint", stop)
+    for module in (loading, eval_tasks, viewing):  # imported above, so that none keeps what is put in here
+        monkeypatch.setattr(module, "open_checkpoint", stop)
     return files
 
 
