@@ -167,7 +167,7 @@ def test_cleaning_takes_little_memory_besides_the_mesh():
     finally:
         tracemalloc.stop()
     # 2 million triangles at 512^3: 150 MiB of 300, of which the mesh and its slabs have 143
-    assert peak < 80 * len(faces)
+    assert peak < 84 * len(faces)  # NumPy 1 needs 82, 2 needs less than 80
 
 
 def test_floaters_and_cavities_go_and_the_object_stays():
