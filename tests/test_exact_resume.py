@@ -111,14 +111,14 @@ def train_until_killed(train: Callable[..., int], *keys: str) -> None:
 #: moment -> (class, method, which call of it, killed after it)
 MOMENTS = {
     "in the middle of an epoch": (Trainer, "step", lambda t, *_: t.progress.iteration == 2, False),
-    "after sampling": (hooks.SampleHook, "write", lambda _, iteration: iteration == 6, True),
+    "after sampling": (hooks.SampleHook, "write", lambda _, iteration, *__: iteration == 6, True),
     "after scoring": (hooks.ScoreHook, "_score", lambda _, t: t.progress.iteration == 4, True),
     "after a checkpoint": (hooks.CheckpointHook, "save", lambda _, t, name: t.progress.iteration == 4, True),
     "between D and G of the first step of super-resolution": (
         *(Player, "apply", lambda player, terms, iteration, *_: player.suffix == "g" and iteration == 3),
         False,
     ),
-    "after the last step": (hooks.SampleHook, "write", lambda _, iteration: iteration == 8, False),
+    "after the last step": (hooks.SampleHook, "write", lambda _, iteration, *__: iteration == 8, False),
 }
 
 
