@@ -202,7 +202,9 @@ def _torch_amp() -> ModuleType | None:
 def _has_autocast(device_type: str) -> bool:
     if _torch_amp() is None:
         return device_type == "cuda" and hasattr(torch.cuda, "amp")
-    is_available = getattr(torch.amp, "is_autocast_available", lambda kind: kind in ("cuda", "cpu"))  # torch >= 2.4
+    if device_type in ("cuda", "cpu"):  # always; and torch.export of 2.6 cannot trace the question
+        return True
+    is_available = getattr(torch.amp, "is_autocast_available", lambda kind: False)  # torch >= 2.4
     return bool(is_available(device_type))
 
 

@@ -36,8 +36,8 @@ CHECKED_SIZES = (EXAMPLE_SIZE, (1, 1, 1), (3, 7, 11), (5, 64, 24))
 #: half of the side of the cube that points are drawn from, world units: most inside the unit sphere, some beyond
 _REACH = 1.1
 
-#: the first one that has been seen to keep all three sizes free, in torch.export and in torch.onnx.export
-OLDEST_TORCH = (2, 6)
+#: 2.6 and older have been seen to fix sizes; 2.14 and 2.15 to keep all three free
+OLDEST_TORCH = (2, 7)
 
 #: (z, class_idx, points, directions) -> (rgb, density)
 Program = Callable[..., Sequence[Tensor]]

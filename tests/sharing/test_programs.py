@@ -131,7 +131,7 @@ def test_a_program_whose_sizes_are_fixed_is_not_written(make_renderer, tmp_path)
 def test_a_torch_that_is_too_old_is_told_which_one_is_needed(make_renderer, monkeypatch):
     whole = WholeField(make_renderer().generator.field)
     monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
-    with pytest.raises(ExportError, match=r"torch 2\.4\.1\+cpu cannot export .* update torch to 2\.6 or newer"):
+    with pytest.raises(ExportError, match=r"torch 2\.4\.1\+cpu cannot export .* update torch to 2\.7 or newer"):
         programs._trace(whole, 3)
 
 
