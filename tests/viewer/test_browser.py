@@ -345,7 +345,7 @@ def count_axes(page: Visitor) -> int:
     """The pixels of the green and the blue axis that are seen beside a red object; a white page has none either."""
     # the page's picture covers 65 of these columns, the rest is nothing
     picture = page.client.handle.get_render(120, 160, transport_format="png")[:, 50:110, :3].astype(int)
-    return int(((picture.max(-1) - picture[..., 0]) > 80).sum())
+    return int(((picture.max(-1) - picture[..., 0]) > 30).sum())  # thin lines may be drawn faintly
 
 
 def test_a_killed_browser_leaves_no_thread_and_no_client(lasting_renderer, tmp_path):
