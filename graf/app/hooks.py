@@ -238,12 +238,12 @@ class CheckpointHook:
             self.save_reached(trainer)
         elif is_due(trainer.progress.iteration, training.backup_every):
             trainer.share_statistics()
-            self._save_backup(trainer)
+            processes.together(lambda: self._save_backup(trainer))
 
     def save_reached(self, trainer: Trainer) -> None:
         """Save what has been reached, by all processes; :meth:`save_alone` says what."""
         trainer.share_statistics()
-        self.save_alone(trainer)
+        trainer.processes.together(lambda: self.save_alone(trainer))
 
     def save_alone(self, trainer: Trainer) -> None:
         """Save model_XXXXXXXX.pt of this iteration, unless it holds all that there is, and drop the oldest ones.
