@@ -24,11 +24,10 @@ from torch.nn import functional
 from graf.base.tensors import TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
+from graf.models.plane_lookup import arrange_planes, sample_planes
 from graf.models.plane_sources import PlaneShape, PlaneSynthesis, PlaneTable
 from graf.runtime.amp import at_least_float32, float32_region
 
-#: the coordinates that the three planes are spanned by: (x, y), (x, z), (y, z)
-PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 #: the values of nerf.planes
 PLANE_SOURCES: dict[str, Callable[[PlaneShape], nn.Module]] = {"table": PlaneTable, "synthesis": PlaneSynthesis}
 
@@ -103,7 +102,7 @@ class TriplaneField(RadianceField):
                 colours = (mixture[..., None] * colours).sum(2, keepdim=True)
                 colour_bias = (mixture * colour_bias).sum(2, keepdim=True)
             return TriplaneCodes(
-                planes=self.planes(shape_code, class_idx),
+                planes=arrange_planes(self.planes(shape_code, class_idx)),
                 weight=self.hidden.weight * (1 + scale),
                 bias=functional.linear(shift, self.hidden.weight, self.hidden.bias),
                 head=_stack_head(self.raw_density.weight, colours, batch),
@@ -145,23 +144,3 @@ def _stack_head(density: Tensor, colours: Tensor, batch: int) -> Tensor:
     """Rows (B, 1 + 3 M, width) of density (1, width) and of colours (1 or B, 3, M, width), red first."""
     rows = [density[None].expand(batch, -1, -1), colours.flatten(1, 2).expand(batch, -1, -1)]
     return torch.cat(rows, dim=1)
-
-
-def sample_planes(planes: Tensor, places: Tensor) -> Tensor:
-    """The sum of the three planes' features (B, P, C), each bilinear between its grid points, at places (B, P, 3).
-
-    planes: (B, 3, C, R, R), over the square [-1, 1] x [-1, 1] of two axes each, second axis first as in images;
-    outside, the nearest edge counts. In float32, or places' own float64: half precision would round places to a
-    quarter of a cell.
-    """
-    batch, _, channels, resolution, _ = planes.shape
-    with float32_region(planes.device.type):
-        grid = places[..., torch.tensor(PLANE_AXES, device=places.device)].transpose(1, 2)  # (B, 3, P, 2)
-        grid = grid.contiguous()  # read through strides, as one image's would be, it takes four times as long
-        features = functional.grid_sample(
-            planes.view(batch * 3, channels, resolution, resolution),
-            grid.reshape(batch * 3, -1, 1, 2),
-            padding_mode="border",
-            align_corners=False,
-        )
-        return features.view(batch, 3, channels, -1).sum(1).mT

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from graf.models.density import DensityLaw
 from graf.models.encoding import positional_encoding
 from graf.models.plane_sources import STORED_SHARE
-from graf.models.triplane_field import PLANE_AXES, TriplaneField, TriplaneShape, sample_planes
+from graf.models.plane_lookup import PLANE_AXES, sample_planes
+from graf.models.triplane_field import TriplaneField, TriplaneShape
 
 SHAPE = TriplaneShape(
     planes="table", plane_resolution=8, plane_channels=5, synthesis_width=4, decoder_width=12, colour_components=3,

@@ -1,0 +1,128 @@
+"""Features of three planes at the points that project onto them: the lookup that tri-plane fields spend their time in.
+
+Where channels of a place lie side by side, a CPU fetches one corner of a cell by reading one row. `grid_sample`, which
+a GPU is good at, reads every channel of every corner by itself. Both give the same features and gradients (tested).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graf.runtime.amp import float32_region
+
+#: the coordinates that the three planes are spanned by: (x, y), (x, z), (y, z)
+PLANE_AXES = ((0, 1), (0, 2), (1, 2))
+
+
+def arrange_planes(planes: Tensor) -> Tensor:
+    """The same planes (B, 3, C, R, R), in memory as :func:`sample_planes` reads them fastest on their device."""
+    if planes.device.type != "cpu":
+        return planes.contiguous()
+    return planes.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+
+
+def sample_planes(planes: Tensor, places: Tensor) -> Tensor:
+    """The sum of the three planes' features (B, P, C), each bilinear between its grid points, at places (B, P, 3).
+
+    planes: (B, 3, C, R, R), over the square [-1, 1] x [-1, 1] of two axes each, second axis first as in images;
+    outside, the nearest edge counts. In float32, or places' own float64: half precision would round places to a
+    quarter of a cell.
+    """
+    with float32_region(planes.device.type):
+        # learned cameras and normals ask for gradients of places, exported programs for operators that others know
+        if planes.device.type != "cpu" or places.requires_grad or _is_exporting():
+            return _sample_by_channel(planes, places)
+        batch, _, channels, resolution, _ = planes.shape
+        rows = planes.permute(0, 3, 4, 1, 2).reshape(-1, channels)
+        features: Tensor = _SampleByRow.apply(rows, places, resolution)
+        return features.view(batch, -1, channels)
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7, as exports are
+
+
+def _sample_by_channel(planes: Tensor, places: Tensor) -> Tensor:
+    batch, _, channels, resolution, _ = planes.shape
+    grid = places[..., torch.tensor(PLANE_AXES, device=places.device)].transpose(1, 2)  # (B, 3, P, 2)
+    grid = grid.contiguous()  # read through strides, as one image's would be, it takes four times as long
+    features = functional.grid_sample(
+        planes.reshape(batch * 3, channels, resolution, resolution),
+        grid.reshape(batch * 3, -1, 1, 2),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return features.view(batch, 3, channels, -1).sum(1).mT
+
+
+class _SampleByRow(torch.autograd.Function):
+    """Features (B P, C) of rows (B R R 3, C), one for each batch element, place y, place x and plane.
+
+    Places alone are kept for the backward pass: to find cells and weights again costs less than to read them back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, resolution: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.resolution, ctx.num_rows = resolution, len(rows)
+        cells, across, down = _find_cells(places, resolution)
+        corners = [cells + step for step in _corner_steps(resolution)]
+        indices = torch.stack(corners, dim=2).transpose(0, 1).reshape(cells.shape[1], 12)
+        weights = torch.stack(_corner_weights(across, down), dim=2).transpose(0, 1).reshape(cells.shape[1], 12)
+        return functional.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Each row's gradient is a weighted sum over the points whose cells it is a corner of: rows are fetched again.
+
+        Points are sorted by cell once, which serves all four corners: a corner's rows are the cells, shifted.
+        """
+        (places,) = ctx.saved_tensors
+        cells, across, down = (found.flatten() for found in _find_cells(places, ctx.resolution))
+        cells, order = torch.sort(cells)
+        counts = torch.zeros(ctx.num_rows, dtype=torch.int64).scatter_add_(0, cells.long(), torch.ones_like(order))
+        starts = torch.cumsum(counts, 0) - counts
+        points = order.remainder(len(gradient))
+        gradient = gradient.contiguous()
+        steps = _corner_steps(ctx.resolution)
+        total = gradient.new_zeros(ctx.num_rows + steps[-1], gradient.shape[1])
+        for step, weights in zip(steps, _corner_weights(across[order], down[order]), strict=True):
+            total[step : step + ctx.num_rows] += functional.embedding_bag(
+                points, gradient, starts, mode="sum", per_sample_weights=weights
+            )
+        return total[: ctx.num_rows], None, None
+
+
+def _find_cells(places: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The row of each point's cell, at the corner of both lower coordinates, and how far the point is across and down
+    it, in [0, 1]: (3, B P) each, int32 and twice float.
+    """
+    batch, count, _ = places.shape
+    position = places.permute(2, 0, 1).reshape(3, batch * count) * (resolution / 2)
+    position = position.add_((resolution - 1) / 2).clamp_(0, resolution - 1)
+    low = position.floor().clamp_(max=resolution - 2)
+    share = position.sub_(low)
+    low = low.int()
+    first = torch.arange(batch, dtype=torch.int32).mul_(3 * resolution**2).repeat_interleave(count)
+    cells = [
+        torch.add(low[x], low[y], alpha=resolution).mul_(3).add_(first).add_(plane)
+        for plane, (x, y) in enumerate(PLANE_AXES)
+    ]
+    x, y = zip(*PLANE_AXES, strict=True)
+    return torch.stack(cells), share[list(x)], share[list(y)]
+
+
+def _corner_steps(resolution: int) -> tuple[int, int, int, int]:
+    """How many rows behind the first corner of a cell the four corners are."""
+    return 0, 3, 3 * resolution, 3 * resolution + 3
+
+
+def _corner_weights(across: Tensor, down: Tensor) -> list[Tensor]:
+    """The bilinear weights of the corners, in the order of their steps."""
+    left, above = 1 - across, 1 - down
+    return [left * above, across * above, left * down, across * down]
