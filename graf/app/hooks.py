@@ -88,7 +88,8 @@ class LogHook:
         scalars = trainer.scalars_of(statistics)
         scalars["images_per_second"] = steps * training.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
-        memory.pop("peak", None)  # of what came after the last phase; those of the phases follow
+        for name in ("peak", "peak_reserved"):  # of what came after the last phase; those of the phases follow
+            memory.pop(name, None)
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
         scalars |= trainer.profiler.scalars()
         scalars["seconds_release_cache"] = self.caches.take_seconds()
@@ -117,6 +118,7 @@ class SampleHook:
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         if self._is_due(trainer):
+            trainer.settle()
             watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
             with watch, trainer.profiler.phase("sample"):
                 self.write(trainer.progress.iteration, trainer.processes)
@@ -174,6 +176,7 @@ class ScoreHook:
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
         if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
+            trainer.settle()
             with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("score"):
                 self._score(trainer)
             trainer.progress.scored = iteration
@@ -271,6 +274,7 @@ class CheckpointHook:
 
     def save(self, trainer: Trainer, name: str) -> None:
         """Write one checkpoint file of the whole training state; a disk that refuses is given time to recover."""
+        trainer.settle()
         meta = self.meta | {"iteration": trainer.progress.iteration}
         self.log.flush()
         with trainer.profiler.phase("save"):

@@ -47,7 +47,7 @@ class MemoryProfiler:
     def phase(self, name: str) -> Iterator[None]:
         """Measure what happens inside as phase `name`; the largest counts where it happens often in an outer one."""
         if self._peaks:
-            self._peaks[-1] = max(self._peaks[-1], self._read_peak())
+            self._peaks[-1] = max(self._peaks[-1], self._peak_in(read_memory(self.device)))
         else:
             self._inner.clear()
         self._peaks.append(0.0)
@@ -55,21 +55,19 @@ class MemoryProfiler:
         try:
             yield
         finally:
-            peak = max(self._peaks.pop(), self._read_peak())
+            memory = read_memory(self.device)
+            peak = max(self._peaks.pop(), self._peak_in(memory))
             if self._peaks:
                 self._peaks[-1] = max(self._peaks[-1], peak)
                 peak = self._inner[name] = max(self._inner.get(name, 0.0), peak)
-            self.record(name, peak)
+            self._record(name, peak, memory)
             self._restart_peak()
 
-    def record(self, name: str, peak: float) -> None:
-        """Take down the readings of phase `name`, whose peak was so many bytes."""
+    def _record(self, name: str, peak: float, memory: dict[str, float]) -> None:
+        """Take down the readings of phase `name`, whose peak was so many bytes and which ends with `memory`."""
         reading = self.readings.setdefault(name, {})
-        memory = read_memory(self.device)
         if self.device.type == "cuda":
-            most = torch.cuda.max_memory_reserved(self.device) / MIB
-            reading |= {"peak": peak / MIB, "allocated": memory["allocated"], "reserved": memory["reserved"]}
-            reading["peak_reserved"] = max(most, memory["reserved"])
+            reading |= memory | {"peak": peak / MIB}
         elif self.device.type == "mps":
             reading |= memory
         else:
@@ -99,10 +97,9 @@ class MemoryProfiler:
             for quantity, value in reading.items()
         }
 
-    def _read_peak(self) -> float:
-        if self._live is not None:
-            return self._live.peak
-        return float(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else 0.0
+    def _peak_in(self, memory: dict[str, float]) -> float:
+        """Bytes, of what has been allocated since the last restart; memory: what has just been read."""
+        return memory.get("peak", 0.0) * MIB if self._live is None else self._live.peak
 
     def _restart_peak(self) -> None:
         if self._live is not None:

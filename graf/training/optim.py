@@ -61,11 +61,10 @@ class LearningRateSchedule:
         return 1.0
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar; 0 without gradients."""
-    norm = torch.linalg.vector_norm  # on MPS `Tensor.norm` takes a way that torch has deprecated
-    norms = [norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    return norm(torch.stack(norms)) if norms else torch.zeros(())
+def gradient_norms(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The Euclidean norm of the gradient of each parameter that has one, (P,), on the device, where they are."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0, device=device)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -> None:
@@ -74,11 +73,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -
         torch.nn.utils.clip_grad_norm_(parameters, limit)
     elif how == "value":
         torch.nn.utils.clip_grad_value_(parameters, limit)
-
-
-def find_nonfinite_gradient(module: nn.Module) -> str | None:
-    """The name of the first parameter whose gradient holds an inf or NaN, or None."""
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return name
-    return None
