@@ -293,11 +293,15 @@ class Trainer:
     def settle(self) -> None:
         """Wait for what has been computed, and raise DivergenceError where it came to nothing: see read_updates.
 
-        On a GPU steps go on unseen, so whoever keeps, shows or scores what was learned calls this before.
+        On a GPU steps go on unseen, so whoever keeps, shows or scores what was learned calls this before. The wait is
+        part of the time that training takes.
         """
-        in_step, self.in_step = self.in_step, True  # a state that has diverged is not worth saving
+        started, in_step = time.monotonic(), self.in_step
+        self.in_step = True  # a state that has diverged is not worth saving
         read_updates(self.players)
         self.in_step = in_step
+        if not in_step:
+            self.progress.seconds += time.monotonic() - started
 
     def share_statistics(self) -> None:
         """Settle, and add up the latest statistics over the processes: the first one has the sums, to be written."""
