@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=names, help="some of them (default: all)")
     options = parser.parse_args(arguments)
     started = time.monotonic()
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}  # logs are whole, whatever ends a part
     if not options.gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     machine = describe_machine(environment)

@@ -24,6 +24,7 @@ class MemoryProfiler:
         self.device = device
         self.readings: dict[str, dict[str, float]] = {}
         self._live: LiveTensorMeter | None = None
+        self._memory: dict[str, float] = {}  # at the last reading
         self._peaks: list[float] = []  # so far, bytes, of the phases that are open, the outermost first
         self._inner: dict[str, float] = {}  # of the inner phases that have ended within the outermost one
 
@@ -47,7 +48,7 @@ class MemoryProfiler:
     def phase(self, name: str) -> Iterator[None]:
         """Measure what happens inside as phase `name`; the largest counts where it happens often in an outer one."""
         if self._peaks:
-            self._peaks[-1] = max(self._peaks[-1], self._peak_in(read_memory(self.device)))
+            self._peaks[-1] = max(self._peaks[-1], self._read_peak())
         else:
             self._inner.clear()
         self._peaks.append(0.0)
@@ -55,17 +56,16 @@ class MemoryProfiler:
         try:
             yield
         finally:
-            memory = read_memory(self.device)
-            peak = max(self._peaks.pop(), self._peak_in(memory))
+            peak = max(self._peaks.pop(), self._read_peak())
             if self._peaks:
                 self._peaks[-1] = max(self._peaks[-1], peak)
                 peak = self._inner[name] = max(self._inner.get(name, 0.0), peak)
-            self._record(name, peak, memory)
+            self.record(name, peak)
             self._restart_peak()
 
-    def _record(self, name: str, peak: float, memory: dict[str, float]) -> None:
-        """Take down the readings of phase `name`, whose peak was so many bytes and which ends with `memory`."""
-        reading = self.readings.setdefault(name, {})
+    def record(self, name: str, peak: float) -> None:
+        """Take down the readings of phase `name`, which ends here and whose peak was so many bytes."""
+        reading, memory = self.readings.setdefault(name, {}), self._memory
         if self.device.type == "cuda":
             reading |= memory | {"peak": peak / MIB}
         elif self.device.type == "mps":
@@ -97,9 +97,10 @@ class MemoryProfiler:
             for quantity, value in reading.items()
         }
 
-    def _peak_in(self, memory: dict[str, float]) -> float:
-        """Bytes, of what has been allocated since the last restart; memory: what has just been read."""
-        return memory.get("peak", 0.0) * MIB if self._live is None else self._live.peak
+    def _read_peak(self) -> float:
+        """Bytes, since the last restart; CUDA's counts come all at once, so the others are kept for :meth:`record`."""
+        self._memory = read_memory(self.device)
+        return self._memory.get("peak", 0.0) * MIB if self._live is None else self._live.peak
 
     def _restart_peak(self) -> None:
         if self._live is not None:
