@@ -35,6 +35,7 @@ from graf.runtime.logs import RunLog, SilentLog, drop_rows_after, logger, setup_
 from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
 from graf.runtime.run_lock import RunLock
 from graf.runtime.threads import describe_threads
+from graf.training.players import RATE_KEYS
 from graf.training.trainer import Hook, Trainer
 
 
@@ -83,6 +84,7 @@ def train(
                 run.trainer.progress.iteration,
             )
         else:
+            say_scaled_rates(run.trainer)
             snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
             run.go_on(started, snapshot)
             run.report(program)
@@ -115,6 +117,21 @@ def _refuse_difference(processes: Processes, differing: list[str]) -> None:
             f"process {processes.rank} has another {' and '.join(differing)} than process 0: start all of them with "
             "the same command, file and version of torch"
         )
+
+
+def say_scaled_rates(trainer: Trainer) -> None:
+    """Log which learning rates training.scale_lr has changed for the batch of this run, and to what."""
+    training, sections = trainer.config.training, trainer.config.model_dump()
+    if training.scale_lr == "none":
+        return
+    rates = []
+    for player in trainer.players:
+        section, _, name = RATE_KEYS[player.suffix].partition(".")
+        rates.append(f"{section}.{name} {sections[section][name]:.4g} -> {player.lr:.4g}")
+    logger.info(
+        "training.scale_lr=%s: batches of %d images, the learning rates are written for %s: %s",
+        *(training.scale_lr, training.batch_size, training.lr_batch_size, ", ".join(rates)),
+    )
 
 
 def take_folder(stack: ExitStack, folder: RunFolder, checkpoints: list[Path], resume: str) -> list[Path]:

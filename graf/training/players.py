@@ -12,6 +12,8 @@ from graf.runtime.amp import Scaler, find_inf, optimizer_step
 from graf.runtime.distributed import Processes
 from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
 
+#: the key that sets the learning rate of each player, by its suffix
+RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
 MAX_SKIPPED_UPDATES = 100
 
@@ -100,5 +102,5 @@ class Player:
             first = f"the gradient of {self.name}.{parameter}"
         return (
             f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a "
-            "lower learning rate (training.lr_g, training.lr_d, ccsr.lr) or with training.use_amp=false"
+            f"lower learning rate ({', '.join(RATE_KEYS.values())}) or with training.use_amp=false"
         )

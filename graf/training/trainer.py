@@ -38,7 +38,7 @@ from graf.training.ema import ModelAverage, UpdateCounts
 from graf.training.inputs import InputSampler, StepInputs, StepSettings
 from graf.training.losses import MCE_Loss
 from graf.training.objective import GANObjective, LossSettings, Statistics, SuperResolutionLossSettings
-from graf.training.optim import LearningRateSchedule, build_optimizer
+from graf.training.optim import LearningRateSchedule, batch_factor, build_optimizer
 from graf.training.perceptual import load_perceptual_distance
 from graf.training.players import Player
 
@@ -469,6 +469,7 @@ class Trainer:
         precision: Precision,
     ) -> Player:
         training = self.config.training
+        lr *= batch_factor(training.scale_lr, training.batch_size, training.lr_batch_size)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(training.optimizer, trainable, lr, betas)
         schedule = LearningRateSchedule(
@@ -478,6 +479,8 @@ class Trainer:
             training.max_iterations,
             training.lr_decay_start,
             training.lr_warmup,
+            training.lr_points or (),
+            training.lr_interpolation == "log",
         )
         return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, betas, self.processes)
 
