@@ -82,6 +82,7 @@ def test_every_promised_scalar_is_logged_in_every_iteration(smoke_run):
     promised = {
         *("loss_d", "loss_g", "penalty", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "scale_d", "scale_g"),
         *("lr_d", "lr_g", "patch_min_scale", "density_noise", "images_per_second", "time"),
+        *(f"seconds_{phase}" for phase in ("data", "inputs", "d", "r1", "g", "update", "ema")),
     }
     for row in rows:
         assert promised <= row.keys()
@@ -89,6 +90,7 @@ def test_every_promised_scalar_is_logged_in_every_iteration(smoke_run):
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["d_real"] < 1
         assert row["images_per_second"] > 0
+        assert all(value >= 0 for name, value in row.items() if name.startswith("seconds_"))
     assert len({row["loss_d"] for row in rows}) == 6
 
 
@@ -144,6 +146,8 @@ def test_the_console_names_device_data_and_folder(smoke_run):
     assert "device: " in smoke_run.stdout
     assert "42 photographs of 4 classes" in smoke_run.stdout
     assert f"run folder: {Path('results', 'smoke')}" in smoke_run.stdout
+    (line,) = [line for line in smoke_run.stdout.splitlines() if line.startswith("where the time went, ")]
+    assert all(f"{phase} " in line for phase in ("generator", "scoring", "sample grids", "rest"))
     assert "Warning" not in smoke_run.stderr
     assert "Traceback" not in smoke_run.stderr
     assert any((smoke_run.folder / "tensorboard").iterdir())

@@ -18,6 +18,7 @@ from graf.app.loading import read_dataset_info, read_meta
 from graf.app.memory_planner import choose_for_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
+from graf.app.time_spent import describe_time
 from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
@@ -271,6 +272,9 @@ class TrainingRun:
         refinement = trainer.averaged_networks[0].cameras
         if self.config.data.refine_cameras and refinement is not None:
             logger.info("%s", describe_refined_cameras(refinement, self.dataset_info))
+        seconds = trainer.timer.totals()
+        if seconds:
+            logger.info("where the time went, %s", describe_time(seconds))
         logger.info("run folder: %s", folder.path)
 
 

@@ -407,6 +407,9 @@ class TrainingConfig(Section):
         ("tensorboard",), description="where scalars and sample grids go besides metrics.jsonl"
     )
     print_every: int = Field(10, ge=1, description="iterations between log lines")
+    layer_norms: bool = Field(
+        False, description="gradient norms of every layer in the log too, as grad_norm_g/field.planes"
+    )
     sample_every: int = Field(500, ge=0, description="iterations between sample grids (denser at the start); 0: none")
     sample_objects: int = Field(4, ge=1, description="rows of a sample grid")
     fid_every: int = Field(5000, ge=0, description="iterations between FID/KID scores; 0: none")

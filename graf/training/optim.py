@@ -95,6 +95,15 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
+def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
+    """The norms of the gradients of a network's layers, the first two parts of whose names they go by."""
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            layers.setdefault(".".join(name.split(".")[:-1][:2]) or name, []).append(parameter)
+    return {layer: gradient_norm(parameters) for layer, parameters in layers.items()}
+
+
 def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -> None:
     """Clip gradients (already unscaled) by their total "norm", by "value", or not at all ("none")."""
     if how == "norm":

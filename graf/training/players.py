@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, find_inf, optimizer_step
 from graf.runtime.distributed import Processes
-from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
+from graf.training.optim import (
+    LearningRateSchedule,
+    clip_gradients,
+    find_nonfinite_gradient,
+    gradient_norm,
+    gradient_norms,
+)
 
 #: the key that sets the learning rate of each player, by its suffix
 RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
@@ -24,7 +30,10 @@ class DivergenceError(UserError):
 
 @dataclass
 class Player:
-    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d."""
+    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d.
+
+    layer_norms: updates tell the gradient norms of its layers too, as grad_norm_d/trunk.0.
+    """
 
     name: str
     suffix: str
@@ -35,6 +44,7 @@ class Player:
     schedule: LearningRateSchedule
     betas: tuple[float, float]
     processes: Processes = field(default_factory=Processes)
+    layer_norms: bool = False
     skipped: int = 0
 
     @property
@@ -62,8 +72,8 @@ class Player:
     def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
         """Add up over the processes, unscale, check, clip, step and update the loss scale.
 
-        Returns the terms with the gradient's norm. All processes come to the same decisions. Raises DivergenceError for
-        a term or gradient that is not finite, unless the scaler skips the update for it.
+        Returns the terms with the gradient's norm, before clipping. All processes come to the same decisions. Raises
+        DivergenceError for a term or gradient that is not finite, unless the scaler skips the update for it.
         """
         summed = self.processes.sum_gradients(self.parameters, terms)
         self.scaler.unscale_(self.optimizer)
@@ -80,6 +90,9 @@ class Player:
                 parameter.grad = None
         if not is_finite and not skip:  # with a scaler: an infinite loss with finite gradients, which it does not see
             raise DivergenceError(self._describe_divergence(terms, iteration))
+        if self.layer_norms:
+            norms = gradient_norms(self.network)
+            terms |= {f"grad_norm_{self.suffix}/{layer}": norm for layer, norm in norms.items()}
         if is_finite:
             clip_gradients(self.parameters, clip, clip_at)
         stepped = optimizer_step(self.scaler, self.optimizer, skip)

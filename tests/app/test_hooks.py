@@ -19,6 +19,7 @@ from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog, SilentLog
 from graf.runtime.memory import CacheRelease
 from graf.runtime.memory_profiler import MemoryProfiler
+from graf.runtime.phase_timer import make_timer
 from graf.training.trainer import Progress
 
 CPU = torch.device("cpu")
@@ -33,6 +34,8 @@ def trainer_at(iteration: int, seconds: float = 0.0, **training: Any) -> SimpleN
         progress=Progress(iteration, seconds),
         device=CPU,
         profiler=meter,
+        phase=meter.phase,
+        timer=make_timer(CPU),
         owners=[],
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,

@@ -16,6 +16,7 @@ from graf.training.optim import (
     clip_gradients,
     find_nonfinite_gradient,
     gradient_norm,
+    gradient_norms,
 )
 
 
@@ -111,6 +112,18 @@ def test_the_gradient_norm_is_that_of_all_gradients_together_and_skips_missing_o
     assert gradient_norm(parameters).item() == 13
     assert gradient_norm(parameters[-1:]).item() == 0
     assert gradient_norm(iter(parameters)).dim() == 0
+
+
+def test_layers_go_by_the_first_two_parts_of_their_names_and_leave_out_what_is_not_trained():
+    network = nn.Module()
+    network.own = nn.Parameter(torch.zeros(1))
+    network.trunk = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
+    network.fixed = nn.Linear(1, 1).requires_grad_(False)
+    for number, parameter in enumerate(network.parameters()):
+        parameter.grad = torch.full_like(parameter, float(number))
+    network.trunk[1][1].bias.grad = None
+    norms = {layer: float(norm) for layer, norm in gradient_norms(network).items()}
+    assert norms == pytest.approx({"own": 0, "trunk.0": math.hypot(1, 2), "trunk.1": math.hypot(3, 4, 5)})
 
 
 @pytest.mark.parametrize(
