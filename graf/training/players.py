@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +11,7 @@ from torch import Tensor, nn
 from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, find_inf, optimizer_step
 from graf.runtime.distributed import Processes
-from graf.training.optim import (
-    LearningRateSchedule,
-    clip_gradients,
-    find_nonfinite_gradient,
-    gradient_norm,
-    gradient_norms,
-)
+from graf.training.optim import clip_gradients, find_nonfinite_gradient, gradient_norm, gradient_norms
 
 #: the key that sets the learning rate of each player, by its suffix
 RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
@@ -32,7 +27,8 @@ class DivergenceError(UserError):
 class Player:
     """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d.
 
-    layer_norms: updates tell the gradient norms of its layers too, as grad_norm_d/trunk.0.
+    schedule: the factor on `lr` at an iteration; layer_norms: updates tell the gradient norms of its layers too, as
+    grad_norm_d/trunk.0.
     """
 
     name: str
@@ -41,7 +37,7 @@ class Player:
     optimizer: torch.optim.Optimizer
     scaler: Scaler
     lr: float
-    schedule: LearningRateSchedule
+    schedule: Callable[[int], float]
     betas: tuple[float, float]
     processes: Processes = field(default_factory=Processes)
     layer_norms: bool = False
