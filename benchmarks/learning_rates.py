@@ -1,8 +1,8 @@
 """Whether the learning-rate range test finds what a sweep finds: `python -m benchmarks.learning_rates`.
 
-On small toys (32 x 32 pixels, patches of 16 x 16, constant rates) every rate of a sweep trains for a few iterations; the
-other player has its rate of configs/toys.yaml. G's best rate is that of the highest PSNR on the validation split; D's,
-on which PSNR hardly depends there, that of its lowest own loss. Both are held against what the test of
+On small toys (32 x 32 pixels, patches of 16 x 16, constant rates) every rate of a sweep trains for a few iterations,
+while the other player has its rate of configs/toys.yaml. G's best rate is that of the highest PSNR on the validation
+split; D's, on which PSNR hardly depends there, that of its lowest own loss. Both are held against what the test of
 `graf train --lr_range_test` suggests from the same start.
 """
 

@@ -165,6 +165,17 @@ def test_flags_and_keys_may_stand_in_any_order_and_keys_win(train, tmp_path):
     assert checkpoint_names(tmp_path / "runs" / "mine") == ["model_00000001.pt"]
 
 
+def test_rates_that_follow_the_batch_are_said_and_logged(train, tmp_path, capsys):
+    keys = ["training.scale_lr=linear", "training.batch_size=6", "training.lr_points=[[0, 0.5], [4, 1]]"]
+    assert train(*BARE, *keys, "training.lr_schedule=points", "--max_iterations", "3") == 0
+    assert (
+        "training.scale_lr=linear: batches of 6 images, the learning rates are written for 2: "
+        "training.lr_d 0.0001 -> 0.0003, training.lr_g 0.0005 -> 0.0015"
+    ) in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "results" / "smoke")
+    assert [row["lr_g"] for row in rows] == pytest.approx([1.5e-3 * factor for factor in (0.5, 0.625, 0.75)])
+
+
 @pytest.mark.parametrize(
     ("name", "keys"),
     [

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
         return 0 if is_zero else EXIT_STOPPED
 
     interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
+    if options.plan or options.lr_range_test:
+        interrupted = "interrupted; nothing was written"
     return run_command(command, debug=options.debug, interrupted=interrupted)
 
 
