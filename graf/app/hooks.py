@@ -93,7 +93,6 @@ class LogHook:
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
         scalars |= trainer.profiler.scalars()
         scalars |= {f"seconds_{name}": taken for name, taken in trainer.timer.take().items()}
-        scalars["seconds_release_cache"] = self.caches.take_seconds()
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
         shown["MiB"] = next(iter(memory.values()), float("nan"))

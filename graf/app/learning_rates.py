@@ -81,8 +81,8 @@ class TrialStart:
         return replace(self, config=self.config.model_copy(update={"ccsr": ccsr}))
 
 
-def find_rates(config: Config, iterations: int, resume: str, accept_new_data: bool, trust: bool) -> list[RangeTest]:
-    """Try growing learning rates on each player in turn, so many iterations each; returns what was seen.
+def find_rates(config: Config, iterations: int, resume: str, accept_new_data: bool, trust: bool) -> None:
+    """Try growing learning rates on each player in turn, so many iterations each, and say what came of it.
 
     resume: "none" starts with fresh networks, "auto" with the newest checkpoint of outdir/expname, anything else is the
     path of a checkpoint. The others are as for :func:`graf.app.training_run.train`.
@@ -103,7 +103,6 @@ def find_rates(config: Config, iterations: int, resume: str, accept_new_data: bo
     save_png(plot, draw_panels([_make_panel(test) for test in tests]))
     write_atomically(table, _write_table(tests))
     logger.info("plot: %s, table: %s", plot, table)
-    return tests
 
 
 def find_checkpoints(config: Config, resume: str, trust: bool) -> list[Path]:
@@ -120,8 +119,8 @@ def find_checkpoints(config: Config, resume: str, trust: bool) -> list[Path]:
 
 def open_start(config: Config, checkpoints: list[Path], accept_new_data: bool, trust: bool) -> TrialStart:
     """Find device and photographs; raises what training with them would."""
-    training = config.training
-    config = config.model_copy(update={"training": training.model_copy(update={"nworkers": 0})})
+    training = config.training.model_copy(update={"nworkers": 0})  # workers would outlive a trial that ends early
+    config = config.model_copy(update={"training": training})
     device = pick_device(training.device)
     configure_backends(device, training.deterministic)
     precision = choose_precision(training.use_amp, training.amp_dtype, device)
@@ -168,14 +167,13 @@ def describe(test: RangeTest, player: Player, trainer: Trainer) -> str:
 def _make_panel(test: RangeTest) -> Panel:
     """The gain over the rates: each step's and the smoothed one, as far down as the largest gain is high."""
     smoothed = test.range.smooth(test.gains)
-    deepest = -max(max(map(abs, smoothed[: test.range.reach + 1])), max(smoothed), 1e-12)
     curves = {"each step": test.gains, "smoothed": smoothed}
     marks = {} if test.suggestion is None else {f"suggestion {test.suggestion:.2g}": test.suggestion}
     return Panel(
         title=f"{PLAYERS[test.suffix]}: by how much its learning has lowered {test.loss}, over its learning rate",
         curves={name: list(zip(test.rates, gains, strict=True)) for name, gains in curves.items()},
         marks=marks,
-        bottom=deepest,
+        bottom=-max(smoothed) if max(smoothed) > 0 else None,
     )
 
 

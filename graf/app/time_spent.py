@@ -21,6 +21,7 @@ TITLES = {
     "sample": "sample grids",
     "score": "scoring",
     "save": "saving",
+    "release_cache": "freeing memory",
     REST: REST,
 }
 #: shares of the time below which a phase belongs to the rest

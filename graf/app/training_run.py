@@ -6,6 +6,7 @@ import os
 import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,13 @@ def _refuse_difference(processes: Processes, differing: list[str]) -> None:
 
 def say_scaled_rates(trainer: Trainer) -> None:
     """Log which learning rates training.scale_lr has changed for the batch of this run, and to what."""
-    training, sections = trainer.config.training, trainer.config.model_dump()
+    training = trainer.config.training
     if training.scale_lr == "none":
         return
     rates = []
     for player in trainer.players:
-        section, _, name = RATE_KEYS[player.suffix].partition(".")
-        rates.append(f"{section}.{name} {sections[section][name]:.4g} -> {player.lr:.4g}")
+        key = RATE_KEYS[player.suffix]
+        rates.append(f"{key} {attrgetter(key)(trainer.config):.4g} -> {player.lr:.4g}")
     logger.info(
         "training.scale_lr=%s: batches of %d images, the learning rates are written for %s: %s",
         *(training.scale_lr, training.batch_size, training.lr_batch_size, ", ".join(rates)),
@@ -236,7 +237,7 @@ class TrainingRun:
                 "torch": str(torch.__version__),
             },
         }
-        caches = CacheRelease(training.empty_cache, self.device)
+        caches = CacheRelease(training.empty_cache, self.device, trainer.timer)
         save = hooks.CheckpointHook(self.folder, meta, caches, log)
         showcase = hooks.fixed_showcase(renderer, config)
         between: list[Hook] = [

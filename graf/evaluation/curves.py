@@ -18,7 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 16, 44, 40
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves by name, each a list of points (x, y) with x above 0, and vertical lines at some x by name.
+    """Curves by name, each a list of points (x, y) with x above 0, and vertical lines at some x by name: four in all.
 
     bottom: smaller y are drawn there; None: all are shown.
     """
