@@ -157,10 +157,10 @@ def describe(test: RangeTest, player: Player, trainer: Trainer) -> str:
     factor = batch_factor(training.scale_lr, training.batch_size, training.lr_batch_size)
     factor *= (player.schedule(iteration) or 1.0) if iteration else 1.0
     lowest, highest = test.useful
-    end = f"; it diverged at {test.rates[-1]:.2g}" if test.has_diverged else ""
+    end = f"it diverged at {test.rates[-1]:.2g}" if test.has_diverged else "no rate was too high for it"
     return (
         f"{PLAYERS[test.suffix]}: {key}={test.suggestion / factor:.2g}; rates from {lowest:.2g} to {highest:.2g} have "
-        f"lowered {test.loss} by half of the most or more{end}"
+        f"lowered {test.loss} by half of the most or more; {end}"
     )
 
 
