@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, find_inf, optimizer_step
 from graf.runtime.distributed import Processes
-from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
+from graf.training.optim import clip_gradients, find_nonfinite_gradient, gradient_norm, gradient_norms
 
+#: the key that sets the learning rate of each player, by its suffix
+RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
 MAX_SKIPPED_UPDATES = 100
 
@@ -22,7 +25,11 @@ class DivergenceError(UserError):
 
 @dataclass
 class Player:
-    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d."""
+    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d.
+
+    schedule: the factor on `lr` at an iteration; layer_norms: updates tell the gradient norms of its layers too, as
+    grad_norm_d/trunk.0.
+    """
 
     name: str
     suffix: str
@@ -30,9 +37,10 @@ class Player:
     optimizer: torch.optim.Optimizer
     scaler: Scaler
     lr: float
-    schedule: LearningRateSchedule
+    schedule: Callable[[int], float]
     betas: tuple[float, float]
     processes: Processes = field(default_factory=Processes)
+    layer_norms: bool = False
     skipped: int = 0
 
     @property
@@ -60,8 +68,8 @@ class Player:
     def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
         """Add up over the processes, unscale, check, clip, step and update the loss scale.
 
-        Returns the terms with the gradient's norm. All processes come to the same decisions. Raises DivergenceError for
-        a term or gradient that is not finite, unless the scaler skips the update for it.
+        Returns the terms with the gradient's norm, before clipping. All processes come to the same decisions. Raises
+        DivergenceError for a term or gradient that is not finite, unless the scaler skips the update for it.
         """
         summed = self.processes.sum_gradients(self.parameters, terms)
         self.scaler.unscale_(self.optimizer)
@@ -78,6 +86,9 @@ class Player:
                 parameter.grad = None
         if not is_finite and not skip:  # with a scaler: an infinite loss with finite gradients, which it does not see
             raise DivergenceError(self._describe_divergence(terms, iteration))
+        if self.layer_norms:
+            norms = gradient_norms(self.network)
+            terms |= {f"grad_norm_{self.suffix}/{layer}": norm for layer, norm in norms.items()}
         if is_finite:
             clip_gradients(self.parameters, clip, clip_at)
         stepped = optimizer_step(self.scaler, self.optimizer, skip)
@@ -100,5 +111,5 @@ class Player:
             first = f"the gradient of {self.name}.{parameter}"
         return (
             f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a "
-            "lower learning rate (training.lr_g, training.lr_d, ccsr.lr) or with training.use_amp=false"
+            f"lower learning rate ({', '.join(RATE_KEYS.values())}) or with training.use_amp=false"
         )

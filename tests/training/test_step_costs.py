@@ -177,6 +177,7 @@ CASES = {
     "plain": (),
     "super-resolution": EVERY_TERM,
     "blur kernel": (*EVERY_TERM, "ccsr.kernel=[0.125,0.375,0.375,0.125]"),
+    "layers' norms": (*EVERY_TERM, "training.layer_norms=true"),
     "shared fakes": (*EVERY_TERM, "training.share_fakes=true"),
     "checkpointed micro-batches": (*EVERY_TERM, "training.micro_batch_size=1", "training.memory_strategy=checkpoint"),
     "deferred chunks": ("training.memory_strategy=deferred", "training.chunk=256"),
