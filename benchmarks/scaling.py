@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.plots import draw_curves
 from benchmarks.results import RESULTS, format_table, hardware, write_section
@@ -237,11 +236,15 @@ class StepCost:
 class _OperationCounter(TorchDispatchMode):
     """Floating-point operations of matrix products and convolutions inside, backward passes included."""
 
-    total = 0
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # in its present form since torch 2.2
+
+        super().__init__()
+        self.formulas, self.total = flop_registry, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        formula = flop_registry.get(function._overloadpacket)
+        formula = self.formulas.get(function._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result

@@ -71,9 +71,10 @@ class LogHook:
         progress, training = trainer.progress, trainer.config.training
         self.caches.after_step(progress.iteration)
         if is_due(progress.iteration, training.print_every) or progress.iteration == 1:
-            trainer.share_statistics()
-            if trainer.processes.is_first:
-                self._write(trainer, trainer.latest)
+            with trainer.timer.phase("log"):
+                trainer.share_statistics()
+                if trainer.processes.is_first:
+                    self._write(trainer, trainer.latest)
         progress.logged = progress.iteration
 
     def catch_up(self, trainer: Trainer) -> None:
@@ -92,7 +93,7 @@ class LogHook:
             memory.pop(name, None)
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
         scalars |= trainer.profiler.scalars()
-        scalars["seconds_release_cache"] = self.caches.take_seconds()
+        scalars |= {f"seconds_{name}": taken for name, taken in trainer.timer.take().items()}
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
         shown["MiB"] = next(iter(memory.values()), float("nan"))
@@ -120,7 +121,7 @@ class SampleHook:
         if self._is_due(trainer):
             trainer.settle()
             watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
-            with watch, trainer.profiler.phase("sample"):
+            with watch, trainer.phase("sample"):
                 self.write(trainer.progress.iteration, trainer.processes)
             trainer.progress.sampled = trainer.progress.iteration
             self._measured = True
@@ -177,7 +178,7 @@ class ScoreHook:
         iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
         if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
             trainer.settle()
-            with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("score"):
+            with trainer.profiler.watch(*trainer.owners), trainer.phase("score"):
                 self._score(trainer)
             trainer.progress.scored = iteration
             trainer.progress.scoring_batch = self.task.protocol.batch_size
@@ -241,12 +242,12 @@ class CheckpointHook:
             self.save_reached(trainer)
         elif is_due(trainer.progress.iteration, training.backup_every):
             trainer.share_statistics()
-            self._save_backup(trainer)
+            processes.together(lambda: self._save_backup(trainer))
 
     def save_reached(self, trainer: Trainer) -> None:
         """Save what has been reached, by all processes; :meth:`save_alone` says what."""
         trainer.share_statistics()
-        self.save_alone(trainer)
+        trainer.processes.together(lambda: self.save_alone(trainer))
 
     def save_alone(self, trainer: Trainer) -> None:
         """Save model_XXXXXXXX.pt of this iteration, unless it holds all that there is, and drop the oldest ones.
@@ -277,7 +278,7 @@ class CheckpointHook:
         trainer.settle()
         meta = self.meta | {"iteration": trainer.progress.iteration}
         self.log.flush()
-        with trainer.profiler.phase("save"):
+        with trainer.phase("save"):
             _save_patiently(self.folder.checkpoints / name, trainer, meta)
             self._write_cameras(trainer)
         self.caches.after_phase()

@@ -14,6 +14,8 @@ from graf.app.run_arguments import add_trust_argument
 #: of a run that was stopped by a signal or training.max_minutes and has saved: EX_TEMPFAIL of sysexits.h, which
 #: schedulers take for "run me again"
 EXIT_STOPPED = 75
+#: of a trial of learning rates, which with fewer iterations would skip those that matter
+LEAST_STEPS = 20
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "graf train") -> int:
@@ -30,11 +32,18 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
 
             print_plan(config)
             return 0
+        if options.lr_range_test:
+            from graf.app.learning_rates import find_rates
+
+            find_rates(
+                config, options.range_iterations, options.resume or "none", options.accept_new_data, options.trust
+            )
+            return 0
         from graf.app.training_run import train
 
         finished = train(
             config,
-            options.resume,
+            options.resume or "auto",
             accept_new_data=options.accept_new_data,
             trust=options.trust,
             plan_again=options.memory_budget is not None,
@@ -48,6 +57,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
         return 0 if is_zero else EXIT_STOPPED
 
     interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
+    if options.plan or options.lr_range_test:
+        interrupted = "interrupted; nothing was written"
     return run_command(command, debug=options.debug, interrupted=interrupted)
 
 
@@ -71,7 +82,7 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         "--use_amp", action="store_const", const="true", help="mixed precision where the device gains from it"
     )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps")
-    parser.add_argument("--resume", default="auto", help="auto: newest checkpoint of the run; none: afresh; or a file")
+    parser.add_argument("--resume", help="auto: newest checkpoint of the run (default); none: afresh; or a file")
     add_trust_argument(parser)
     parser.add_argument(
         "--accept_new_data", action="store_true", help="go on though photographs were added, removed or labelled anew"
@@ -89,10 +100,25 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         help=f"a run that was asked to stop, and has saved, exits with 0 instead of {EXIT_STOPPED}",
     )
     parser.add_argument("--plan", action="store_true", help="predict memory, print what fits and exit; needs no data")
+    parser.add_argument(
+        "--lr_range_test",
+        action="store_true",
+        help="suggest learning rates by short trials of each player, afresh unless --resume is given; trains no run",
+    )
+    parser.add_argument(
+        "--range_iterations", type=_count_steps, default=100, help="of every such trial (default: %(default)s)"
+    )
     parser.add_argument("--memory_budget", help="training.memory_budget: auto, or an amount such as 8GiB")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
     return parser.parse_intermixed_args(arguments)  # keys may stand between flags
+
+
+def _count_steps(text: str) -> int:
+    """The iterations of a trial."""
+    if not text.isdecimal() or int(text) < LEAST_STEPS:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {LEAST_STEPS}")
+    return int(text)
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:

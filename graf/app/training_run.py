@@ -6,6 +6,7 @@ import os
 import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from graf.app.loading import read_dataset_info, read_meta
 from graf.app.memory_planner import choose_for_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
+from graf.app.time_spent import describe_time
 from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
@@ -35,6 +37,7 @@ from graf.runtime.logs import RunLog, SilentLog, drop_rows_after, logger, setup_
 from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
 from graf.runtime.run_lock import RunLock
 from graf.runtime.threads import describe_threads
+from graf.training.players import RATE_KEYS
 from graf.training.trainer import Hook, Trainer
 
 
@@ -83,6 +86,7 @@ def train(
                 run.trainer.progress.iteration,
             )
         else:
+            say_scaled_rates(run.trainer)
             snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
             run.go_on(started, snapshot)
             run.report(program)
@@ -115,6 +119,21 @@ def _refuse_difference(processes: Processes, differing: list[str]) -> None:
             f"process {processes.rank} has another {' and '.join(differing)} than process 0: start all of them with "
             "the same command, file and version of torch"
         )
+
+
+def say_scaled_rates(trainer: Trainer) -> None:
+    """Log which learning rates training.scale_lr has changed for the batch of this run, and to what."""
+    training = trainer.config.training
+    if training.scale_lr == "none":
+        return
+    rates = []
+    for player in trainer.players:
+        key = RATE_KEYS[player.suffix]
+        rates.append(f"{key} {attrgetter(key)(trainer.config):.4g} -> {player.lr:.4g}")
+    logger.info(
+        "training.scale_lr=%s: batches of %d images, the learning rates are written for %s: %s",
+        *(training.scale_lr, training.batch_size, training.lr_batch_size, ", ".join(rates)),
+    )
 
 
 def take_folder(stack: ExitStack, folder: RunFolder, checkpoints: list[Path], resume: str) -> list[Path]:
@@ -218,7 +237,7 @@ class TrainingRun:
                 "torch": str(torch.__version__),
             },
         }
-        caches = CacheRelease(training.empty_cache, self.device)
+        caches = CacheRelease(training.empty_cache, self.device, trainer.timer)
         save = hooks.CheckpointHook(self.folder, meta, caches, log)
         showcase = hooks.fixed_showcase(renderer, config)
         between: list[Hook] = [
@@ -254,6 +273,9 @@ class TrainingRun:
         refinement = trainer.averaged_networks[0].cameras
         if self.config.data.refine_cameras and refinement is not None:
             logger.info("%s", describe_refined_cameras(refinement, self.dataset_info))
+        seconds = trainer.timer.totals()
+        if seconds:
+            logger.info("where the time went, %s", describe_time(seconds))
         logger.info("run folder: %s", folder.path)
 
 

@@ -23,6 +23,7 @@ from graf.base.errors import UserError
 from graf.config import Config
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.pictures import Picture, to_uint8
+from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import logger, setup_console
 from graf.runtime.priority import give_way
@@ -119,7 +120,7 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
 
 
 def open_followed(options: ViewOptions) -> tuple[OpenedRun, Signature]:
-    """The newest checkpoint of a run in training, for the first of which it waits; what was saved before it was read.
+    """The newest checkpoint of a run in training that can be read, for which it waits, and what was there before.
 
     On the CPU, unless --device names another: a GPU knows no niceness, and its memory is what training counts on.
     """
@@ -128,11 +129,17 @@ def open_followed(options: ViewOptions) -> tuple[OpenedRun, Signature]:
         raise UserError(f"{folder.path}: no run is there (no config.yaml); start one with graf train, then follow it")
     if not folder.saved():
         logger.info("%s has no checkpoint yet: waiting for the first one (training.save_every)", folder.path)
-    while not (files := folder.newest_first()):
+    device, seen = "cpu" if options.device == "auto" else options.device, sign([])
+    while True:
+        files = folder.newest_first()
+        found = sign(files)
+        if found - seen:
+            try:
+                return open_first(folder, files, device, options.truncation), found
+            except CheckpointError as error:
+                logger.warning("%s; waiting for the next one", error)
+        seen = found
         time.sleep(EVERY)
-    seen = sign(files)
-    device = "cpu" if options.device == "auto" else options.device
-    return open_first(folder, files, device, options.truncation), seen
 
 
 def _take_newest(server: ViewerServer, opened: OpenedRun, options: ViewOptions) -> None:

@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 
 #: seconds in which those that are left make themselves known before the others are called missing
 GRACE = 3.0
+#: seconds in which a process that has failed may save what it has and say why, before the others end
+PATIENCE = 12.0
 #: bytes of gradients that are summed at once: `python -m benchmarks.scaling` shows what other sizes cost
 BUCKET = 16 * 2**20
 #: numbers of a tensor that its hash holds in memory at once
@@ -43,6 +45,10 @@ class LaunchError(UserError):
 
 class PeerError(UserError):
     """Another process has failed, has gone or does not answer; its own message, where it could give one, says why."""
+
+
+class PeerFailure(PeerError):
+    """Another process has failed, and is there to say why."""
 
 
 class DesynchronisedError(UserError):
@@ -123,12 +129,13 @@ class Processes:
 class JoinedProcesses(Processes):
     """Processes that torch.distributed connects; what is said on the CPU goes through gloo, gradients by the device.
 
-    store: where those that are left find each other when messages no longer come through.
+    store: where those that are left find each other when messages no longer come through. It lives in the first process
+    unless the launcher keeps it, and then goes with that one.
     """
 
     def __init__(self, launch: Launch, store: Any) -> None:
         self.rank, self.size, self.store = launch.rank, launch.size, store
-        self.local_size = launch.local_size
+        self.local_size, self.store_is_in_first = launch.local_size, not launch.keeps_store
         self._lost: PeerError | None = None
 
     # ------------------------------------------------------------------------------------------------ agreement
@@ -147,7 +154,7 @@ class JoinedProcesses(Processes):
         if worst == _STOPPED:
             raise Stopped(f"process {rank} was asked to stop")
         if worst == _FAILED:
-            raise PeerError(f"process {rank} of {self.size} has failed, and says why itself")
+            raise PeerFailure(f"process {rank} of {self.size} has failed, and says why itself")
         return result  # type: ignore[return-value]
 
     def by_first(self, work: Callable[[], Result]) -> Result:
@@ -240,14 +247,15 @@ class JoinedProcesses(Processes):
 
     def _find_lost(self, error: RuntimeError) -> PeerError:
         reason = str(error).strip().partition("\n")[0][:200]
-        missing = []
-        with suppress(Exception):  # the store may have gone with its machine, which is no news
+        until = time.monotonic() + GRACE
+        try:
             self.store.add(f"here/{self.rank}", 1)
-            until = time.monotonic() + GRACE
             missing = [rank for rank in range(self.size) if rank != self.rank]
             while missing and time.monotonic() < until:
                 missing = [rank for rank in missing if not self.store.add(f"here/{rank}", 0)]
                 time.sleep(0.05)
+        except Exception:  # the store has gone with the process or the machine that held it
+            missing = [0] if self.store_is_in_first else []
         who = f"process {', '.join(map(str, missing))} of {self.size}" if missing else f"one of {self.size} processes"
         return PeerError(
             f"{who} has ended or does not answer [{reason}]; the last checkpoint is untouched: start again with the "
@@ -255,17 +263,34 @@ class JoinedProcesses(Processes):
         )
 
     def tells(self, error: Exception) -> bool:
-        if isinstance(error, PeerError):
-            time.sleep(GRACE / 3)  # who has the cause goes first
+        has_cause, may_tell = not isinstance(error, PeerError), not isinstance(error, PeerFailure)
+        if not has_cause:  # who has the cause goes first
+            self._wait_until("told", 1, GRACE / 3 if may_tell else PATIENCE)
         try:
             self.store.add(f"here/{self.rank}", 1)
-            return int(self.store.add("told", 1)) == 1
+            tells = may_tell and int(self.store.add("told", 1)) == 1
+            self.store.add("asked", 1)
         except Exception:  # without the store everybody says what it knows
-            return True
+            return may_tell
+        if self.store_is_in_first and self.is_first:  # it goes with this process
+            self._wait_until("asked", self.size, GRACE)
+        return tells
+
+    def _wait_until(self, key: str, count: int, seconds: float) -> None:
+        """Until the store has counted so many, or has gone, or the time is over."""
+        until = time.monotonic() + seconds
+        with suppress(Exception):
+            while self.store.add(key, 0) < count and time.monotonic() < until:
+                time.sleep(0.05)
 
     def close(self) -> None:
-        if self._lost is None:
-            _distributed().destroy_process_group()
+        if self._lost is not None:
+            return
+        # One after another, the holder of the store last: gloo of torch 2.1 may wait for ever where two leave at once
+        self._wait_until("left", self.size - 1 - self.rank, GRACE)
+        _distributed().destroy_process_group()
+        with suppress(Exception):
+            self.store.add("left", 1)
 
 
 @dataclass(frozen=True)
@@ -278,13 +303,15 @@ class Launch:
     local_size: int = 1
     address: str = ""
     attempt: int = 0
+    keeps_store: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launch:
         """From RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them.
 
         One process alone (WORLD_SIZE 1, or none of it) is told nothing. attempt: how often torchrun has started the
-        processes again. Raises LaunchError for an environment that is not whole.
+        processes again; keeps_store: whether it holds what they meet at, else the first process does.
+        Raises LaunchError for an environment that is not whole.
         """
         size = _read_number(environment, "WORLD_SIZE", 1)
         if size <= 1:
@@ -302,6 +329,7 @@ class Launch:
             local_size=_read_number(environment, "LOCAL_WORLD_SIZE", size),
             address=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
             attempt=_read_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            keeps_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
     def join(self, device_type: str, timeout: float) -> Processes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, find_inf, optimizer_step, skips_by_itself
 from graf.runtime.distributed import Processes
-from graf.training.optim import LearningRateSchedule, clip_gradients, gradient_norms
+from graf.training.optim import clip_gradients, gradient_norms, parameter_norms
 
+#: the key that sets the learning rate of each player, by its suffix
+RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
 MAX_SKIPPED_UPDATES = 100
 
@@ -39,7 +41,9 @@ class Update:
 class Player:
     """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d.
 
-    skipped: updates that the scaler has skipped in a row, among those that have been read; unread: those that have not.
+    schedule: the factor on `lr` at an iteration; layer_norms: updates tell the gradient norms of its layers too, as
+    grad_norm_d/trunk.0; skipped: updates that the scaler has skipped in a row, among those that have been read; unread:
+    those that have not.
     """
 
     name: str
@@ -48,9 +52,10 @@ class Player:
     optimizer: torch.optim.Optimizer
     scaler: Scaler
     lr: float
-    schedule: LearningRateSchedule
+    schedule: Callable[[int], float]
     betas: tuple[float, float]
     processes: Processes = field(default_factory=Processes)
+    layer_norms: bool = False
     skipped: int = 0
     unread: list[Update] = field(default_factory=list)
 
@@ -89,24 +94,28 @@ class Player:
     def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
         """Add up over the processes, unscale, measure, clip, step and update the loss scale.
 
-        Returns the terms with the gradient's norm. All processes come to the same decisions. Where updates are read at
-        once this raises DivergenceError as :func:`read_updates` does; else that has to be called before anything is
-        kept of what was learned.
+        Returns the terms with the gradient's norm, before clipping. All processes come to the same decisions. Where
+        updates are read at once this raises DivergenceError as :func:`read_updates` does; else that has to be called
+        before anything is kept of what was learned.
         """
         others = self.processes.sum_gradients(self.parameters, terms)
         self.scaler.unscale_(self.optimizer)
         inf = find_inf(self.scaler, self.optimizer)
-        norms = gradient_norms(self.parameters, device=next(iter(terms.values())).device)
+        norms = parameter_norms(self.parameters, next(iter(terms.values())).device)
         norm = torch.linalg.vector_norm(norms)
         self.unread.append(self._note(iteration, terms | others, norms, norm, inf))
         if self.reads_at_once:
             read_updates([self])
+        found = {f"grad_norm_{self.suffix}": norm}
+        if self.layer_norms:
+            layers = gradient_norms(self.network)
+            found |= {f"grad_norm_{self.suffix}/{layer}": value for layer, value in layers.items()}
         skip = self.skipped > 0 if self.reads_at_once else None
         if not skip:
             clip_gradients(self.parameters, clip, clip_at)
         optimizer_step(self.scaler, self.optimizer, skip)
         self.scaler.update()
-        return terms | {f"grad_norm_{self.suffix}": norm}
+        return terms | found
 
     def _note(
         self, iteration: int, terms: dict[str, Tensor], norms: Tensor, norm: Tensor, inf: Tensor | None
@@ -158,5 +167,5 @@ def read_updates(players: Sequence[Player]) -> None:
 def _describe_divergence(what: str, iteration: int) -> str:
     return (
         f"iteration {iteration}: {what} is not finite; the last checkpoint is untouched; resume from it with a lower "
-        "learning rate (training.lr_g, training.lr_d, ccsr.lr) or with training.use_amp=false"
+        f"learning rate ({', '.join(RATE_KEYS.values())}) or with training.use_amp=false"
     )

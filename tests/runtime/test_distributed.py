@@ -16,6 +16,7 @@ from graf.runtime.distributed import (
     Launch,
     LaunchError,
     PeerError,
+    PeerFailure,
     PeerOutOfMemory,
     Processes,
     hash_tensor,
@@ -101,7 +102,7 @@ def raise_in(processes: Processes, errors: dict[int, BaseException]) -> Any:
         ({}, (0, 1, 2)),
         ({1: MemoryError()}, (PeerOutOfMemory, MemoryError, PeerOutOfMemory)),
         ({0: MemoryError(), 2: Stopped("SIGTERM")}, (Stopped, Stopped, Stopped)),
-        ({0: Stopped("SIGTERM"), 1: ValueError("no")}, (PeerError, ValueError, PeerError)),
+        ({0: Stopped("SIGTERM"), 1: ValueError("no")}, (PeerFailure, ValueError, PeerFailure)),
         ({0: ValueError("a"), 1: ValueError("b"), 2: ValueError("c")}, (ValueError, ValueError, ValueError)),
     ],
     ids=["none", "memory", "memory and a signal", "a signal and a failure", "all"],
@@ -215,6 +216,40 @@ def test_who_is_missing_is_named_by_one_of_the_others(run_processes, end):
         assert again
         assert seconds < 10
     assert [results[0][3], results[2][3]].count(True) == 1
+
+
+def test_the_first_process_is_missed_though_what_they_meet_at_goes_with_it(run_processes):
+    def work(processes):
+        processes.together(lambda: None)
+        if processes.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            processes.together(lambda: None)
+        except PeerError as error:
+            return str(error), processes.tells(error)
+
+    _, second, third = run_processes(3, work)
+    assert [message.partition(" has")[0] for message, _ in (second, third)] == ["process 0 of 3"] * 2
+    assert second[1]
+    assert third[1]
+
+
+def test_what_they_meet_at_stays_until_all_know_that_the_cause_is_told(run_processes):
+    def work(processes):
+        try:
+            processes.together(partial(raise_in, processes, {0: ValueError("the cause")}))
+        except Exception as error:
+            if not processes.is_first:
+                time.sleep(0.5)
+            told = processes.tells(error)
+            if processes.is_first:
+                os.write(read_end[1], bytes([told]))
+                os.kill(os.getpid(), signal.SIGKILL)  # with it the store goes
+            return told
+
+    read_end = os.pipe()
+    assert run_processes(3, work) == [None, False, False]
+    assert os.read(read_end[0], 1) == b"\x01"
 
 
 def test_the_cause_is_told_before_its_consequences(run_processes):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from graf.runtime import control_groups, logs, memory
-from graf.runtime.memory import is_out_of_memory, read_memory, release_cache, reset_peak
+from graf.runtime.memory import CacheRelease, is_out_of_memory, read_memory, release_cache, reset_peak
+from graf.runtime.phase_timer import make_timer
 
 CPU = torch.device("cpu")
 
@@ -240,3 +241,20 @@ def test_the_allocation_history_is_written_even_when_the_run_fails(
         raise ZeroDivisionError
     assert calls == ["on", str(tmp_path / "run" / "x.pickle"), None]
     assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("policy", "after_phase", "after_steps"), [("never", 0, []), ("phase", 1, []), (3, 0, [3, 6])], ids=str
+)
+def test_caches_are_given_back_when_the_policy_says_and_its_time_is_a_phase(
+    monkeypatch, policy, after_phase, after_steps
+):
+    timer, step = make_timer(CPU), 0
+    released: list[int] = []
+    monkeypatch.setattr(memory, "release_cache", lambda device: released.append(step))
+    caches = CacheRelease(policy, CPU, timer)
+    caches.after_phase()
+    for step in range(1, 8):
+        caches.after_step(step)
+    assert released == [0] * after_phase + after_steps
+    assert ("release_cache" in timer.totals()) is bool(released)

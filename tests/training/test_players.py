@@ -54,6 +54,15 @@ def test_an_update_is_a_step_along_the_summed_gradients_and_reports_their_norm(s
     assert player.skipped == 0
 
 
+def test_the_layers_norms_are_told_on_request_as_they_were_before_clipping():
+    player = make_player(scale=1024.0)
+    player.layer_norms = True
+    player.begin(0)
+    terms = player.apply(give_loss(player), 0, "norm", 0.1)
+    assert float(terms["grad_norm_sr/first"]) == pytest.approx(math.sqrt(2 * 9))
+    assert float(terms["grad_norm_sr/second"]) == pytest.approx(math.sqrt(3 * 16))
+
+
 def test_gradients_are_clipped_after_they_are_unscaled_and_measured_before():
     player = make_player(lr=1.0, scale=1024.0)
     player.begin(0)

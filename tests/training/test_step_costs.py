@@ -217,6 +217,7 @@ CASES = {
     "plain": (),
     "super-resolution": EVERY_TERM,
     "blur kernel": (*EVERY_TERM, "ccsr.kernel=[0.125,0.375,0.375,0.125]"),
+    "layers' norms": (*EVERY_TERM, "training.layer_norms=true"),
     "shared fakes": (*EVERY_TERM, "training.share_fakes=true"),
     "checkpointed micro-batches": (*EVERY_TERM, "training.micro_batch_size=1", "training.memory_strategy=checkpoint"),
     "deferred chunks": ("training.memory_strategy=deferred", "training.chunk=256"),
@@ -412,7 +413,8 @@ def test_what_has_diverged_is_named_when_it_is_read_and_never_saved(make_trainer
     """Steps have gone on: the first thing that was not finite is the one to tell, again and again."""
     with PretendedDevice():
         trainer = make_trainer()
-        log, caches = RunLog(tmp_path, total=9, start=0, progress=False), CacheRelease("never", torch.device("cpu"))
+        log = RunLog(tmp_path, total=9, start=0, progress=False)
+        caches = CacheRelease("never", torch.device("cpu"), trainer.timer)
         save = CheckpointHook(RunFolder(tmp_path), {}, caches, log)
         parameter, name = trainer.generator.field.rgb.bias, r"generator\.field\.rgb\.bias"
         handle = None

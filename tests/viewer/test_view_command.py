@@ -98,6 +98,7 @@ def test_a_run_in_training_is_followed_from_its_first_checkpoint_on(smoke_run, t
         read_until(process, "waiting for the first one")
         (run / "half").write_bytes(b"a disk that was full")
         (run / "half").rename(run / "checkpoints" / "backup_00000005.pt")
+        read_until(process, "waiting for the next one")
         put(saved["backup_00000004.pt"], run / "checkpoints")
         printed = read_until(process, "open http://")
         assert "backup_00000004.pt is used instead" in printed
