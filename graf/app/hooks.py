@@ -34,6 +34,7 @@ from graf.runtime.distributed import Processes
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import RunLog, logger
 from graf.runtime.memory import CacheRelease, read_memory
+from graf.runtime.regions import LOGGING, region
 from graf.training.trainer import Trainer
 
 #: seconds until a checkpoint that could not be written is tried again
@@ -71,9 +72,10 @@ class LogHook:
         progress, training = trainer.progress, trainer.config.training
         self.caches.after_step(progress.iteration)
         if is_due(progress.iteration, training.print_every) or progress.iteration == 1:
-            trainer.share_statistics()
-            if trainer.processes.is_first:
-                self._write(trainer, trainer.latest)
+            with region(LOGGING):
+                trainer.share_statistics()
+                if trainer.processes.is_first:
+                    self._write(trainer, trainer.latest)
         progress.logged = progress.iteration
 
     def catch_up(self, trainer: Trainer) -> None:

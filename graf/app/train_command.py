@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
             trust=options.trust,
             plan_again=options.memory_budget is not None,
             memory_snapshot=options.memory_snapshot,
+            profile=options.profile,
             started=started,
             program=program,
             errors=errors,
@@ -84,6 +85,12 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         "--memory_snapshot", action="store_true", help="CUDA: write the allocator's history for its viewer"
     )
     parser.add_argument(
+        "--profile",
+        type=positive_integer,
+        metavar="N",
+        help="record N steps: a trace in the run folder, and where their time went in the log; training goes on",
+    )
+    parser.add_argument(
         "--exit_zero_when_stopped",
         action="store_true",
         help=f"a run that was asked to stop, and has saved, exits with 0 instead of {EXIT_STOPPED}",
@@ -93,6 +100,14 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
     return parser.parse_intermixed_args(arguments)  # keys may stand between flags
+
+
+def positive_integer(text: str) -> int:
+    """A number of at least 1, for argparse, which names this function in its error."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return number
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:

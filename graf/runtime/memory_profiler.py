@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import MIB, read_memory, reset_peak
+from graf.runtime.regions import region
 
 
 class MemoryProfiler:
@@ -53,7 +54,8 @@ class MemoryProfiler:
         self._peaks.append(0.0)
         self._restart_peak()
         try:
-            yield
+            with region(name):
+                yield
         finally:
             peak = max(self._peaks.pop(), self._read_peak())
             if self._peaks:

@@ -33,6 +33,7 @@ from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.randomness import Draws
+from graf.runtime.regions import DATA, region
 from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage, UpdateCounts
 from graf.training.inputs import InputSampler, StepInputs, StepSettings
@@ -255,7 +256,8 @@ class Trainer:
         """
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
-            batch = next(batches)  # the arguments of a step
+            with region(DATA):
+                batch = next(batches)  # the arguments of a step
             self.in_step = True
             self.latest |= self.step(*batch)
             self._check_equality()
