@@ -77,7 +77,7 @@ def classify(name: str) -> str:
     for kind, beginnings in _BEGINNINGS.items():
         if name.startswith(beginnings):
             return kind
-    if "Backward" in name:  # a node of the graph: the operators that it calls are events of their own
+    if "Backward" in name or "::" not in name:  # of autograd, or written in Python: it calls operators, which follow
         return OVERHEAD
     space, _, operator = name.rpartition("::")
     operator = operator.removeprefix("_foreach_")
