@@ -46,7 +46,8 @@ _NAMES = {
     OVERHEAD: """empty empty_like empty_strided new_empty new_empty_strided as_strided view _unsafe_view reshape
         _reshape_alias view_as expand expand_as transpose t numpy_T mT permute movedim squeeze unsqueeze detach alias
         narrow split split_with_sizes chunk unbind unsafe_split unsafe_chunk flatten unflatten diagonal real resize
-        resize_as set promote_types lift_fresh resolve_conj resolve_neg result_type requires_grad""",
+        resize_as set promote_types lift_fresh resolve_conj resolve_neg result_type requires_grad
+        _has_compatible_shallow_copy_type""",
     ELEMENTWISE: """lerp leaky_relu softplus isfinite mse_loss smooth_l1_loss l1_loss binary_cross_entropy
         floor_divide linalg_cross""",
 }

@@ -107,11 +107,14 @@ class _Region:
     kind: str | None
 
 
-def split_time(events: Iterable[Any], device_type: str = "cpu") -> TimeSplit:
-    """Split the steps of a profile. events: torch's FunctionEvents, on the CPU those of the thread that steps."""
+def split_time(events: Iterable[Any], device_type: str = "cpu", count: int | None = None) -> TimeSplit:
+    """Split the steps of a profile, or the first `count` of them; on a CPU the time of the thread that takes them.
+
+    events: torch's FunctionEvents, in any order.
+    """
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async]
     host.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
-    steps = [event for event in host if event.name.startswith(_STEP)]
+    steps = [event for event in host if event.name.startswith(_STEP)][:count]
     split = TimeSplit(steps=len(steps))
     if not steps:
         return split
@@ -119,6 +122,8 @@ def split_time(events: Iterable[Any], device_type: str = "cpu") -> TimeSplit:
     split.seconds = share * sum(event.time_range.end - event.time_range.start for event in steps)
     open_regions: list[_Region] = []
     for event in host:
+        if event.time_range.start >= steps[-1].time_range.end:
+            break
         while open_regions and open_regions[-1].end <= event.time_range.start:
             open_regions.pop()
         opened = _open_region(event, open_regions[-1] if open_regions else None) if event.thread == thread else None
@@ -178,6 +183,7 @@ class StepProfiler:
         self.split: TimeSplit | None = None
         self._ready = ready
         self._left_out = warm_up - 1
+        self._recorded = -1  # the profiler's own warm-up is one step
         kinds = torch.profiler.ProfilerActivity
         self._profiler = torch.profiler.profile(
             activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])],
@@ -189,6 +195,7 @@ class StepProfiler:
     def step(self) -> None:
         """A step has ended."""
         if self._is_running:
+            self._recorded += 1
             self._profiler.step()
             if self.split is not None:
                 self._stop()
@@ -211,7 +218,7 @@ class StepProfiler:
         self._profiler.stop()
 
     def _finish(self, profiler: Any) -> None:
-        self.split = split_time(profiler.events(), self.device.type)
+        self.split = split_time(profiler.events(), self.device.type, max(self._recorded, 0))
         if self._ready is not None:
             self._ready(self)
 
