@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from graf.runtime.amp import has_native_bfloat16
 from graf.runtime.device import wait_for
@@ -119,12 +119,12 @@ class WorkMeter(TorchDispatchMode):
         formula = _FORMULAS.get(packet)
         if formula is not None:
             shapes = tree_map(flop_counter.get_shape, (args, kwargs, result))
-            name = _name(next(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)).dtype)
-            self.operations[name] += inspect.unwrap(formula)(*shapes[0], **shapes[1], out_shape=shapes[2])
+            operations = inspect.unwrap(formula)(*shapes[0], **shapes[1], out_shape=shapes[2])
+            self.operations[_name(_tensors_in(args)[0].dtype)] += operations
         if packet not in _ALLOCATIONS and not _is_view(function):
+            read = args[1:] if packet in _WRITE_ONLY else args
             self.calls += 1
-            read = tree_leaves((args[1:] if packet in _WRITE_ONLY else args, kwargs))
-            self.traffic += sum(count_bytes(leaf) for leaf in [*read, *tree_leaves(result)] if isinstance(leaf, Tensor))
+            self.traffic += sum(map(count_bytes, _tensors_in((read, kwargs, result))))
         return result
 
 
@@ -138,6 +138,10 @@ def _is_view(function: Any) -> bool:
     """Whether an operator's results are views of what it is given, which it does not write to."""
     aliases = [value.alias_info for value in function._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
 
 
 def _name(dtype: torch.dtype) -> str:
