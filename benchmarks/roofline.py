@@ -101,9 +101,8 @@ class LimitsMeter:
 class WorkMeter(TorchDispatchMode):
     """Counts the work of operators inside, in backward passes too.
 
-    operations: floating-point ones of matrix products and convolutions, by name of dtype; traffic: bytes of operators'
-    inputs and outputs, of a tensor that is expanded those that it stands for, of views and allocations none; calls: of
-    operators, views left out.
+    operations: floating-point ones of matrix products and convolutions, by name of dtype; traffic: bytes that operators
+    read and write, each number of an expanded tensor once; calls: of operators that move any.
     """
 
     def __init__(self) -> None:
@@ -121,11 +120,27 @@ class WorkMeter(TorchDispatchMode):
             shapes = tree_map(flop_counter.get_shape, (args, kwargs, result))
             operations = inspect.unwrap(formula)(*shapes[0], **shapes[1], out_shape=shapes[2])
             self.operations[_name(_tensors_in(args)[0].dtype)] += operations
-        if packet not in _ALLOCATIONS and not _is_view(function):
-            read = args[1:] if packet in _WRITE_ONLY else args
-            self.calls += 1
-            self.traffic += sum(map(count_bytes, _tensors_in((read, kwargs, result))))
+        moved = _count_traffic(function, args, kwargs, result)
+        self.traffic += moved
+        self.calls += moved > 0
         return result
+
+
+def _count_traffic(function: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operator reads and writes; none where it makes a view or only finds room."""
+    packet, arguments = function._overloadpacket, function._schema.arguments
+    given = [
+        *zip(arguments, args, strict=False),
+        *((item, kwargs[item.name]) for item in arguments if item.name in kwargs),
+    ]
+    changed = [value for item, value in given if item.alias_info is not None and item.alias_info.is_write]
+    known = {_storage(tensor) for tensor in _tensors_in((args, kwargs))}
+    made = [tensor for tensor in _tensors_in(result) if _storage(tensor) not in known]
+    written = [*_tensors_in(changed), *made]
+    if packet in _ALLOCATIONS or not written:
+        return 0
+    read = _tensors_in((args[1:] if packet in _WRITE_ONLY else args, kwargs))
+    return sum(map(count_bytes, [*read, *written]))
 
 
 def count_bytes(tensor: Tensor) -> int:
@@ -134,14 +149,12 @@ def count_bytes(tensor: Tensor) -> int:
     return math.prod(sides) * tensor.element_size() if tensor.numel() else 0
 
 
-def _is_view(function: Any) -> bool:
-    """Whether an operator's results are views of what it is given, which it does not write to."""
-    aliases = [value.alias_info for value in function._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
-
-
 def _tensors_in(values: Any) -> list[Tensor]:
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -63,7 +63,7 @@ class Program:
             info = imagine_dataset(config)
             labels = torch.tensor([(number % len(info.class_names), 0, 0, -1) for number in range(self.batch)])
             sampler = PoseSampler(labels, builders.build_cameras(config, info))
-            self._batches = repeat((draw_photographs(config), labels))
+            self._batches = repeat((draw_noise(config), labels))
         every_step = config.training.model_copy(update={"print_every": 1})  # for who asks for lines at all
         config = config.model_copy(update={"training": every_step})
         self.trainer = builders.build_trainer(config, info, sampler, precision, device)
@@ -129,7 +129,7 @@ def count_period(config: Config) -> int:
     return math.lcm(*every, CAMERAS_EVERY if config.data.refine_cameras else 1)
 
 
-def draw_photographs(config: Config) -> Tensor:
+def draw_noise(config: Config) -> Tensor:
     """A batch of noise (B, 3, H, W)."""
     size, generator = config.photo_size, torch.Generator().manual_seed(0)
     return torch.rand(config.training.batch_size, 3, size, size, generator=generator) * 2 - 1
@@ -142,12 +142,15 @@ class Clock:
     device: torch.device
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    _last: tuple[float, float] = (0.0, 0.0)
 
     def start(self) -> None:
+        """The next step begins now."""
         wait_for(self.device)
         self._last = time.perf_counter(), time.process_time()
 
     def __call__(self) -> None:
+        """A step has ended, and the next one begins."""
         before = self._last
         self.start()
         self.seconds.append(self._last[0] - before[0])

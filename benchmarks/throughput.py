@@ -40,7 +40,7 @@ MEASURED = (
     *("ccsr.start_iteration=0", "training.max_iterations=1000000", "training.fid_every=0"),
     *("training.sample_every=0", "training.monitoring=[]", "data.synthetic.count=288"),
 )
-#: what the published model needs least memory with, at no loss of speed
+#: what the published model needs least memory with, and on a CPU least time: what is in use stays in its caches
 SMALL_PARTS = ("training.micro_batch_size=1", "training.memory_strategy=checkpoint", "training.chunk=512")
 NARROW = ("nerf.netwidth=32", "nerf.netdepth=4", "nerf.N_samples=8", "training.batch_size=2")
 WHOLE_IMAGES = ("ray_sampler.min_scale=1", "ray_sampler.max_scale=1", AMP)
@@ -48,17 +48,21 @@ WHOLE_IMAGES = ("ray_sampler.min_scale=1", "ray_sampler.max_scale=1", AMP)
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: a configuration by name or file, None for GRAF's published setting, and keys on top of it."""
+    """What is measured: a configuration by name or file, None for GRAF's published setting, and keys on top of it.
+
+    cpu_keys: more of them, on a CPU alone.
+    """
 
     title: str
     config: str | None
     keys: tuple[str, ...] = ()
+    cpu_keys: tuple[str, ...] = ()
 
 
 ROWS = {
     PLAIN: Row("plain published loop", None),
-    "published": Row("GRAF's published model, float32", None, SMALL_PARTS),
-    "published_amp": Row("GRAF's published model, AMP", None, (*SMALL_PARTS, AMP)),
+    "published": Row("GRAF's published model, float32", None, cpu_keys=SMALL_PARTS),
+    "published_amp": Row("GRAF's published model, AMP", None, (AMP,), SMALL_PARTS),
     "toys": Row("tri-plane, an object for each class (toys)", "toys", (AMP,)),
     "default": Row("tri-plane, many instances, CCSR (default)", "default", (AMP,)),
     "default_no_ccsr": Row("the default without CCSR", "default", (AMP, "ccsr.enabled=false")),
@@ -75,9 +79,9 @@ QUICK_ROWS = (PLAIN, "published", "published_amp", "toys", "default", "default_n
 class Measured:
     """What was found of a row. Amounts are of the mean step; keys: all that were set on top of the configuration.
 
-    peak: MiB of live tensors, on CUDA allocated; operations: of matrix products and convolutions, by dtype; traffic:
-    bytes; phases, classes: seconds, the profile's shares of `seconds`; unclassified: operators by their share;
-    waits, launches: of a GPU, as in TimeSplit.
+    peak: MiB of live tensors, on CUDA allocated; operations, traffic, calls: as of WorkMeter; phases, classes: seconds,
+    the profile's shares of `seconds`; unclassified: operators by their share; waits, launches: of a GPU, as of
+    TimeSplit.
     """
 
     title: str
@@ -88,6 +92,7 @@ class Measured:
     peak: float
     operations: dict[str, float]
     traffic: float
+    calls: float
     limits: Limits
     phases: dict[str, float]
     classes: dict[str, float]
@@ -141,17 +146,16 @@ def measure_together(
             else:
                 subjects[name] = Program(config, device, rows[name].config is not None, stack)
         clocks = {name: Clock(device) for name in subjects}
-        limits = {name: LimitsMeter(device) for name in subjects}
+        limits = LimitsMeter(device)
         for subject in subjects.values():
             subject.run(subject.period, do_nothing)
         for _ in range(turns):
             for name, subject in subjects.items():
-                limits[name].measure()
+                limits.measure()
                 clocks[name].start()
                 subject.run(subject.period, clocks[name])
         return {
-            name: describe(subject, rows[name], clocks[name], limits[name].limits())
-            for name, subject in subjects.items()
+            name: describe(subject, rows[name], clocks[name], limits.limits()) for name, subject in subjects.items()
         }
 
 
@@ -180,6 +184,7 @@ def describe(subject: Subject, row: Row, clock: Clock, limits: Limits) -> Measur
         peak=peak,
         operations={name: count / subject.period for name, count in meter.operations.items()},
         traffic=meter.traffic / subject.period,
+        calls=meter.calls / subject.period,
         limits=limits,
         phases=phases,
         classes=classes,
@@ -231,17 +236,18 @@ def compare(measured: Mapping[str, Measured], before: Mapping[str, Measured]) ->
 
 def table_of_steps(measured: Mapping[str, Measured], before: Mapping[str, Measured]) -> str:
     """Times and rates, what a step asks for, and how near it comes to the machine's limits."""
-    header = ["row", "batch", "s a step", "CPU s", "images/s", *(["before", "x before"] if before else []), "x plain"]
-    header += ["GFLOP", "GB", "of peak", "of bandwidth", "peak MiB"]
+    header = ["row", "batch", "s a step", "CPU s", "images/s"]
+    header += [*(["images/s before", "x before"] if before else []), "x plain"]
+    header += ["GFLOP", "GB", "operators", "of peak", "of bandwidth", "peak MiB"]
     plain, lines = measured.get(PLAIN), []
     for name, row in measured.items():
         earlier = before.get(name)
         line = [row.title, str(row.batch), f"{row.seconds:.3g}", f"{row.cpu_seconds:.3g}", f"{row.rate:.2f}"]
         if before:
             line += ["-", "-"] if earlier is None else [f"{earlier.rate:.2f}", f"{row.rate / earlier.rate:.2f}"]
-        is_beside_plain = plain is not None and ROWS.get(name) is not None and ROWS[name].config is None
-        line += [f"{row.seconds / plain.seconds:.3f}" if plain is not None and is_beside_plain else "-"]
-        line += [f"{sum(row.operations.values()) / 1e9:.1f}", f"{row.traffic / 1e9:.2f}"]
+        is_of_published = name in ROWS and ROWS[name].config is None
+        line += [f"{row.seconds / plain.seconds:.3f}" if plain is not None and is_of_published else "-"]
+        line += [f"{sum(row.operations.values()) / 1e9:.1f}", f"{row.traffic / 1e9:.2f}", f"{row.calls:,.0f}"]
         line += [f"{row.of_peak:.0%}", f"{row.of_bandwidth:.0%}", f"{row.peak:,.0f}"]
         lines.append(line)
     return format_table(header, lines)
@@ -302,7 +308,8 @@ def tell(
         "",
         table_of_steps(measured, before),
         "",
-        "GFLOP are those of matrix products and convolutions, GB what operators read and write, of a step. Of peak, of "
+        "GFLOP are those of matrix products and convolutions, GB what operators read and write, in a step, operators "
+        "those that do so. Of peak, of "
         "bandwidth: the share of the step that they would take at these limits; caches serve what is beyond 100%. "
         "Peaks are of live tensors. x plain: of the published loop's step, timed in alternation.",
         "",
@@ -332,14 +339,13 @@ def name_unclassified(measured: Mapping[str, Measured]) -> str:
     for row in measured.values():
         for name, share in row.unclassified.items():
             largest[name] = max(share, largest.get(name, 0.0))
-    found = sorted(largest.items(), key=lambda item: -item[1])
-    return ", ".join(f"`{name}` (at most {share:.2%})" for name, share in found[:8]) or "nothing"
+    found = sorted((item for item in largest.items() if item[1] >= 5e-4), key=lambda item: -item[1])
+    return ", ".join(f"`{name}` (at most {share:.2%})" for name, share in found) or "nothing above 0.05% of a step"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write the section and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-
     parser.add_argument("--results", type=Path, default=RESULTS, help="file whose section is replaced")
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help=f"some of {', '.join(ROWS)}, or names of configurations (default: all)"
@@ -350,14 +356,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder for drawn photographs, to find them again")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured as JSON, after every row")
     parser.add_argument("--before", type=Path, metavar="FILE", help="a saved run that stands beside this one")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="section.key=value", help="keys that count for all rows"
-    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys that count for all rows")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     device = pick_device(options.device)
     configure_backends(device)
     earlier, before = read(options.before) if options.before else (None, {})
-    rows = choose_rows(options.rows or (QUICK_ROWS if options.quick else tuple(ROWS)), options.quick, options.set)
+    names = options.rows or (QUICK_ROWS if options.quick else tuple(ROWS))
+    rows = choose_rows(names, options.quick, options.set, device)
     measured: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         for group in group_rows(rows):
@@ -378,14 +383,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choose_rows(names: Sequence[str], quick: bool, keys: Sequence[str]) -> dict[str, Row]:
-    """Rows by name, with keys on top; a name that is not of ROWS is a configuration's."""
+def choose_rows(names: Sequence[str], quick: bool, keys: Sequence[str], device: torch.device) -> dict[str, Row]:
+    """Rows by name, with all of their keys on this device; a name that is not of ROWS is a configuration's."""
     rows = {}
     for name in names:
         row = ROWS.get(name) or Row(name, name)
-        if quick and row.config is None:
-            row = Row(f"{row.title}, narrow", None, (*row.keys, *NARROW))
-        rows[name] = Row(row.title, row.config, (*row.keys, *keys))
+        own = [*row.keys, *(row.cpu_keys if device.type == "cpu" else ())]
+        is_narrow = quick and row.config is None
+        title = f"{row.title}, narrow" if is_narrow else row.title
+        rows[name] = Row(title, row.config, (*own, *(NARROW if is_narrow else ()), *keys))
     return rows
 
 

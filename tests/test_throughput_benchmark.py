@@ -26,9 +26,9 @@ def test_a_linear_layer_costs_one_product_forwards_and_two_backwards():
     with WorkMeter() as forwards:
         result = layer(points)
     assert dict(forwards.operations) == {"float32": 2 * ROWS * INPUTS * OUTPUTS}
+    assert forwards.calls == 1
     # addmm reads bias, points and weight, and writes the result; the transpose of the weight is a view
     assert forwards.traffic == 4 * (OUTPUTS + ROWS * INPUTS + INPUTS * OUTPUTS + ROWS * OUTPUTS)
-    assert forwards.calls == 1
     with WorkMeter() as backwards:
         result.backward(torch.ones_like(result))
     assert dict(backwards.operations) == {"float32": 2 * (2 * ROWS * INPUTS * OUTPUTS)}
@@ -58,11 +58,26 @@ def test_operations_count_under_the_dtype_in_which_they_are_done():
         (lambda x: x.fill_(1), 1),
         (lambda x: x.copy_(x.clone()), 4),
         (lambda x: x.view(-1).t(), 0),
+        (lambda x: x.split(5), 0),
+        (lambda x: torch.ops.aten._unsafe_view(x, [-1]), 0),
         (lambda x: torch.empty_like(x), 0),
+        (lambda x: torch._foreach_add_([x, x], 1), 4),
         (lambda x: x[:1].expand(10, 100) * 1, 1.1),  # a row of it read once, all of it written
         (lambda x: torch.cat([x, x]), 4),
     ],
-    ids=["out of place", "in place", "fill", "copy", "view", "allocation", "expanded", "list"],
+    ids=[
+        "out of place",
+        "in place",
+        "fill",
+        "copy",
+        "view",
+        "views",
+        "reshaped",
+        "allocation",
+        "foreach",
+        "expanded",
+        "list",
+    ],
 )
 def test_traffic_is_what_operators_read_and_write(operate, moved):
     numbers = torch.zeros(10, 100)
@@ -122,6 +137,7 @@ def measured(title: str, seconds: float, **other) -> Measured:
         "peak": 12.0,
         "operations": {"float32": 50.0},
         "traffic": 25.0,
+        "calls": 7.0,
         "limits": Limits({"float32": 100.0}, 100.0),
         "phases": {"d": seconds / 4, "g": 3 * seconds / 4},
         "classes": {operator_classes.MATRIX_PRODUCT: seconds},
@@ -142,7 +158,7 @@ def test_an_earlier_run_stands_beside_rows_that_measured_the_same_and_only_those
     same = throughput.compare(now, before)
     assert list(same) == ["toys"]
     table = throughput.table_of_steps(now, same).splitlines()
-    assert "| before | x before |" in table[0]
+    assert "| images/s before | x before |" in table[0]
     assert "| 2.00 | 1.00 | 2.00 |" in table[2]
     assert "| 4.00 | - | - |" in table[3]
     text = throughput.tell(now, same, hardware, CPU, tmp_path / "throughput.png")
@@ -152,7 +168,7 @@ def test_an_earlier_run_stands_beside_rows_that_measured_the_same_and_only_those
 
 
 def test_only_the_published_model_stands_beside_the_plain_loop_and_is_timed_with_it():
-    rows = throughput.choose_rows(["toys", "published_amp", "plain"], quick=True, keys=["seed=1"])
+    rows = throughput.choose_rows(["toys", "published_amp", "plain"], quick=True, keys=["seed=1"], device=CPU)
     groups = throughput.group_rows(rows)
     assert [list(group) for group in groups] == [["published_amp", "plain"], ["toys"]]
     assert all("narrow" in row.title and row.keys[-1] == "seed=1" for row in groups[0].values())

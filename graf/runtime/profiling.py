@@ -118,8 +118,8 @@ def split_time(events: Iterable[Any], device_type: str = "cpu", count: int | Non
     split = TimeSplit(steps=len(steps))
     if not steps:
         return split
-    on_gpu, share, thread = device_type == "cuda", 1e-6 / len(steps), steps[0].thread
-    split.seconds = share * sum(event.time_range.end - event.time_range.start for event in steps)
+    on_gpu, thread = device_type == "cuda", steps[0].thread
+    split.seconds = sum(event.time_range.end - event.time_range.start for event in steps) * 1e-6 / split.steps
     open_regions: list[_Region] = []
     for event in host:
         if event.time_range.start >= steps[-1].time_range.end:
@@ -130,7 +130,7 @@ def split_time(events: Iterable[Any], device_type: str = "cpu", count: int | Non
         if opened is not None:
             open_regions.append(opened)
         if open_regions and (on_gpu or event.thread == thread):
-            _count(split, event, open_regions[-1], opened is not None, on_gpu, share)
+            _count(split, event, open_regions[-1], opened is not None, on_gpu)
     if on_gpu:
         split.parts[REST, classes.IDLE] += max(0.0, split.seconds - sum(split.parts.values()))
     return split
@@ -152,19 +152,21 @@ def _open_region(event: Any, outer: _Region | None) -> _Region | None:
     return None
 
 
-def _count(split: TimeSplit, event: Any, inside: _Region, is_region: bool, on_gpu: bool, share: float) -> None:
+def _count(split: TimeSplit, event: Any, inside: _Region, is_region: bool, on_gpu: bool) -> None:
     """Add an event's own time to the parts."""
     own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+    seconds = own * 1e-6 / split.steps
     kind = inside.kind or (classes.OVERHEAD if is_region else classes.classify(event.name))
-    if own:
-        split.parts[inside.phase, kind] += share * own
+    if seconds:
+        split.parts[inside.phase, kind] += seconds
     if event.name.startswith(_WAITS):
-        split.waits += share * event.self_cpu_time_total
-    split.launches += share * 1e6 * event.name.startswith(_LAUNCHES)
+        split.waits += event.self_cpu_time_total * 1e-6 / split.steps
+    if event.name.startswith(_LAUNCHES):
+        split.launches += 1 / split.steps
     if not is_region:
         operator = split.operators.setdefault(event.name, Operator(classes.classify(event.name)))
-        operator.seconds += share * own
-        operator.calls += share * 1e6
+        operator.seconds += seconds
+        operator.calls += 1 / split.steps
 
 
 class StepProfiler:
@@ -172,50 +174,54 @@ class StepProfiler:
 
     device: whose kernels are recorded besides the host's operators. warm_up: steps that are not recorded, at least one;
     steps: those that are. Then, or at the end of the context where there were fewer, `ready` is called with this
-    profiler; not where the context fails.
+    profiler, not where the context fails; afterwards only the split is kept.
     """
 
     def __init__(
         self, device: torch.device, warm_up: int, steps: int, ready: Callable[[StepProfiler], None] | None = None
     ) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # libkineto, which else writes about itself to stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else libkineto writes about itself to stderr
         self.device = device
         self.split: TimeSplit | None = None
         self._ready = ready
         self._left_out = warm_up - 1
         self._recorded = -1  # the profiler's own warm-up is one step
         kinds = torch.profiler.ProfilerActivity
-        self._profiler = torch.profiler.profile(
+        self._profiler: torch.profiler.profile | None = torch.profiler.profile(
             activities=[kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])],
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
             on_trace_ready=self._finish,
         )
-        self._is_running = False
 
     def step(self) -> None:
         """A step has ended."""
-        if self._is_running:
+        if self._left_out > 0:
+            self._left_out -= 1
+            if self._left_out == 0:
+                self._start()
+        elif self._profiler is not None:
             self._recorded += 1
             self._profiler.step()
             if self.split is not None:
                 self._stop()
-        elif self._left_out > 0:
-            self._left_out -= 1
-            if self._left_out == 0:
-                self._start()
 
     def write_trace(self, path: Path) -> None:
-        """Write what was recorded as JSON, for ui.perfetto.dev or chrome://tracing; some 250 bytes an event."""
+        """Write what was recorded as JSON, for ui.perfetto.dev or chrome://tracing; some 250 bytes an event.
+
+        To be called by `ready`: the record is large, and dropped then.
+        """
+        assert self._profiler is not None
         with replace_file(path) as file:
             self._profiler.export_chrome_trace(file.name)
 
     def _start(self) -> None:
+        assert self._profiler is not None
         self._profiler.start()
-        self._is_running = True
 
     def _stop(self) -> None:
-        self._is_running = False
-        self._profiler.stop()
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
 
     def _finish(self, profiler: Any) -> None:
         self.split = split_time(profiler.events(), self.device.type, max(self._recorded, 0))
@@ -232,5 +238,5 @@ class StepProfiler:
     ) -> None:
         if error is not None:
             self._ready = None
-        if self._is_running:
+        if self._left_out == 0:
             self._stop()

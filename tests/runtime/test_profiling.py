@@ -124,7 +124,7 @@ def test_a_profile_without_a_whole_step_is_empty():
 
 
 def take_steps(profiler, count, device=CPU):
-    """Steps of a linear layer, each with a phase, random numbers and an update; returns the names of its threads."""
+    """Steps of a linear layer, each with a phase, random numbers and an update."""
     layer = nn.Linear(64, 64).to(device)
     optimizer = torch.optim.RMSprop(layer.parameters())
     for _ in range(count):
@@ -159,9 +159,8 @@ def test_steps_after_the_warm_up_are_recorded_once_and_their_parts_add_up(warm_u
 
 def test_the_trace_is_valid_json_with_regions_and_operators(tmp_path):
     path = tmp_path / "trace.json"
-    with StepProfiler(CPU, 1, 1) as profiler:
-        take_steps(profiler, 2)
-        profiler.write_trace(path)
+    with StepProfiler(CPU, 1, 1, lambda profiler: profiler.write_trace(path)) as profiler:
+        take_steps(profiler, 3)
     events = json.loads(path.read_text())["traceEvents"]
     assert {f"{PREFIX}g", "aten::addmm", f"{PREFIX}{RANDOM_NUMBERS}"} <= {item["name"] for item in events}
     assert [item.name for item in tmp_path.iterdir()] == ["trace.json"]
