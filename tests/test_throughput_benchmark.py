@@ -122,9 +122,9 @@ def test_a_period_holds_every_kind_of_step(keys, period):
 
 def test_the_profiles_shares_are_spread_over_the_seconds_and_lines_of_the_log_are_as_rare_as_they_are():
     matrix, log = operator_classes.MATRIX_PRODUCT, operator_classes.LOGGING
-    split = TimeSplit(1, 10.0, {("g", matrix): 4.0, (REST, operator_classes.OVERHEAD): 2.0, ("logging", log): 4.0})
+    split = TimeSplit(1, 10.0, {("g", matrix): 4.0, (REST, operator_classes.OVERHEAD): 2.0, ("log", log): 4.0})
     phases, classes = throughput.spread(split, seconds=32.0, lines=0.1)
-    assert phases == pytest.approx({"g": 20.0, REST: 10.0, "logging": 2.0})
+    assert phases == pytest.approx({"g": 20.0, REST: 10.0, "log": 2.0})
     assert classes == pytest.approx({matrix: 20.0, operator_classes.OVERHEAD: 10.0, log: 2.0})
 
 
@@ -204,7 +204,7 @@ def test_the_command_measures_rows_and_writes_section_plot_and_file(tmp_path, de
     rows = json.loads((tmp_path / "now.json").read_text())["rows"]
     assert list(rows) == ["plain", "smoke"]
     smoke = throughput.read(tmp_path / "now.json")[1]["smoke"]
-    assert smoke.phases.keys() >= {"data", "d", "r1", "g", "sr", "ema", "logging", REST}
+    assert smoke.phases.keys() >= {"data", "d", "r1", "g", "sr", "ema", "log", REST}
     assert smoke.classes.keys() >= {"matrix product", "elementwise", "random numbers", "optimiser", "EMA", "data"}
     for parts in (smoke.phases, smoke.classes):
         assert math.fsum(parts.values()) == pytest.approx(smoke.seconds)

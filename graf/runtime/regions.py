@@ -12,7 +12,7 @@ PREFIX = "graf: "
 
 RANDOM_NUMBERS = "random numbers"
 DATA = "data"
-LOGGING = "logging"
+LOGGING = "log"
 
 
 def region(name: str) -> AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ def test_a_trace_and_the_shares_of_phases_and_classes_come_out_and_training_goes
     [trace] = folder.glob("trace_*.json")
     assert trace.name == "trace_00000007.json"  # five steps before it
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {f"graf: {phase}" for phase in ("d", "r1", "g", "ema", "data", "logging", "random numbers")} <= names
+    assert {f"graf: {phase}" for phase in ("d", "r1", "g", "ema", "data", "log", "random numbers")} <= names
     text = capsys.readouterr().out
     assert "the mean of 2" in text
     assert all(name in text for name in ("matrix product", "optimiser", "aten::", trace.name))
