@@ -154,7 +154,9 @@ def _open_region(event: Any, outer: _Region | None) -> _Region | None:
 
 def _count(split: TimeSplit, event: Any, inside: _Region, is_region: bool, on_gpu: bool) -> None:
     """Add an event's own time to the parts."""
-    own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+    own = event.self_cpu_time_total
+    if on_gpu:  # what kineto draws below a region are not kernels of its own
+        own = 0 if is_region else sum(kernel.duration for kernel in event.kernels)
     seconds = own * 1e-6 / split.steps
     kind = inside.kind or (classes.OVERHEAD if is_region else classes.classify(event.name))
     if seconds:

@@ -93,7 +93,7 @@ def test_on_the_cpu_other_threads_and_what_lies_outside_of_steps_do_not_count():
 def test_on_a_gpu_kernels_count_where_they_were_launched_and_the_rest_of_the_step_is_idle():
     events = [
         event("ProfilerStep*", 0, 100, own=1),
-        event(f"{PREFIX}g", 0, 50, own=1),
+        event(f"{PREFIX}g", 0, 50, own=1, kernels=[45]),  # a stretch of the device's time under this name
         event("aten::mm", 5, 8, kernels=[30]),
         event("cudaLaunchKernel", 6, 7),
         event("aten::add", 20, 22, thread=2, kernels=[10, 5]),  # of the backward pass, in its own thread
