@@ -86,7 +86,7 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     )
     parser.add_argument(
         "--profile",
-        type=positive_integer,
+        type=_count,
         metavar="N",
         help="record N steps: a trace in the run folder, and where their time went in the log; training goes on",
     )
@@ -102,12 +102,11 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     return parser.parse_intermixed_args(arguments)  # keys may stand between flags
 
 
-def positive_integer(text: str) -> int:
-    """A number of at least 1, for argparse, which names this function in its error."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return number
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:

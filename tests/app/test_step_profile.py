@@ -44,8 +44,9 @@ def test_a_run_that_ends_before_its_profile_says_so(train, tmp_path, capsys):
     assert not list((tmp_path / "results" / "smoke").glob("trace_*"))
 
 
-def test_a_profile_of_no_step_is_refused(train, capsys):
+@pytest.mark.parametrize("steps", ["0", "-1", "some"])
+def test_a_profile_of_no_step_is_refused(train, capsys, steps):
     with pytest.raises(SystemExit) as refused:
-        train("--profile", "0")
+        train(f"--profile={steps}")
     assert refused.value.code == 2
-    assert "--profile: 0: expected at least 1" in capsys.readouterr().err
+    assert f"--profile: '{steps}': expected a whole number of at least 1" in capsys.readouterr().err
