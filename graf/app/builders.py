@@ -431,10 +431,11 @@ def build_trainer(
     pretrained: bool = True,
     processes: Processes | None = None,
     trust: bool = False,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """The networks of a configuration, on `device`, and the trainer that plays them against each other.
 
-    pretrained, trust: as in :func:`build_ccsr`; processes: those that train together, one by default.
+    pretrained, trust: as in :func:`build_ccsr`; processes: those that train together, one by default; kind: of trainer.
     """
     ccsr = build_ccsr(config, pretrained, trust)
     generator = build_generator(config, dataset_info)
@@ -443,7 +444,7 @@ def build_trainer(
         if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved
             network.to(device)
     memory, caster = build_memory_settings(config), build_caster(config, dataset_info)
-    return Trainer(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr, processes)
+    return kind(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr, processes)
 
 
 @contextmanager

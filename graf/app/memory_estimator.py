@@ -10,21 +10,18 @@ with what these have needed; of many equal parts of a batch, two are run. memory
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import inception_v3
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.base.errors import UserError
+from graf.app.fake_tensors import FakeTensorMode, Rehearsal
 from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
@@ -46,21 +43,12 @@ from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.memory_settings import MemorySettings
 from graf.training.inputs import FakeInputs, InputSampler, StepInputs
-from graf.training.trainer import Trainer
+from graf.training.objective import Statistics
+from graf.training.players import Player
+from graf.training.trainer import Accumulate, Result, SharedRender, Trainer
 
-try:
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-except ImportError:  # private: a release of torch may move it, and then nothing else is lost
-    FakeTensor = FakeTensorMode = None  # type: ignore[assignment, misc]
-
-#: tensors up to this many elements are real
-CONTROL_ELEMENTS = 4096
 #: length of Inception's pooled features
 INCEPTION_DIMENSIONS = 2048
-
-
-class PredictionError(UserError):
-    """This torch has no tensors without data where they are looked for, so that no memory can be predicted."""
 
 
 @dataclass(frozen=True)
@@ -89,85 +77,6 @@ class Plan:
     def peak(self) -> int:
         """Bytes of live tensors at the worst moment."""
         return max(phase.peak for phase in self.phases.values())
-
-
-# ---------------------------------------------------------------------------------------------------- fake tensors
-
-
-class _ControlTensors(TorchDispatchMode):
-    """Sends large tensors to FakeTensorMode, computes small ones; asked for its value, a fake one says yes, or 1."""
-
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
-        super().__init__()
-        self.fake_mode = fake_mode
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if FakeTensor in types:
-            if func is torch.ops.aten._local_scalar_dense.default:
-                return True if args[0].dtype is torch.bool else 1
-            if kwargs.get("generator") is not None:  # filled in place with random numbers: nothing to do
-                return args[0]
-            return func(*args, **kwargs)
-        if _is_large(func, args):
-            with self.fake_mode:
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _is_large(func: Any, args: Any) -> bool:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if tensors:
-        return max(tensor.numel() for tensor in tensors) > CONTROL_ELEMENTS
-    shape = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
-    return all(isinstance(side, int) for side in shape) and math.prod(shape) > CONTROL_ELEMENTS
-
-
-@contextmanager
-def _fake_lists() -> Iterator[None]:
-    """Teach fake tensors `tolist`, which torch 2.1 has not done: as for one value, the answer is yes, or 1."""
-    if "tolist" in vars(FakeTensor):
-        yield
-        return
-    FakeTensor.tolist = _list_answers  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del FakeTensor.tolist
-
-
-def _list_answers(tensor: Tensor) -> Any:
-    answer: Any = True if tensor.dtype is torch.bool else 1
-    for side in reversed(tensor.shape):
-        answer = [answer] * side
-    return answer
-
-
-class _Rehearsal:
-    """The modes of one prediction: `building` makes networks, `running` runs code on them under the meter."""
-
-    def __init__(self) -> None:
-        if FakeTensorMode is None:
-            raise PredictionError(
-                f"memory cannot be predicted: torch {torch.__version__} has no torch._subclasses.fake_tensor; use "
-                "another version of torch, or set training.micro_batch_size, memory_strategy and chunk yourself"
-            )
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.meter = LiveTensorMeter()
-
-    @contextmanager
-    def building(self) -> Iterator[None]:
-        with self.fake_mode, warnings.catch_warnings():
-            # copy.deepcopy asks a fake parameter for its address, is told 0, and then clones it: as it should be
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield
-
-    @contextmanager
-    def running(self) -> Iterator[LiveTensorMeter]:
-        with _ControlTensors(self.fake_mode), _fake_lists(), self.meter:
-            yield self.meter
 
 
 @dataclass
@@ -274,7 +183,7 @@ class PhaseRecorder(MemoryProfiler):
         self.trainer = trainer
         self.phases: dict[str, PhasePeak] = {}
         self.outside = 0
-        self.extra_renders = 0
+        self.unrendered = 0
         self._renders: Tensor | None = None
 
     @contextmanager
@@ -282,10 +191,10 @@ class PhaseRecorder(MemoryProfiler):
         """Record what happens inside as phase `name`."""
         if not self._peaks:
             self.outside = max(self.outside, self.meter.peak)
-        if name == "g" and self.extra_renders:  # rgb, depth and opacity of images that are not rehearsed
+        if name == "g" and self.unrendered:  # rgb, depth and opacity of images that are not rehearsed
             ccsr = self.trainer.config.ccsr
             views = 2 if ccsr.enabled and ccsr.agreement else 1
-            self._renders = torch.empty(self.extra_renders, 5 * views, self.trainer.config.ray_sampler.N_samples)
+            self._renders = torch.empty(self.unrendered, 5 * views, self.trainer.config.ray_sampler.N_samples)
         with super().phase(name):
             yield
         if name == "sr" or self.trainer.sr is None:
@@ -304,6 +213,93 @@ class PhaseRecorder(MemoryProfiler):
             optimizer=count_bytes([state for player in trainer.players for state in tensors_of(player.optimizer)]),
             average=count_bytes([tensor for average in averages for tensor in tensors_of(average)]),
         )
+
+
+class RehearsedTrainer(Trainer):
+    """A trainer whose step is run for its peaks: of equal parts of a batch one, and nothing twice that needs the same.
+
+    That one meets the gradients of a part before it. Strategies differ where gradients flow through rendering: in the
+    rendering that D and G share, and in G's phase; an update needs the same with all settings.
+    """
+
+    profiler: PhaseRecorder  # type: ignore[assignment]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        #: bytes above where it began, of a phase that is described and of those within it
+        self._known: dict[tuple[Any, ...], dict[str, int]] = {}
+
+    def rehearse(self, meter: LiveTensorMeter, memory: MemorySettings, labels: Tensor) -> dict[str, PhasePeak]:
+        """The peaks of a step in which everything happens, which is iteration 0, on imagined photographs."""
+        size, side = len(labels), self.config.photo_size
+        self.progress.iteration = 0
+        self.use(memory)
+        self.profiler = recorder = PhaseRecorder(meter, self)
+        recorder.unrendered = size - memory.micro_batch_size if self._has_equal_parts else 0
+        meter.reset_peak()
+        self.step(torch.zeros(size, 3, side, side), labels)
+        recorder.record("update", max(recorder.outside, meter.peak))
+        drop_gradients(self.players)
+        return recorder.phases
+
+    @property
+    def _has_equal_parts(self) -> bool:
+        return 2 * self.memory.micro_batch_size <= self.config.training.batch_size
+
+    def _in_phase(self, name: str, inputs: StepInputs, shared: SharedRender, accumulate: Accumulate[Result]) -> Result:
+        recorder, started = self.profiler, self.profiler.meter.current
+        players = [player for player in self.players if player.suffix == name]
+        key = self._describe_phase(name, shared)
+        if key in self._known:
+            leave_gradients(players)
+            for phase, above in self._known[key].items():
+                recorder.record(phase, started + above)
+            return {}  # type: ignore[return-value]  # the statistics of D or of super-resolution
+
+        def accumulate_one_part(inputs: StepInputs, parts: list[slice], shared: SharedRender) -> Result:
+            if not self._has_equal_parts:
+                return accumulate(inputs, parts, shared)
+            leave_gradients(players)
+            return accumulate(inputs, parts[:1], shared)
+
+        before = set(recorder.phases)
+        result = super()._in_phase(name, inputs, shared, accumulate_one_part)
+        if key is not None:
+            self._known[key] = {
+                phase: found.peak - started for phase, found in recorder.phases.items() if phase not in before
+            }
+        return result
+
+    def _describe_phase(self, name: str, shared: SharedRender) -> tuple[Any, ...] | None:
+        """What the needs of a phase depend on; None where that is all settings."""
+        size, chunk = self.memory.micro_batch_size, self.memory.chunk
+        if name == "d":
+            return name, size, chunk if shared.render is None else None
+        return (name, size) if name == "sr" else None
+
+    def _apply(self, player: Player, statistics: Statistics) -> Statistics:
+        recorder, key = self.profiler, ("update", player.suffix)
+        if key in self._known:
+            recorder.meter.expect(self._known[key]["update"])
+            return statistics
+        recorder.outside = max(recorder.outside, recorder.meter.peak)
+        recorder.meter.reset_peak()
+        started = recorder.meter.current
+        statistics = super()._apply(player, statistics)
+        self._known[key] = {"update": recorder.meter.peak - started}
+        return statistics
+
+
+def leave_gradients(players: Sequence[Player]) -> None:
+    """Gradients for every parameter, as a step leaves them until the next one."""
+    for player in players:
+        for parameter in player.parameters:
+            parameter.grad = torch.empty_like(parameter)
+
+
+def drop_gradients(players: Sequence[Player]) -> None:
+    for player in players:
+        player.optimizer.zero_grad(set_to_none=True)
 
 
 def imagine_dataset(config: Config) -> DatasetInfo:
@@ -331,7 +327,7 @@ class StepPlanner:
         ccsr = config.ccsr.model_copy(update={"start_iteration": 0, "perceptual": 0.0, "weights": None})
         self.config = config.model_copy(update={"ccsr": ccsr})
         self.dataset_info = imagine_dataset(config) if dataset_info is None else dataset_info
-        self.rehearsal = _Rehearsal()
+        self.rehearsal = Rehearsal()
         self._steps: dict[MemorySettings, dict[str, PhasePeak]] = {}
         self._between: dict[tuple[str, int], PhasePeak] = {}
         is_half = config.training.use_amp if precision is None else precision.dtype is not None
@@ -345,15 +341,22 @@ class StepPlanner:
             self.trainer = self._build_trainer()
         with self.rehearsal.running() as meter:
             meter.track(*self.trainer.owners)
-            self._leave_gradients()
+            leave_gradients(self.trainer.players)
             for player in self.trainer.players:  # optimisers get their states in their first step
                 player.optimizer.step()
-            self._drop_gradients()
+            drop_gradients(self.trainer.players)
 
-    def _build_trainer(self) -> Trainer:
+    def _build_trainer(self) -> RehearsedTrainer:
         trainer = builders.build_trainer(
-            self.config, self.dataset_info, self.pose_sampler, self.precision, torch.device("cpu"), pretrained=False
+            self.config,
+            self.dataset_info,
+            self.pose_sampler,
+            self.precision,
+            torch.device("cpu"),
+            pretrained=False,
+            kind=RehearsedTrainer,
         )
+        assert isinstance(trainer, RehearsedTrainer)
         trainer.inputs = _FakeNoise(trainer.inputs, self.rehearsal.fake_mode)  # type: ignore[assignment]
         for generator in (trainer.generator, trainer.averaged_networks[0]):
             generator.make_runner = partial(_FewChunks, self.rehearsal.meter, generator)
@@ -361,39 +364,14 @@ class StepPlanner:
 
     def predict(self, settings: MemorySettings, between: bool = True) -> Plan:
         """The peaks of one step with these settings; `between`: also of sampling and scoring."""
-        if settings not in self._steps:
-            self._steps[settings] = self._predict_step(settings)
+        rays = settings.micro_batch_size * self.config.ray_sampler.N_samples
+        key = replace(settings, chunk=min(settings.chunk, rays))  # larger ones render alike
+        if key not in self._steps:
+            sampler, numbers = self.pose_sampler, torch.arange(self.config.training.batch_size)
+            with self.rehearsal.running() as meter:
+                self._steps[key] = self.trainer.rehearse(meter, key, sampler.views.labels[numbers % len(sampler)])
         more = self._predict_between(settings) if between else {}
-        return Plan(settings, self._steps[settings] | more)
-
-    def _predict_step(self, settings: MemorySettings) -> dict[str, PhasePeak]:
-        trainer, training = self.trainer, self.config.training
-        trainer.progress.iteration = 0
-        trainer.use(settings)
-        with self.rehearsal.running() as meter:
-            recorder = PhaseRecorder(meter, trainer)
-            trainer.profiler = recorder  # type: ignore[assignment]
-            meter.reset_peak()
-            side = self.config.photo_size
-            images = torch.zeros(training.batch_size, 3, side, side)
-            labels = self.pose_sampler.views.labels[torch.arange(training.batch_size) % len(self.pose_sampler)]
-            # The second part of a batch meets the first one's gradients; further ones only add their renders.
-            count = min(training.batch_size, 2 * settings.micro_batch_size)
-            recorder.extra_renders = training.batch_size - count
-            trainer.step(images[:count], labels[:count])
-            recorder.record("update", max(recorder.outside, meter.peak))
-            self._drop_gradients()
-        return recorder.phases
-
-    def _leave_gradients(self) -> None:
-        """As a step does: they stay until the next one."""
-        for player in self.trainer.players:
-            for parameter in player.parameters:
-                parameter.grad = torch.empty_like(parameter)
-
-    def _drop_gradients(self) -> None:
-        for player in self.trainer.players:
-            player.optimizer.zero_grad(set_to_none=True)
+        return Plan(settings, self._steps[key] | more)
 
     def _predict_between(self, settings: MemorySettings) -> dict[str, PhasePeak]:
         """Sampling depends on the chunk alone, scoring, but for its renders, on nothing that a budget changes."""
@@ -402,14 +380,14 @@ class StepPlanner:
             tasks["score"] = (("score", 0), self._score)
         self.trainer.use(settings)
         with self.rehearsal.running() as meter:
-            self._leave_gradients()
+            leave_gradients(self.trainer.players)
             for name, (key, task) in tasks.items():
                 if key not in self._between:
                     recorder = PhaseRecorder(meter, self.trainer)
                     with recorder.phase(name):
                         task()
                     self._between[key] = recorder.phases[name]
-            self._drop_gradients()
+            drop_gradients(self.trainer.players)
         return {name: self._between[key] for name, (key, _) in tasks.items()}
 
     def _sample(self) -> None:
@@ -452,13 +430,15 @@ class StepPlanner:
 
     @cached_property
     def _bytes_of_extractor(self) -> int:
-        return count_bytes(self._build_extractor().state_dict().values())
+        return count_bytes(self._build_extractor(torch.device("meta")).state_dict().values())
 
-    def _build_extractor(self) -> nn.Module:
-        """Inception's layout is torchvision's, which needs no weights."""
+    def _build_extractor(self, kind: AbstractContextManager[Any]) -> nn.Module:
+        """The extractor of FID and KID; Inception's tensors, whose layout is torchvision's, are made as `kind` says."""
         if self.config.evaluation.feature_extractor == "offline":
             return OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))
-        with self.rehearsal.fake_mode:
+        from torchvision.models import inception_v3  # which takes a second to import
+
+        with kind:
             return inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
 
     @property
@@ -518,7 +498,7 @@ class StepPlanner:
     def _extract_features(self) -> None:
         evaluation, side = self.config.evaluation, self.config.photo_size
         images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8)
-        extractor = self._build_extractor()
+        extractor = self._build_extractor(self.rehearsal.fake_mode)
         self.rehearsal.meter.track(extractor)
         with torch.no_grad():
             if evaluation.feature_extractor == "offline":
