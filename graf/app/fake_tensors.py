@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,12 @@ except ImportError:  # private: a release of torch may move it, and then nothing
 CPU = torch.device("cpu")
 #: tensors up to this many elements are real
 CONTROL_ELEMENTS = 4096
+#: operations that FakeTensorMode takes apart, which lasts as long as a hundred others, and the shapes that they return
+RESAMPLING: dict[Any, Callable[..., tuple[int, ...]]] = {
+    torch.ops.aten.grid_sampler_2d.default: lambda images, grid, *_: (*images.shape[:2], *grid.shape[1:3]),
+    torch.ops.aten.upsample_bilinear2d.default: lambda images, size, *_: (*images.shape[:2], *size),
+    torch.ops.aten.upsample_bicubic2d.default: lambda images, size, *_: (*images.shape[:2], *size),
+}
 
 
 class PredictionError(UserError):
@@ -76,7 +82,7 @@ class FakeTensorMeter(LiveTensorMeter):
                 return True if args[0].dtype is torch.bool else 1
             if kwargs.get("generator") is not None:  # filled in place with random numbers: nothing to do
                 return args[0]
-        elif not _is_large(func, args):
+        elif not _is_large(func, args) or _is_meta(args, kwargs):
             return func(*args, **kwargs)
         return self._answer(func, args, kwargs)
 
@@ -96,8 +102,12 @@ class FakeTensorMeter(LiveTensorMeter):
         return self._ask(func, args, kwargs) if known is None else known.repeat(tensors, self.fake_mode)
 
     def _ask(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        if func in RESAMPLING:
+            return args[0].new_empty(RESAMPLING[func](*args))
         with self.fake_mode:
-            return func(*args, **kwargs)
+            outputs = func(*args, **kwargs)
+        works_in_place = func._schema.name.endswith("_") and isinstance(outputs, Tensor)
+        return args[0] if works_in_place else outputs  # where it is decomposed, a new tensor comes back
 
 
 #: in place of an answer: the question has not been asked
@@ -187,6 +197,11 @@ def _is_large(func: Any, args: Any) -> bool:
         return max(tensor.numel() for tensor in tensors) > CONTROL_ELEMENTS
     shape = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
     return all(isinstance(side, int) for side in shape) and math.prod(shape) > CONTROL_ELEMENTS
+
+
+def _is_meta(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation is on tensors that are without data by themselves."""
+    return str(kwargs.get("device")) == "meta" or any(isinstance(arg, Tensor) and arg.is_meta for arg in args)
 
 
 @contextmanager

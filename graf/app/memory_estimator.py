@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -430,15 +430,15 @@ class StepPlanner:
 
     @cached_property
     def _bytes_of_extractor(self) -> int:
-        return count_bytes(self._build_extractor(torch.device("meta")).state_dict().values())
+        return count_bytes(self._build_extractor().state_dict().values())
 
-    def _build_extractor(self, kind: AbstractContextManager[Any]) -> nn.Module:
-        """The extractor of FID and KID; Inception's tensors, whose layout is torchvision's, are made as `kind` says."""
+    def _build_extractor(self) -> nn.Module:
+        """The extractor of FID and KID. Inception's layout is torchvision's, of which no weights are needed."""
         if self.config.evaluation.feature_extractor == "offline":
             return OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))
         from torchvision.models import inception_v3  # which takes a second to import
 
-        with kind:
+        with torch.device("meta"):  # nothing in it needs to be told from real tensors, as fake ones are
             return inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
 
     @property
@@ -497,11 +497,11 @@ class StepPlanner:
 
     def _extract_features(self) -> None:
         evaluation, side = self.config.evaluation, self.config.photo_size
-        images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8)
-        extractor = self._build_extractor(self.rehearsal.fake_mode)
+        extractor = self._build_extractor()
         self.rehearsal.meter.track(extractor)
         with torch.no_grad():
             if evaluation.feature_extractor == "offline":
-                extractor(images)
-            else:
-                extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
+                extractor(torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8))
+                return
+            images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8, device="meta")
+            extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
