@@ -26,7 +26,7 @@ from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
 from graf.evaluation.consistency import ConsistencyTask, measure_ring
-from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
+from graf.evaluation.extractor import OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
 from graf.evaluation.renderer import Renderer, Renders
 from graf.evaluation.rings import Ring
@@ -435,7 +435,7 @@ class StepPlanner:
     def _build_extractor(self) -> nn.Module:
         """The extractor of FID and KID. Inception's layout is torchvision's, of which no weights are needed."""
         if self.config.evaluation.feature_extractor == "offline":
-            return OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))
+            return OfflineFeatures()
         from torchvision.models import inception_v3  # which takes a second to import
 
         with torch.device("meta"):  # nothing in it needs to be told from real tensors, as fake ones are

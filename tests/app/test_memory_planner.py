@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import memory as benchmark
-from graf.app import builders, memory_estimator, memory_planner
+from graf.app import builders, fake_tensors, memory_estimator, memory_planner
 from graf.app.memory_estimator import StepPlanner
 from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
@@ -198,7 +198,7 @@ def test_auto_asks_the_device_and_takes_most(monkeypatch):
 
 
 def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypatch, caplog, capsys, run_program):
-    monkeypatch.setattr(memory_estimator, "FakeTensorMode", None)
+    monkeypatch.setattr(fake_tensors, "FakeTensorMode", None)
     config = small("training.memory_budget=1GiB")
     memory = builders.build_memory_settings(config)
     processes = SimpleNamespace(largest_share=lambda batch_size: batch_size)
@@ -216,7 +216,7 @@ def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypat
 def test_the_rest_of_the_program_does_without_fake_tensors():
     program = (
         "import sys, torch, torchvision; sys.modules['torch._subclasses.fake_tensor'] = None; "
-        "import graf.app.training_run; from graf.app import memory_estimator; print(memory_estimator.FakeTensorMode)"
+        "import graf.app.training_run; from graf.app import fake_tensors; print(fake_tensors.FakeTensorMode)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True, text=True)
     assert done.stdout.strip() == "None", done.stderr
