@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch_fidelity import feature_extractor_inceptionv3
 
 from graf.evaluation import extractor as extractor_module
 from graf.evaluation.extractor import (
