@@ -83,8 +83,8 @@ def test_phases_that_are_not_rehearsed_again_need_what_they_have_needed(size):
     planner.predict(MemorySettings(size, "dense", 96), between=False)
     after, alone = (each.predict(settings, between=False).phases for each in (planner, StepPlanner(config)))
     assert after.keys() == alone.keys()
-    for name, phase in alone.items():  # a gradient that a first part does not leave is assumed of a later one
-        assert after[name].peak == pytest.approx(phase.peak, rel=0.02)
+    for name, phase in alone.items():  # gradients of latents that this step does not teach are assumed
+        assert after[name].peak == pytest.approx(phase.peak, rel=0.03)
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
