@@ -1,8 +1,8 @@
 """Threads and loader workers: images/s of the default configuration's step, and of loading alone, for each number.
 
-Photographs are in memory, as by default, where no worker is needed, or decoded when they are asked for. More threads than there are cores is
-what torch starts in a container whose quota it does not see. All combinations are measured in turn, several times over,
-and the fastest pass of each counts; what matters are the ratios.
+Photographs are in memory, as by default, where no worker is needed, or decoded when they are asked for. More threads
+than there are cores is what torch starts in a container whose quota it does not see. All combinations are measured in
+turn, several times over, and the fastest pass of each counts; what matters are the ratios.
 """
 
 from __future__ import annotations

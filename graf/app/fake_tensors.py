@@ -39,7 +39,7 @@ class PredictionError(UserError):
     """This torch has no tensors without data where they are looked for, so that no memory can be predicted."""
 
 
-class Rehearsal:
+class FakeTensorModes:
     """The modes of one prediction: `building` makes networks, `running` runs code on them under the meter."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graf.app.fake_tensors import CONTROL_ELEMENTS, FakeTensor, FakeTensorMeter, Rehearsal
+from graf.app.fake_tensors import CONTROL_ELEMENTS, FakeTensor, FakeTensorMeter, FakeTensorModes
 
 SHAPE = (2, 3, 32, 48)
 GRID = torch.linspace(-1, 1, 2 * 40 * 56 * 2).view(2, 40, 56, 2)
@@ -52,7 +52,7 @@ def test_asked_again_an_operation_returns_what_it_returns_of_real_tensors(name, 
     real = torch.ones(SHAPE)
     expected = describe(real, OPERATIONS[name](real))
     assert real.numel() > CONTROL_ELEMENTS
-    with Rehearsal().running():
+    with FakeTensorModes().running():
         OPERATIONS[name](torch.ones(SHAPE))
         monkeypatch.setattr(FakeTensorMeter, "_ask", None)  # nothing may be asked any more
         fake = torch.ones(SHAPE)
@@ -70,11 +70,11 @@ def test_gradients_and_casts_are_those_of_real_tensors():
         return [(tensor.shape, tensor.dtype) for tensor in (y, x.grad, weight.grad)]
 
     expected = run()
-    with Rehearsal().running():
+    with FakeTensorModes().running():
         assert [run(), run()] == [expected, expected]
 
 
 def test_what_is_small_is_computed():
-    with Rehearsal().running():
+    with FakeTensorModes().running():
         assert (torch.arange(4) * 2).tolist() == [0, 2, 4, 6]
         assert bool(torch.isfinite(torch.ones(SHAPE).sum()))

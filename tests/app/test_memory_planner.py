@@ -71,7 +71,7 @@ def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_publishe
     config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
     settings = MemorySettings(2, strategy, 256)  # 8 chunks
     few = StepPlanner(config).predict(settings, between=False).peak
-    monkeypatch.setattr(memory_estimator, "_FewChunks", lambda meter, generator, num_chunks: call_chunk)
+    monkeypatch.setattr(memory_estimator, "FewChunks", lambda meter, generator, num_chunks: call_chunk)
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
 
