@@ -142,8 +142,8 @@ class _FakeOutput:
         elif self.is_source:
             return tensors[self.source]
         else:
-            storage = tensors[self.source].untyped_storage()
-            made = torch.empty(0, dtype=self.dtype, device="meta").set_(storage, self.offset, self.shape, self.stride)
+            whole = torch.empty(0, dtype=self.dtype, device="meta").set_(tensors[self.source].untyped_storage())
+            made = whole.as_strided(self.shape, self.stride, self.offset)  # set_ alone cuts the storage in torch 2.1
         return FakeTensor(fake_mode, made, CPU)
 
 
