@@ -1,7 +1,7 @@
 """Tensors without data, and the bytes that they would hold: what memory_estimator.py rehearses a step on.
 
 torch's FakeTensorMode tells what an operation returns, which takes it a fifth of a millisecond or more. A step repeats
-few operations on few shapes, so the answers are kept, and repeated in a tenth of that.
+few operations on few shapes, so the answers are kept, and repeated in a quarter of that.
 """
 
 from __future__ import annotations
