@@ -30,19 +30,15 @@ from benchmarks.plots import draw_curves
 from benchmarks.published_loop import PlainLoop, published
 from benchmarks.results import RESULTS, format_table, hardware, write_section
 from graf.app import builders
-from graf.app.memory_estimator import (
-    MemorySettings,
-    PhaseRecorder,
-    Plan,
-    StepPlanner,
-    imagine_dataset,
-)
+from graf.app.memory_estimator import Plan, StepPlanner, imagine_dataset
 from graf.app.memory_planner import GIB, USABLE_SHARE, BudgetError, candidate_settings, choose_settings
+from graf.app.rehearsal import PhaseRecorder
 from graf.config import CONFIG_FOLDER, Config, load_config
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import Precision, choose_precision
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.memory import MIB, OutOfMemory
+from graf.runtime.memory_settings import MemorySettings
 from graf.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -25,7 +25,6 @@ from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
-from graf.data.loader import Batches
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
@@ -188,10 +187,11 @@ class TrainingRun:
         with ExitStack() as stack:
             request = stack.enter_context(StopRequest(describe if processes.is_first else None))
             log = stack.enter_context(self._open_log() if processes.is_first else SilentLog())
-            pin_memory = self.device.type == "cuda"
-            share, local_size = processes.share, processes.local_size
-            loader = builders.build_loader(config, self.photographs, start, pin_memory, share, local_size)
-            batches = stack.enter_context(Batches(loader))
+            batches = stack.enter_context(
+                builders.open_batches(
+                    config, self.photographs, start, self.device, processes.share, processes.local_size
+                )
+            )
             stack.enter_context(record_allocations(snapshot, self.device))
             save, between = self._build_hooks(log, request, started)
             if profile is not None and processes.is_first:
