@@ -69,7 +69,7 @@ class Program:
         self.trainer = builders.build_trainer(config, info, sampler, precision, device)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         log = stack.enter_context(RunLog(folder, total=1, start=0, progress=False))
-        self._log = LogHook(log, CacheRelease(config.training.empty_cache, device))
+        self._log = LogHook(log, CacheRelease(config.training.empty_cache, device, self.trainer.timer))
 
     def run(self, steps: int, after_step: Callable[[], None], log: bool = False) -> None:
         """Train for some steps, and call `after_step` after each of them; log: write a line of the log before that."""
