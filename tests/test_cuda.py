@@ -13,7 +13,7 @@ import torch
 
 from graf.app import builders
 from graf.config import load_config
-from graf.data.loader import make_loader
+from graf.data.loader import BatchOrder, DecodedBatches, make_loader
 from graf.runtime.amp import NoOpScaler, Precision, choose_precision
 from graf.training.trainer import Trainer
 
@@ -214,3 +214,20 @@ def test_a_run_that_diverges_on_the_gpu_says_where_and_keeps_its_last_checkpoint
     assert "is not finite; the last checkpoint is untouched" in capsys.readouterr().err
     checkpoints = tmp_path / "results" / "smoke" / "checkpoints"
     assert [file.name for file in checkpoints.glob("model_0*.pt")] == ["model_00000002.pt"]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:0"])
+def test_batches_of_decoded_photographs_are_those_of_the_cpu_and_nobody_waits_for_them(place):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (9, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels, order = torch.arange(36).view(9, 4), BatchOrder([1] * 9, 4)
+    found = DecodedBatches(pixels.to(place), labels, order, torch.device("cuda:0"))
+    expected = DecodedBatches(pixels, labels, order, torch.device("cpu"))
+    for _ in range(5):
+        torch.cuda.set_sync_debug_mode("error")
+        images, of_images, _ = next(found)
+        torch.cuda.set_sync_debug_mode("default")
+        wanted, of_wanted, _ = next(expected)
+        assert images.device.type == "cuda"
+        assert torch.allclose(images.cpu(), wanted, rtol=0, atol=1e-6)
+        assert torch.equal(of_images, of_wanted)

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from graf.app.failures import ErrorLog, run_command
 from graf.app.run_arguments import add_trust_argument
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
             trust=options.trust,
             plan_again=options.memory_budget is not None,
             memory_snapshot=options.memory_snapshot,
+            profile=options.profile,
             started=started,
             program=program,
             errors=errors,
@@ -95,6 +96,12 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         "--memory_snapshot", action="store_true", help="CUDA: write the allocator's history for its viewer"
     )
     parser.add_argument(
+        "--profile",
+        type=_at_least(1),
+        metavar="N",
+        help="record N steps: a trace in the run folder, and where their time went in the log; training goes on",
+    )
+    parser.add_argument(
         "--exit_zero_when_stopped",
         action="store_true",
         help=f"a run that was asked to stop, and has saved, exits with 0 instead of {EXIT_STOPPED}",
@@ -106,7 +113,10 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         help="suggest learning rates by short trials of each player, afresh unless --resume is given; trains no run",
     )
     parser.add_argument(
-        "--range_iterations", type=_count_steps, default=100, help="of every such trial (default: %(default)s)"
+        "--range_iterations",
+        type=_at_least(LEAST_STEPS),
+        default=100,
+        help="of every such trial (default: %(default)s)",
     )
     parser.add_argument("--memory_budget", help="training.memory_budget: auto, or an amount such as 8GiB")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
@@ -114,11 +124,15 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     return parser.parse_intermixed_args(arguments)  # keys may stand between flags
 
 
-def _count_steps(text: str) -> int:
-    """The iterations of a trial."""
-    if not text.isdecimal() or int(text) < LEAST_STEPS:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {LEAST_STEPS}")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is not smaller."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        return int(text)
+
+    return read
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:

@@ -19,12 +19,12 @@ from graf.app.loading import read_dataset_info, read_meta
 from graf.app.memory_planner import choose_for_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
+from graf.app.step_profile import ProfileHook
 from graf.app.time_spent import describe_time
 from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
-from graf.data.loader import Batches
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
@@ -49,6 +49,7 @@ def train(
     trust: bool,
     plan_again: bool,
     memory_snapshot: bool,
+    profile: int | None,
     started: float,
     program: str,
     errors: ErrorLog,
@@ -57,8 +58,9 @@ def train(
 
     resume: as for choose_run_folder; accept_new_data: go on though photographs have changed; trust: take files
     from outside the run folder that an old torch cannot read safely; plan_again: decide anew
-    what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; started: time.monotonic() from
-    which training.max_minutes counts; program: what to type to go on; errors: is told the run folder.
+    what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; profile: write a trace of so
+    many steps; started: time.monotonic() from which training.max_minutes counts; program: what to type to go on;
+    errors: is told the run folder.
     """
     launch = Launch.read(os.environ)
     setup_console(launch.rank)
@@ -88,7 +90,7 @@ def train(
         else:
             say_scaled_rates(run.trainer)
             snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
-            run.go_on(started, snapshot)
+            run.go_on(started, snapshot, profile)
             run.report(program)
     processes.close()
     return run.is_complete
@@ -172,7 +174,7 @@ class TrainingRun:
             done.append(progress.scored)
         return progress.iteration >= training.max_iterations and min(done) >= progress.iteration
 
-    def go_on(self, started: float, snapshot: Path | None) -> None:
+    def go_on(self, started: float, snapshot: Path | None, profile: int | None) -> None:
         """Train until the end or until asked to stop; what has been reached is saved, whatever ends it."""
         config, trainer, processes = self.config, self.trainer, self.processes
         progress = trainer.progress
@@ -185,12 +187,15 @@ class TrainingRun:
         with ExitStack() as stack:
             request = stack.enter_context(StopRequest(describe if processes.is_first else None))
             log = stack.enter_context(self._open_log() if processes.is_first else SilentLog())
-            pin_memory = self.device.type == "cuda"
-            share, local_size = processes.share, processes.local_size
-            loader = builders.build_loader(config, self.photographs, start, pin_memory, share, local_size)
-            batches = stack.enter_context(Batches(loader))
+            batches = stack.enter_context(
+                builders.open_batches(
+                    config, self.photographs, start, self.device, processes.share, processes.local_size
+                )
+            )
             stack.enter_context(record_allocations(snapshot, self.device))
             save, between = self._build_hooks(log, request, started)
+            if profile is not None and processes.is_first:
+                between.append(stack.enter_context(ProfileHook(trainer, self.folder, profile)))
             try:
                 processes.together(request.leave_if_asked)
                 for hook in between:

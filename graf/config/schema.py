@@ -321,7 +321,7 @@ class TrainingConfig(Section):
     )
     max_iterations: int = Field(100_000, ge=1, description="length of the run and horizon of the schedules, iterations")
     max_minutes: float | None = Field(None, gt=0, description="stop (and save) after this many minutes; null: no limit")
-    nworkers: int = Field(0, ge=0, description="processes that load images; at most 4, and a core for each")
+    nworkers: int = Field(0, ge=0, description="processes that load images which are not in memory; at most 4")
     drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(

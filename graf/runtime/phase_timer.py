@@ -11,6 +11,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from graf.runtime.regions import region
+
 #: under which the time between phases is kept
 REST = "rest"
 #: stretches of time whose ends the device may not have reached yet, above which those that it has are added up
@@ -85,7 +87,8 @@ class PhaseTimer(Generic[Mark]):
         self._mark()
         self._open.append(name)
         try:
-            yield
+            with region(name):
+                yield
         finally:
             self._mark()
             self._open.pop()
