@@ -240,9 +240,10 @@ def count(name: str) -> StepCost:
     applied = [0]
     original = Processes.sum_gradients
 
-    def note(processes: Processes, parameters: Any, terms: Any) -> None:
+    def note(processes: Processes, parameters: Any, terms: Any) -> dict[str, Tensor]:
         applied[0] += 1
         size[0] += sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return {}
 
     size = [0]
     Processes.sum_gradients = note  # type: ignore[method-assign, assignment]
@@ -253,8 +254,9 @@ def count(name: str) -> StepCost:
     finally:
         Processes.sum_gradients = original  # type: ignore[method-assign]
     operations = sum(meter.operations.values()) / 4 / config.training.batch_size
-    # each sum follows the agreement on its phase; between steps there are two more, on signals and on saving
-    return StepCost(name, operations, size[0] / 4, applied[0] / 4, applied[0] / 4 + 2)
+    # each sum follows two agreements, on its phase and on which gradients there are; between steps there are two more,
+    # on signals and on saving
+    return StepCost(name, operations, size[0] / 4, applied[0] / 4, 2 * applied[0] / 4 + 2)
 
 
 def communication(cost: StepCost, link: Link, gpus: int) -> float:

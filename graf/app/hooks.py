@@ -89,7 +89,8 @@ class LogHook:
         scalars = trainer.scalars_of(statistics)
         scalars["images_per_second"] = steps * training.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
-        memory.pop("peak", None)  # of what came after the last phase; those of the phases follow
+        for name in ("peak", "peak_reserved"):  # of what came after the last phase; those of the phases follow
+            memory.pop(name, None)
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
         scalars |= trainer.profiler.scalars()
         scalars |= {f"seconds_{name}": taken for name, taken in trainer.timer.take().items()}
@@ -118,6 +119,7 @@ class SampleHook:
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         if self._is_due(trainer):
+            trainer.settle()
             watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
             with watch, trainer.phase("sample"):
                 self.write(trainer.progress.iteration, trainer.processes)
@@ -175,6 +177,7 @@ class ScoreHook:
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
         if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
+            trainer.settle()
             with trainer.profiler.watch(*trainer.owners), trainer.phase("score"):
                 self._score(trainer)
             trainer.progress.scored = iteration
@@ -272,6 +275,7 @@ class CheckpointHook:
 
     def save(self, trainer: Trainer, name: str) -> None:
         """Write one checkpoint file of the whole training state; a disk that refuses is given time to recover."""
+        trainer.settle()
         meta = self.meta | {"iteration": trainer.progress.iteration}
         self.log.flush()
         with trainer.phase("save"):

@@ -122,14 +122,17 @@ def record_allocations(path: Path | None, device: torch.device) -> Iterator[None
 def read_memory(device: torch.device) -> dict[str, float]:
     """Memory use in MiB.
 
-    CUDA: `allocated`, `reserved`, `peak` (of allocated). MPS since torch 2.0: `current`, `driver`. CPU, and MPS before:
-    `rss` and `peak_rss` of this process; only `peak_rss` where there is no /proc.
+    CUDA: `allocated`, `reserved`, and their `peak` and `peak_reserved`. MPS since torch 2.0: `current`, `driver`. CPU,
+    and MPS before: `rss` and `peak_rss` of this process; only `peak_rss` where there is no /proc.
     """
     if device.type == "cuda":
+        counts = torch.cuda.memory_stats_as_nested_dict(device)  # once: each reading of one of them makes all
+        allocated, reserved = (counts[f"{kind}_bytes"]["all"] for kind in ("allocated", "reserved"))
         return {
-            "allocated": torch.cuda.memory_allocated(device) / MIB,
-            "reserved": torch.cuda.memory_reserved(device) / MIB,
-            "peak": torch.cuda.max_memory_allocated(device) / MIB,
+            "allocated": allocated["current"] / MIB,
+            "reserved": reserved["current"] / MIB,
+            "peak": allocated["peak"] / MIB,
+            "peak_reserved": reserved["peak"] / MIB,
         }
     if device.type == "mps" and hasattr(torch, "mps"):
         return {

@@ -145,5 +145,6 @@ def _train(start: Start, suffix: str, rate: Callable[[int], float]) -> Iterator[
     player.lr, player.schedule = 1.0, lambda iteration: rate(iteration - first)
     for batch in batches:
         statistics = trainer.step(*batch)
+        trainer.settle()
         name = next(name for name in LOSSES[suffix] if name in statistics)
         yield name, float(statistics[name])

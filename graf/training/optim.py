@@ -88,11 +88,10 @@ def batch_factor(rule: str, batch_size: int, reference: int | None) -> float:
     return math.sqrt(batch_size / reference) if rule == "sqrt" else batch_size / reference
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar; 0 without gradients."""
-    norm = torch.linalg.vector_norm  # on MPS `Tensor.norm` takes a way that torch has deprecated
-    norms = [norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    return norm(torch.stack(norms)) if norms else torch.zeros(())
+def parameter_norms(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The Euclidean norm of the gradient of each parameter that has one, (P,), on the device, where they are."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0, device=device)
 
 
 def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
@@ -101,7 +100,10 @@ def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             layers.setdefault(".".join(name.split(".")[:-1][:2]) or name, []).append(parameter)
-    return {layer: gradient_norm(parameters) for layer, parameters in layers.items()}
+    return {
+        layer: torch.linalg.vector_norm(parameter_norms(parameters, parameters[0].device))
+        for layer, parameters in layers.items()
+    }
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -> None:
@@ -110,11 +112,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -
         torch.nn.utils.clip_grad_norm_(parameters, limit)
     elif how == "value":
         torch.nn.utils.clip_grad_value_(parameters, limit)
-
-
-def find_nonfinite_gradient(module: nn.Module) -> str | None:
-    """The name of the first parameter whose gradient holds an inf or NaN, or None."""
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return name
-    return None

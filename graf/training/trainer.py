@@ -41,7 +41,7 @@ from graf.training.losses import MCE_Loss
 from graf.training.objective import GANObjective, LossSettings, Statistics, SuperResolutionLossSettings
 from graf.training.optim import LearningRateSchedule, batch_factor, build_optimizer
 from graf.training.perceptual import load_perceptual_distance
-from graf.training.players import Player
+from graf.training.players import Player, read_updates
 
 
 @dataclass
@@ -138,6 +138,8 @@ SR_ADVICE = (
 WATCH_EVERY = 500
 #: iterations between steps that move learned cameras, which take a third longer: gradients then end in every ray
 CAMERAS_EVERY = 4
+#: updates of a player that are left unread at most, where reading them would be a wait for the device
+MOST_UNREAD = 100
 #: called after every step with the trainer and the latest statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Statistics], None]
 
@@ -291,8 +293,22 @@ class Trainer:
             tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in _tensors_of(module)}
             self.processes.check_equal(tensors)
 
+    def settle(self) -> None:
+        """Wait for what has been computed, and raise DivergenceError where it came to nothing: see read_updates.
+
+        On a GPU steps go on unseen, so whoever keeps, shows or scores what was learned calls this before. The wait is
+        part of the time that training takes.
+        """
+        started, in_step = time.monotonic(), self.in_step
+        self.in_step = True  # a state that has diverged is not worth saving
+        read_updates(self.players)
+        self.in_step = in_step
+        if not in_step:
+            self.progress.seconds += time.monotonic() - started
+
     def share_statistics(self) -> None:
-        """Add up the latest statistics over the processes: the first one has the sums, which it may write."""
+        """Settle, and add up the latest statistics over the processes: the first one has the sums, to be written."""
+        self.settle()
         self.latest = self.processes.sum_to_first(self.latest)
 
     def _step(self, images: Tensor, labels: Tensor, batch_size: int) -> Statistics:
@@ -327,6 +343,8 @@ class Trainer:
             if self.ccsr is not None and self.sr_average is not None and inputs.fakes_g.super_resolution is not None:
                 self.sr_average.update(self.ccsr)
         self.progress.iteration = iteration + 1
+        if len(self.d.unread) >= MOST_UNREAD:
+            self.settle()
         return statistics
 
     # ------------------------------------------------------------------------------------------------ the phases
@@ -548,7 +566,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _accumulate(statistics: Statistics, more: Statistics) -> None:
     """Add a micro-batch's terms, without their graphs."""
     for name, value in more.items():
-        statistics[name] = statistics.get(name, 0) + value.detach()
+        statistics[name] = statistics[name] + value.detach() if name in statistics else value.detach()
 
 
 @contextmanager

@@ -32,6 +32,7 @@ def trainer_at(iteration: int, seconds: float = 0.0, **training: Any) -> SimpleN
     return SimpleNamespace(
         config=Config.model_validate({"training": training}),
         progress=Progress(iteration, seconds),
+        settle=lambda: None,
         device=CPU,
         profiler=meter,
         phase=meter.phase,

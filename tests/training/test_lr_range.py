@@ -65,6 +65,9 @@ class Parabola:
         self.players = [SimpleNamespace(suffix="g"), self.player]
         self.progress = SimpleNamespace(iteration=iteration)
 
+    def settle(self) -> None:
+        """Losses are checked in each step."""
+
     def step(self) -> dict[str, torch.Tensor]:
         loss = self.curvature / 2 * self.weight**2 - 0.5 * self.steps
         if not math.isfinite(loss):

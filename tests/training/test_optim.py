@@ -14,9 +14,8 @@ from graf.training.optim import (
     batch_factor,
     build_optimizer,
     clip_gradients,
-    find_nonfinite_gradient,
-    gradient_norm,
     gradient_norms,
+    parameter_norms,
 )
 
 
@@ -107,11 +106,10 @@ def test_adam_is_fused_where_torch_can_and_else_says_so_once(monkeypatch, caplog
     assert [record.message for record in caplog.records] == ["Adam runs unfused: `fused=True` requires CUDA"]
 
 
-def test_the_gradient_norm_is_that_of_all_gradients_together_and_skips_missing_ones():
-    parameters = [*parameters_with_gradients([3.0, 0.0], [-4.0], [12.0]), nn.Parameter(torch.ones(5))]
-    assert gradient_norm(parameters).item() == 13
-    assert gradient_norm(parameters[-1:]).item() == 0
-    assert gradient_norm(iter(parameters)).dim() == 0
+def test_parameter_norms_are_those_of_each_parameter_that_has_a_gradient():
+    parameters = [*parameters_with_gradients([3.0, 0.0], [-4.0, 3.0]), nn.Parameter(torch.ones(5))]
+    assert parameter_norms(iter(parameters), parameters[0].device).tolist() == [3, 5]
+    assert parameter_norms(parameters[-1:], parameters[0].device).shape == (0,)
 
 
 def test_layers_go_by_the_first_two_parts_of_their_names_and_leave_out_what_is_not_trained():
@@ -139,16 +137,3 @@ def test_clipping_by_norm_by_value_and_not_at_all(how, limit, expected):
     parameters = parameters_with_gradients([3.0, 0.0], [-4.0])
     clip_gradients(parameters, how, limit)
     assert_close([parameter.grad for parameter in parameters], [torch.tensor(row) for row in expected])
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_gradient_that_is_not_finite_is_named(bad):
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    assert find_nonfinite_gradient(module) is None  # no gradients at all
-    for parameter in module.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    assert find_nonfinite_gradient(module) is None
-    module[1].bias.grad[0] = bad
-    assert find_nonfinite_gradient(module) == "1.bias"
-    module[0].weight.grad[1, 0] = bad
-    assert find_nonfinite_gradient(module) == "0.weight"

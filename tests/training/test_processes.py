@@ -210,7 +210,7 @@ def test_without_a_scaler_all_give_up_together_and_untouched(run_processes, make
                 return str(error), all(torch.equal(before[n], after[n]) for n in before if n.startswith("generator"))
 
     for message, is_untouched in run_processes(2, work):
-        assert "iteration 0: the gradient of generator." in message
+        assert "iteration 0: the norm of the gradient of generator." in message
         assert is_untouched
 
 
