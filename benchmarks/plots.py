@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -46,4 +47,49 @@ def draw_curves(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, 
         draw.text((width - 135, 40 + 18 * index), name, fill=colour)
     draw.text((left, 8), title, fill="black")
     draw.text((width // 2 - 60, height - 20), x_label, fill="black")
+    image.save(path)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of parts one behind the other, 1 long if they are the whole; title above it, note at its end."""
+
+    title: str
+    note: str
+    parts: Mapping[str, float]
+
+
+#: for parts of bars, in their order
+PALETTE = (
+    *("#2471a3", "#c0392b", "#f1c40f", "#1e8449", "#8e44ad", "#e67e22", "#17a589", "#e91e63"),
+    *("#7dcea0", "#5d6d7e", "#a04000", "#000000", "#bdc3c7", "#ecf0f1", "#d7bde2"),
+)
+
+
+def draw_bars(bars: Sequence[Bar], names: Sequence[str], path: Path, title: str) -> None:
+    """Horizontal bars and a legend of the names that appear in them, as a PNG; up to as many names as PALETTE has."""
+    left, length, thick, legend = 20, 620, 18, 180
+    shown = [name for name in names if any(bar.parts.get(name) for bar in bars)]
+    colours = dict(zip(names, PALETTE, strict=False))
+    longest = max([1.0, *(sum(bar.parts.values()) for bar in bars)])
+    height = 60 + sum(thick + (30 if bar.title else 6) for bar in bars)
+    image = Image.new("RGB", (left + length + 110 + legend, max(height, 60 + 20 * len(shown))), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((left, 8), title, fill="black")
+    top = 30.0
+    for bar in bars:
+        if bar.title:
+            draw.text((left, top + 6), bar.title, fill="black")
+            top += 24
+        at = float(left)
+        for name in shown:
+            wide = bar.parts.get(name, 0.0) * length / longest
+            draw.rectangle([at, top, at + wide, top + thick], fill=colours[name])
+            at += wide
+        draw.text((at + 6, top + 3), bar.note, fill="black")
+        top += thick + 6
+    for place, name in enumerate(shown):
+        x, y = left + length + 110, 34 + 20 * place
+        draw.rectangle([x, y, x + 12, y + 12], fill=colours[name], outline="#888888")
+        draw.text((x + 18, y), name, fill="black")
     image.save(path)

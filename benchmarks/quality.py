@@ -140,6 +140,7 @@ def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[M
         return Mark(measure(trainer, test), *judge_draws(config, test))
 
     def measure(trainer: Trainer, task: ValidationTask) -> Point:
+        trainer.settle()
         progress, scores = trainer.progress, task.measure()
         images = progress.iteration * config.training.batch_size
         return Point(progress.seconds, images, scores["psnr_validation"], scores["ssim_validation"])
@@ -220,7 +221,7 @@ def choose_lines(options: argparse.Namespace) -> dict[str, Config]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every line and write the section and the picture."""
+    """Run every line; the section and the picture are written after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[180.0], help="of training, at which the test split is measured"
@@ -237,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--levers are what is done to the toys: leave it out with --config")
 
     seconds = sorted(options.seconds)
-    curves, rows = {}, []
+    curves: dict[str, list[Point]] = {}
+    rows: list[list[str]] = []
     for name, config in choose_lines(options).items():
         curves[name], reached = trace(config, seconds)
         crossings = [first_crossing(curves[name], mark) for mark in MARKS]
@@ -257,6 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ]
             )
             print(" | ".join(rows[-1]), flush=True)
+        write(options, curves, rows)
+    return 0
+
+
+def write(options: argparse.Namespace, curves: dict[str, list[Point]], rows: list[list[str]]) -> None:
+    """The section and the picture, of the lines that have been run."""
     crossed = [f"s to {mark:g} dB" for mark in MARKS]
     draws = ("KID of draws", "their recall", "diversity")
     header = ["line", "images/s", *crossed, "after", "test PSNR, dB", "SSIM", *draws]
@@ -274,7 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{format_table(header, rows)}\n\n![PSNR over seconds]({path.name})"
     )
     write_section(name, command, text, options.results)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from graf.base.files import write_atomically
 from graf.runtime.device import describe_device, pick_device
 
 RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
@@ -31,4 +32,4 @@ def write_section(title: str, command: str, text: str, path: Path = RESULTS) -> 
     introduction, *sections = (path.read_text() if path.exists() else TITLE).split("\n## ")
     places = {section.split("\n", 1)[0]: section for section in sections}
     places[title] = f"{title}\n\n`{command}`\n\n{text}"
-    path.write_text("\n## ".join(part.rstrip() + "\n" for part in [introduction, *places.values()]))
+    write_atomically(path, "\n## ".join(part.rstrip() + "\n" for part in [introduction, *places.values()]))

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plots import draw_curves
 from benchmarks.results import RESULTS, format_table, hardware, write_section
+from benchmarks.roofline import WorkMeter
 from graf.app import builders
 from graf.app.memory_estimator import imagine_dataset
 from graf.config import Config, load_config
@@ -233,23 +233,6 @@ class StepCost:
     agreements: float
 
 
-class _OperationCounter(TorchDispatchMode):
-    """Floating-point operations of matrix products and convolutions inside, backward passes included."""
-
-    def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # in its present form since torch 2.2
-
-        super().__init__()
-        self.formulas, self.total = flop_registry, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        formula = self.formulas.get(function._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def count(name: str) -> StepCost:
     """Count them over four steps, in which everything that is due now and then is due."""
     config, trainer = build(name, Processes())
@@ -257,21 +240,23 @@ def count(name: str) -> StepCost:
     applied = [0]
     original = Processes.sum_gradients
 
-    def note(processes: Processes, parameters: Any, terms: Any) -> None:
+    def note(processes: Processes, parameters: Any, terms: Any) -> dict[str, Tensor]:
         applied[0] += 1
         size[0] += sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return {}
 
     size = [0]
     Processes.sum_gradients = note  # type: ignore[method-assign, assignment]
     try:
-        with _OperationCounter() as counter:
+        with WorkMeter() as meter:
             for _ in range(4):
                 trainer.step(*batch)
     finally:
         Processes.sum_gradients = original  # type: ignore[method-assign]
-    operations = counter.total / 4 / config.training.batch_size
-    # each sum follows the agreement on its phase; between steps there are two more, on signals and on saving
-    return StepCost(name, operations, size[0] / 4, applied[0] / 4, applied[0] / 4 + 2)
+    operations = sum(meter.operations.values()) / 4 / config.training.batch_size
+    # each sum follows two agreements, on its phase and on which gradients there are; between steps there are two more,
+    # on signals and on saving
+    return StepCost(name, operations, size[0] / 4, applied[0] / 4, 2 * applied[0] / 4 + 2)
 
 
 def communication(cost: StepCost, link: Link, gpus: int) -> float:

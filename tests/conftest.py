@@ -60,8 +60,9 @@ class SmokeRun:
 def start_program(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """`python train.py ...` or `python eval.py ...` as a person types it, with warnings as errors."""
     program, *rest = arguments
+    of_torch = "ignore:Implicitly cleaning up:ResourceWarning"  # torch 2.6 leaves a temporary folder to the end
     return subprocess.Popen(
-        [sys.executable, "-W", "error", str(ROOT / program), *rest],
+        [sys.executable, "-W", "error", "-W", of_torch, str(ROOT / program), *rest],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from graf.app import builders
 from graf.config import load_config
-from graf.data.loader import make_loader
+from graf.data.loader import BatchOrder, DecodedBatches, make_loader
 from graf.runtime.amp import NoOpScaler, Precision, choose_precision
+from graf.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -147,37 +149,85 @@ def reads(monkeypatch):
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (),
-        ("ccsr.agreement=1", "ccsr.supervise_generator=1", "training.share_fakes=true"),
-        ("training.micro_batch_size=1", "training.memory_strategy=checkpoint", "training.chunk=256"),
-        ("training.memory_strategy=deferred", "training.chunk=256", "training.optimizer=adam", "nerf.N_importance=4"),
-        ("discriminator.spectral_norm=true", "discriminator.augment.cutout=0.2", "training.grad_clip=norm"),
-    ],
-    ids=" ".join,
-)
-def test_a_step_waits_for_the_gpu_once_for_each_update_and_a_logged_one_once_more(tmp_path, reads, overrides, dtype):
-    keys = [f"data.datadir={tmp_path}", "data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1"]
+def build_trainer(folder: Path, dtype: torch.dtype | None, *overrides: str) -> tuple[Trainer, list[tuple[Any, ...]]]:
+    """The smoke configuration with super-resolution on the GPU, and three batches in pinned memory."""
+    keys = [f"data.datadir={folder}", "data.imsize=16", "ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1"]
     config = load_config(SMOKE, [*keys, *overrides])
     photographs = builders.open_photographs(config)
     info = builders.describe_dataset(config, photographs)
     sampler = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, info))
     trainer = builders.build_trainer(config, info, sampler, Precision("cuda", dtype), torch.device("cuda:0"))
     loader = make_loader(photographs, 2, nworkers=0, drop_last=True, seed=0)
-    batches = [(images.pin_memory(), labels) for images, labels in islice(iter(loader), 2)]
-    for images, labels in batches:
+    return trainer, [(images.pin_memory(), labels) for images, labels in islice(iter(loader), 3)]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("training.optimizer=adam",),
+        ("ccsr.agreement=1", "ccsr.supervise_generator=1", "training.share_fakes=true"),
+        ("training.micro_batch_size=1", "training.memory_strategy=checkpoint", "training.chunk=256"),
+        ("training.memory_strategy=deferred", "training.chunk=256", "training.optimizer=adam", "nerf.N_importance=4"),
+        ("discriminator.spectral_norm=true", "discriminator.augment.cutout=0.2", "training.grad_clip=norm"),
+        PLANES,
+    ],
+    ids=" ".join,
+)
+def test_a_step_waits_for_the_gpu_where_rmsprop_has_to_know_a_skip_and_else_not(tmp_path, reads, overrides, dtype):
+    trainer, batches = build_trainer(tmp_path, dtype, *overrides)
+    waiting = len(trainer.players) if dtype is torch.float16 and trainer.config.training.optimizer == "rmsprop" else 0
+    for batch in batches:
         reads.clear()
         torch.cuda.set_sync_debug_mode("error")
-        statistics = trainer.step(images, labels)
-        assert reads == [
-            2,
-            2,
-            2,
-        ]  # of D, G and CCSR: whether all is finite, and whether the loss scale skips the update
+        statistics = trainer.step(*batch)
+        assert len(reads) == waiting
+        trainer.settle()
+        assert len(reads) == (waiting or 1)
         trainer.scalars_of(statistics)
         torch.cuda.set_sync_debug_mode("default")
-        assert len(reads) == 4
-    assert trainer.progress.iteration == 2
+        assert len(reads) == (waiting or 1) + 1
+    assert trainer.progress.iteration == 3
+
+
+def test_adam_in_half_precision_skips_an_infinity_on_the_gpu_and_counts_it_later(tmp_path):
+    trainer, batches = build_trainer(tmp_path, torch.float16, "training.optimizer=adam")
+    trainer.step(*batches[0])
+    trainer.settle()
+    skipped, scale = trainer.g.skipped, trainer.g.scaler.get_scale()
+    before = [parameter.detach().clone() for parameter in trainer.g.parameters]
+    handle = trainer.g.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.step(*batches[1])
+    handle.remove()
+    assert all(map(torch.equal, before, trainer.g.parameters))
+    assert trainer.g.skipped == skipped, "nobody has read it"
+    trainer.settle()
+    assert (trainer.g.skipped, trainer.g.scaler.get_scale()) == (skipped + 1, scale / 2)
+
+
+def test_a_run_that_diverges_on_the_gpu_says_where_and_keeps_its_last_checkpoint(run_program, tmp_path, capsys):
+    arguments = ["--config", SMOKE, "--device", "cuda", "training.print_every=5"]
+    arguments += ["training.sample_every=0", "training.fid_every=0"]
+    assert run_program("train.py", *arguments, "--max_iterations", "2") == 0
+    assert run_program("train.py", *arguments, "--max_iterations", "40", "training.lr_g=1e30") == 1
+    assert "is not finite; the last checkpoint is untouched" in capsys.readouterr().err
+    checkpoints = tmp_path / "results" / "smoke" / "checkpoints"
+    assert [file.name for file in checkpoints.glob("model_0*.pt")] == ["model_00000002.pt"]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:0"])
+def test_batches_of_decoded_photographs_are_those_of_the_cpu_and_nobody_waits_for_them(place):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (9, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels, order = torch.arange(36).view(9, 4), BatchOrder([1] * 9, 4)
+    found = DecodedBatches(pixels.to(place), labels, order, torch.device("cuda:0"))
+    expected = DecodedBatches(pixels, labels, order, torch.device("cpu"))
+    for _ in range(5):
+        torch.cuda.set_sync_debug_mode("error")
+        images, of_images, _ = next(found)
+        torch.cuda.set_sync_debug_mode("default")
+        wanted, of_wanted, _ = next(expected)
+        assert images.device.type == "cuda"
+        assert torch.allclose(images.cpu(), wanted, rtol=0, atol=1e-6)
+        assert torch.equal(of_images, of_wanted)

@@ -28,8 +28,16 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 
 #: everything that has a state or an order of its own
 EVERYTHING = (
-    *("training.nworkers=1", "training.use_amp=true", "training.micro_batch_size=1", "training.optimizer=adam"),
+    *(
+        "training.nworkers=1",
+        "data.cache_mib=0",
+        "training.use_amp=true",
+        "training.micro_batch_size=1",
+        "training.optimizer=adam",
+    ),
     *("training.max_iterations=8", "training.sample_every=3", "training.fid_every=4", "training.backup_every=2"),
+    *("training.lr_schedule=points", "training.lr_points=[[0, 0.2], [5, 1], [8, 0.5]]", "training.scale_lr=sqrt"),
+    *("training.lr_batch_size=1", "training.layer_norms=true"),
     *("training.reg_every=3", "training.match_views=true", "training.photometric=20", "training.save_every=1e9"),
     *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.N_importance=4", "data.refine_cameras=true"),
     *("ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.agreement=1", "ccsr.photometric=10"),

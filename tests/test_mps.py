@@ -109,13 +109,14 @@ def mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedMPS]:
     functions = {
         "current_allocated_memory": lambda: 100 * MIB,
         "driver_allocated_memory": lambda: 200 * MIB,
+        "recommended_max_memory": lambda: 2**33,  # since torch 2.5
         "empty_cache": lambda: device.releases.append(1),
         "get_rng_state": lambda: torch.zeros(1, dtype=torch.uint8),
         "set_rng_state": lambda state: None,
         "manual_seed": lambda seed: None,
     }
     for name, function in functions.items():
-        monkeypatch.setattr(torch.mps, name, function)
+        monkeypatch.setattr(torch.mps, name, function, raising=False)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is another tensor
     for name in FACTORIES:
@@ -189,8 +190,7 @@ def test_a_run_trains_scores_saves_resumes_and_is_shown_without_float64(
 
 def test_memory_of_mps_is_read_and_given_back(mps, monkeypatch) -> None:
     assert read_memory(MPS) == {"current": 100.0, "driver": 200.0}
-    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 8 * 2**30, raising=False)
-    assert read_usable_memory(MPS) == 8 * 2**30
+    assert read_usable_memory(MPS) == 2**33
     release_cache(MPS)
     assert mps.releases == [1]
     monkeypatch.delattr(torch.mps, "empty_cache")  # as in a torch that has none

@@ -4,15 +4,11 @@ import argparse
 import math
 
 import pytest
-import torch
-from torch import nn
-from torch.utils import flop_counter
 
 from benchmarks import scaling
 from benchmarks.scaling import Link, StepCost
 from graf.runtime.distributed import Processes
 
-counts = pytest.mark.skipif(not hasattr(flop_counter, "flop_registry"), reason="this torch counts no operations so")
 COST = StepCost("toy", operations=2e9, bytes=8e6, sums=2.0, agreements=4.0)
 
 
@@ -33,22 +29,13 @@ def test_at_the_smallest_batch_messages_take_the_share_that_was_asked_for(gpus):
         assert messages / (compute + messages) == pytest.approx(share)
 
 
-@counts
-def test_operations_are_those_of_the_products_and_their_backward_passes():
-    layer, points = nn.Linear(8, 4, bias=False), torch.randn(16, 8)
-    with scaling._OperationCounter() as counter:
-        layer(points).sum().backward()
-    assert counter.total == 2 * (2 * 16 * 8 * 4)  # forward, and the weight's gradient
-
-
-@counts
 def test_gradients_and_sums_of_a_step_are_counted():
     cost = scaling.count("smoke")
     config, trainer = scaling.build("smoke", Processes())
     assert cost.bytes == sum(4 * parameter.numel() for player in trainer.players for parameter in player.parameters)
-    assert (cost.sums, cost.agreements) == (2, 4)
+    assert (cost.sums, cost.agreements) == (2, 6)
     assert cost.operations * config.training.batch_size > 0
-    assert Processes().sum_gradients([], {}) is None  # nothing is counted any more
+    assert Processes().sum_gradients([], {}) == {}  # nothing is counted any more
 
 
 def test_the_section_has_every_part_and_the_plot_lies_beside_it(tmp_path):

@@ -213,7 +213,8 @@ def test_a_failure_of_the_second_process_alone_is_told_once_and_by_its_cause(lau
         "from graf.app.train_command import main\n"
         "sys.exit(main(sys.argv[1:], program='python train.py'))\n"
     )
-    command = [script if argument == ROOT / "train.py" else argument for argument in launch(2, *ENDLESS)]
+    keys = (*ENDLESS, "data.cache_mib=0")  # photographs are read as they are needed
+    command = [script if argument == ROOT / "train.py" else argument for argument in launch(2, *keys)]
     with running(*command, cwd=tmp_path) as process:
         code, _, stderr = finish(process)
     assert code == 1

@@ -82,6 +82,7 @@ def test_every_promised_scalar_is_logged_in_every_iteration(smoke_run):
     promised = {
         *("loss_d", "loss_g", "penalty", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "scale_d", "scale_g"),
         *("lr_d", "lr_g", "patch_min_scale", "density_noise", "images_per_second", "time"),
+        *(f"seconds_{phase}" for phase in ("data", "inputs", "d", "r1", "g", "update", "ema")),
     }
     for row in rows:
         assert promised <= row.keys()
@@ -89,6 +90,7 @@ def test_every_promised_scalar_is_logged_in_every_iteration(smoke_run):
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["d_real"] < 1
         assert row["images_per_second"] > 0
+        assert all(value >= 0 for name, value in row.items() if name.startswith("seconds_"))
     assert len({row["loss_d"] for row in rows}) == 6
 
 
@@ -144,6 +146,8 @@ def test_the_console_names_device_data_and_folder(smoke_run):
     assert "device: " in smoke_run.stdout
     assert "42 photographs of 4 classes" in smoke_run.stdout
     assert f"run folder: {Path('results', 'smoke')}" in smoke_run.stdout
+    (line,) = [line for line in smoke_run.stdout.splitlines() if line.startswith("where the time went, ")]
+    assert all(f"{phase} " in line for phase in ("generator", "scoring", "sample grids", "rest"))
     assert "Warning" not in smoke_run.stderr
     assert "Traceback" not in smoke_run.stderr
     assert any((smoke_run.folder / "tensorboard").iterdir())
@@ -159,6 +163,17 @@ def test_flags_and_keys_may_stand_in_any_order_and_keys_win(train, tmp_path):
     assert (config.seed, config.training.max_iterations, config.training.batch_size) == (3, 1, 4)
     assert (config.training.device, config.training.use_amp) == ("cpu", True)
     assert checkpoint_names(tmp_path / "runs" / "mine") == ["model_00000001.pt"]
+
+
+def test_rates_that_follow_the_batch_are_said_and_logged(train, tmp_path, capsys):
+    keys = ["training.scale_lr=linear", "training.batch_size=6", "training.lr_points=[[0, 0.5], [4, 1]]"]
+    assert train(*BARE, *keys, "training.lr_schedule=points", "--max_iterations", "3") == 0
+    assert (
+        "training.scale_lr=linear: batches of 6 images, the learning rates are written for 2: "
+        "training.lr_d 0.0001 -> 0.0003, training.lr_g 0.0005 -> 0.0015"
+    ) in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "results" / "smoke")
+    assert [row["lr_g"] for row in rows] == pytest.approx([1.5e-3 * factor for factor in (0.5, 0.625, 0.75)])
 
 
 @pytest.mark.parametrize(

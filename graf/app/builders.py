@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
 from graf.data.images import square_side
 from graf.data.labels import balance_instances
-from graf.data.loader import make_loader
+from graf.data.loader import Batches, BatchOrder, DecodedBatches, make_loader
 from graf.data.shapes import CLASS_NAMES
 from graf.data.synthetic import render_views
 from graf.evaluation.consistency import ConsistencyTask
@@ -44,6 +44,7 @@ from graf.models.triplane_field import TriplaneField, TriplaneShape
 from graf.runtime.amp import Precision
 from graf.runtime.distributed import Processes
 from graf.runtime.logs import info_once, warn_once
+from graf.runtime.memory import read_usable_memory
 from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
@@ -53,6 +54,8 @@ Settings = TypeVar("Settings")
 
 #: photographs of the validation split that a run is measured on
 NUM_VALIDATION = 48
+#: of a device's usable memory, for the photographs
+PIXEL_SHARE = 0.05
 #: of the true pictures that renders are compared with: no more memory than for one of 64 x 64
 TRUE_PIXELS_AT_ONCE = 4096
 
@@ -138,10 +141,38 @@ def build_loader(
         seed=config.seed,
         start_iteration=start_iteration,
         pin_memory=pin_memory,
-        repeats=balance_instances(photographs.labels) if training.match_views else None,
+        repeats=_count_showings(config, photographs),
         share=share,
         processes=local_size,
     )
+
+
+def open_batches(
+    config: Config,
+    photographs: PhotoDataset,
+    start_iteration: int,
+    device: torch.device,
+    share: Callable[[int], range] = range,
+    local_size: int = 1,
+) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor, int]]]:
+    """The batches of :func:`build_loader`, as a run takes them: decoded photographs need no loader.
+
+    They are kept on the device where they take a small share of its memory and nobody has said how much is to be used.
+    """
+    training, pixels = config.training, photographs.pixels
+    if pixels is None:
+        pin_memory = device.type == "cuda"
+        return Batches(build_loader(config, photographs, start_iteration, pin_memory, share, local_size))
+    if training.memory_budget is None and pixels.nbytes <= PIXEL_SHARE * (read_usable_memory(device) or 0):
+        pixels = pixels.to(device)
+    repeats = _count_showings(config, photographs)
+    order = BatchOrder(repeats, training.batch_size, training.drop_last, config.seed, start_iteration, share)
+    return DecodedBatches(pixels, photographs.labels, order, device)
+
+
+def _count_showings(config: Config, photographs: PhotoDataset) -> Sequence[int]:
+    """How often an epoch shows each photograph."""
+    return balance_instances(photographs.labels) if config.training.match_views else [1] * len(photographs)
 
 
 def describe_dataset(config: Config, dataset: PhotoDataset) -> DatasetInfo:
@@ -431,10 +462,11 @@ def build_trainer(
     pretrained: bool = True,
     processes: Processes | None = None,
     trust: bool = False,
+    kind: type[Trainer] = Trainer,
 ) -> Trainer:
     """The networks of a configuration, on `device`, and the trainer that plays them against each other.
 
-    pretrained, trust: as in :func:`build_ccsr`; processes: those that train together, one by default.
+    pretrained, trust: as in :func:`build_ccsr`; processes: those that train together, one by default; kind: of trainer.
     """
     ccsr = build_ccsr(config, pretrained, trust)
     generator = build_generator(config, dataset_info)
@@ -443,7 +475,7 @@ def build_trainer(
         if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved
             network.to(device)
     memory, caster = build_memory_settings(config), build_caster(config, dataset_info)
-    return Trainer(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr, processes)
+    return kind(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr, processes)
 
 
 @contextmanager

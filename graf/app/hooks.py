@@ -71,9 +71,10 @@ class LogHook:
         progress, training = trainer.progress, trainer.config.training
         self.caches.after_step(progress.iteration)
         if is_due(progress.iteration, training.print_every) or progress.iteration == 1:
-            trainer.share_statistics()
-            if trainer.processes.is_first:
-                self._write(trainer, trainer.latest)
+            with trainer.timer.phase("log"):
+                trainer.share_statistics()
+                if trainer.processes.is_first:
+                    self._write(trainer, trainer.latest)
         progress.logged = progress.iteration
 
     def catch_up(self, trainer: Trainer) -> None:
@@ -88,10 +89,11 @@ class LogHook:
         scalars = trainer.scalars_of(statistics)
         scalars["images_per_second"] = steps * training.batch_size / seconds if seconds > 0 else float("nan")
         memory = read_memory(trainer.device)
-        memory.pop("peak", None)  # of what came after the last phase; those of the phases follow
+        for name in ("peak", "peak_reserved"):  # of what came after the last phase; those of the phases follow
+            memory.pop(name, None)
         scalars |= {f"memory_{name}": value for name, value in memory.items()}
         scalars |= trainer.profiler.scalars()
-        scalars["seconds_release_cache"] = self.caches.take_seconds()
+        scalars |= {f"seconds_{name}": taken for name, taken in trainer.timer.take().items()}
         self.log.scalars(progress.iteration, scalars)
         shown = {"D": scalars["loss_d"], "G": scalars["loss_g"], "img/s": scalars["images_per_second"]}
         shown["MiB"] = next(iter(memory.values()), float("nan"))
@@ -117,8 +119,9 @@ class SampleHook:
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         if self._is_due(trainer):
+            trainer.settle()
             watch = nullcontext() if self._measured else trainer.profiler.watch(*trainer.owners)
-            with watch, trainer.profiler.phase("sample"):
+            with watch, trainer.phase("sample"):
                 self.write(trainer.progress.iteration, trainer.processes)
             trainer.progress.sampled = trainer.progress.iteration
             self._measured = True
@@ -174,7 +177,8 @@ class ScoreHook:
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
         if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
-            with trainer.profiler.watch(*trainer.owners), trainer.profiler.phase("score"):
+            trainer.settle()
+            with trainer.profiler.watch(*trainer.owners), trainer.phase("score"):
                 self._score(trainer)
             trainer.progress.scored = iteration
             trainer.progress.scoring_batch = self.task.protocol.batch_size
@@ -271,9 +275,10 @@ class CheckpointHook:
 
     def save(self, trainer: Trainer, name: str) -> None:
         """Write one checkpoint file of the whole training state; a disk that refuses is given time to recover."""
+        trainer.settle()
         meta = self.meta | {"iteration": trainer.progress.iteration}
         self.log.flush()
-        with trainer.profiler.phase("save"):
+        with trainer.phase("save"):
             _save_patiently(self.folder.checkpoints / name, trainer, meta)
             self._write_cameras(trainer)
         self.caches.after_phase()

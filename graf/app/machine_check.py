@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 #: without which training does as well
 SPARE = {"tensorboard"}
-#: torch and torchvision appear together: 2.1 with 0.16, 2.2 with 0.17, ...
-TORCHVISION_AHEAD = 15
 #: Pythons that this version has been tried on
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 OLDEST_TORCH = (2, 1)
@@ -223,12 +223,19 @@ def probe_torchvision(machine: Machine) -> Answer:
         return PROBLEM, "not installed", "pip install torchvision"
     except (RuntimeError, ImportError, OSError) as error:  # its operators were built for another torch
         return PROBLEM, f"cannot be loaded with torch {torch.__version__}: {_first_line(str(error))}", _REINSTALL
-    major, minor = _numbers(torch.__version__)
-    found = torchvision.__version__
-    if major == 2 and _numbers(found) != (0, minor + TORCHVISION_AHEAD):
-        wanted = f"0.{minor + TORCHVISION_AHEAD}"
-        return PROBLEM, f"{found}, which does not belong to torch {torch.__version__} but {wanted} does", _REINSTALL
+    found, wanted = torchvision.__version__, _torch_of_torchvision()
+    if wanted is not None and wanted != torch.__version__.partition("+")[0]:
+        return PROBLEM, f"{found}, which belongs to torch {wanted} and not to {torch.__version__}", _REINSTALL
     return OK, found, ""
+
+
+def _torch_of_torchvision() -> str | None:
+    """The one torch that the installed torchvision is made for, as its package says; newer ones name none."""
+    with suppress(metadata.PackageNotFoundError):
+        for requirement in metadata.requires("torchvision") or []:
+            if exactly := re.match(r"torch\s*\(?==\s*([\d.]+)", requirement):
+                return exactly[1]
+    return None
 
 
 _REINSTALL = "install both together, from the same place: pip install --force-reinstall torch torchvision"

@@ -3,33 +3,34 @@
 The real networks, optimisers and trainer run one real step on fake tensors, which have shapes and no data
 (torch's FakeTensorMode), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
 neither photographs nor a GPU are needed. Small control tensors (labels, poses, an image's random numbers) are real,
-since code branches on them. Of many equal chunks of rays the first and last two are run and the others accounted for
-with what these have needed; of many equal parts of a batch, two are run. memory_planner.py chooses what fits a budget.
+since code branches on them. rehearsal.py runs the step, memory_planner.py chooses what fits a budget.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import inception_v3
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.base.errors import UserError
+from graf.app.fake_tensors import FakeTensorModes
+from graf.app.rehearsal import (
+    FakeNoise,
+    FewChunks,
+    PhasePeak,
+    PhaseRecorder,
+    RehearsedTrainer,
+    drop_gradients,
+    leave_gradients,
+)
 from graf.config import Config
 from graf.data.datasets import DEFAULT_V_LIST
 from graf.data.shapes import CLASS_NAMES
 from graf.evaluation.consistency import ConsistencyTask, measure_ring
-from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, OfflineFeatures
+from graf.evaluation.extractor import OFFLINE_DIMENSIONS, OfflineFeatures
 from graf.evaluation.grids import colour_showcase
 from graf.evaluation.renderer import Renderer, Renders
 from graf.evaluation.rings import Ring
@@ -39,43 +40,12 @@ from graf.geometry.rays import Patches
 from graf.geometry.views import PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView
-from graf.models.generator import Generator
-from graf.runtime.activation_checkpointing import ChunkFunction
 from graf.runtime.amp import Precision
-from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
-from graf.runtime.memory_profiler import MemoryProfiler
+from graf.runtime.live_tensors import count_bytes
 from graf.runtime.memory_settings import MemorySettings
-from graf.training.inputs import FakeInputs, InputSampler, StepInputs
-from graf.training.trainer import Trainer
 
-try:
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-except ImportError:  # private: a release of torch may move it, and then nothing else is lost
-    FakeTensor = FakeTensorMode = None  # type: ignore[assignment, misc]
-
-#: tensors up to this many elements are real
-CONTROL_ELEMENTS = 4096
 #: length of Inception's pooled features
 INCEPTION_DIMENSIONS = 2048
-
-
-class PredictionError(UserError):
-    """This torch has no tensors without data where they are looked for, so that no memory can be predicted."""
-
-
-@dataclass(frozen=True)
-class PhasePeak:
-    """Bytes at the peak of one phase. gradients: those that it leaves behind; rest: activations and what else lives."""
-
-    peak: int
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-
-    @property
-    def rest(self) -> int:
-        return max(0, self.peak - self.weights - self.gradients - self.optimizer - self.average)
 
 
 @dataclass(frozen=True)
@@ -89,221 +59,6 @@ class Plan:
     def peak(self) -> int:
         """Bytes of live tensors at the worst moment."""
         return max(phase.peak for phase in self.phases.values())
-
-
-# ---------------------------------------------------------------------------------------------------- fake tensors
-
-
-class _ControlTensors(TorchDispatchMode):
-    """Sends large tensors to FakeTensorMode, computes small ones; asked for its value, a fake one says yes, or 1."""
-
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
-        super().__init__()
-        self.fake_mode = fake_mode
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if FakeTensor in types:
-            if func is torch.ops.aten._local_scalar_dense.default:
-                return True if args[0].dtype is torch.bool else 1
-            if kwargs.get("generator") is not None:  # filled in place with random numbers: nothing to do
-                return args[0]
-            return func(*args, **kwargs)
-        if _is_large(func, args):
-            with self.fake_mode:
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _is_large(func: Any, args: Any) -> bool:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if tensors:
-        return max(tensor.numel() for tensor in tensors) > CONTROL_ELEMENTS
-    shape = args[0] if args and isinstance(args[0], (list, tuple, torch.Size)) else ()
-    return all(isinstance(side, int) for side in shape) and math.prod(shape) > CONTROL_ELEMENTS
-
-
-@contextmanager
-def _fake_lists() -> Iterator[None]:
-    """Teach fake tensors `tolist`, which torch 2.1 has not done: as for one value, the answer is yes, or 1."""
-    if "tolist" in vars(FakeTensor):
-        yield
-        return
-    FakeTensor.tolist = _list_answers  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del FakeTensor.tolist
-
-
-def _list_answers(tensor: Tensor) -> Any:
-    answer: Any = True if tensor.dtype is torch.bool else 1
-    for side in reversed(tensor.shape):
-        answer = [answer] * side
-    return answer
-
-
-class _Rehearsal:
-    """The modes of one prediction: `building` makes networks, `running` runs code on them under the meter."""
-
-    def __init__(self) -> None:
-        if FakeTensorMode is None:
-            raise PredictionError(
-                f"memory cannot be predicted: torch {torch.__version__} has no torch._subclasses.fake_tensor; use "
-                "another version of torch, or set training.micro_batch_size, memory_strategy and chunk yourself"
-            )
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.meter = LiveTensorMeter()
-
-    @contextmanager
-    def building(self) -> Iterator[None]:
-        with self.fake_mode, warnings.catch_warnings():
-            # copy.deepcopy asks a fake parameter for its address, is told 0, and then clones it: as it should be
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            yield
-
-    @contextmanager
-    def running(self) -> Iterator[LiveTensorMeter]:
-        with _ControlTensors(self.fake_mode), _fake_lists(), self.meter:
-            yield self.meter
-
-
-@dataclass
-class _FakeNoise:
-    """Draws inputs whose ray noise is fake however few rays a chunk has: real numbers among fake ones count twice."""
-
-    inputs: InputSampler
-    fake_mode: FakeTensorMode
-
-    def draw(self, *arguments: Any) -> StepInputs:
-        step = self.inputs.draw(*arguments)
-        fakes_d = None if step.fakes_d is None else self._replace_noise(step.fakes_d)
-        return replace(step, fakes_g=self._replace_noise(step.fakes_g), fakes_d=fakes_d)
-
-    def _replace_noise(self, fakes: FakeInputs) -> FakeInputs:
-        return replace(fakes, noise=fakes.noise.map(self.fake_mode.from_tensor))
-
-
-# ---------------------------------------------------------------------------------------------------- equal chunks
-
-
-@dataclass
-class _Measured:
-    """What a computed chunk needed: bytes above where it began, and bytes that it left behind, its outputs included."""
-
-    peak: int = 0
-    kept: int = 0
-
-
-@dataclass
-class _FewChunks:
-    """Runs the chunks of one rendering, forwards and, where they are recomputed, once more in the backward pass.
-
-    The first and last two are computed; the others are accounted for with what these have needed.
-    """
-
-    meter: LiveTensorMeter
-    generator: Generator
-    num_chunks: int
-    begun: int = 0
-    started_at: int | None = None
-    outer_peak: int = 0
-    sizes: list[torch.Size] = field(default_factory=list)
-    last: list[_Measured] = field(default_factory=lambda: [_Measured(), _Measured()])
-
-    def __call__(
-        self, function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        keeps_graph = torch.is_grad_enabled() and self.generator.strategy == "dense"
-        measured = self._begin(number)
-        if measured is None:
-            outputs = function(number, shared)
-            self.sizes = [output.shape for output in outputs]
-            return outputs
-        self.meter.expect(measured.peak)
-        kept = measured.kept if keeps_graph else 0
-        uncomputed: tuple[Tensor, ...] = _UncomputedChunk.apply(self.sizes, kept, *shared, *parameters)
-        return uncomputed
-
-    def _begin(self, number: int) -> _Measured | None:
-        """Call where chunk `number` begins; returns what it will have needed, or None if it has to be computed."""
-        direction = 0 if self.begun < self.num_chunks else 1
-        if self.started_at is not None:  # here the previous chunk ends
-            grown = self.meter.current - self.started_at
-            self.last[direction] = _Measured(self.meter.peak - self.started_at, grown)
-            self.meter.peak = max(self.meter.peak, self.outer_peak)
-            self.started_at = None
-        self.begun += 1
-        if self.begun in (self.num_chunks, 2 * self.num_chunks):
-            return None  # the last one: what follows is no longer its own
-        if 2 <= number < self.num_chunks - 2:
-            return self.last[direction]
-        self.started_at, self.outer_peak = self.meter.current, self.meter.peak
-        self.meter.reset_peak()
-        return None
-
-
-class _UncomputedChunk(torch.autograd.Function):
-    """Outputs and gradients of the right sizes, and `kept` bytes from the forward to the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, sizes: Sequence[tuple[int, ...]], kept: int, *inputs: Tensor) -> Any:
-        outputs = tuple(inputs[0].new_empty(size) for size in sizes)
-        owned = 4 * sum(math.prod(size) for size in sizes)
-        ctx.save_for_backward(*inputs, inputs[0].new_empty(max(0, kept - owned), dtype=torch.uint8))
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        *inputs, _ = ctx.saved_tensors  # under checkpointing this computes the chunk again
-        needed = ctx.needs_input_grad[2:]
-        return None, None, *(torch.empty_like(x) if need else None for x, need in zip(inputs, needed, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- prediction
-
-
-class PhaseRecorder(MemoryProfiler):
-    """Takes the place of the trainer's profiler: what lived at the peak of each phase."""
-
-    def __init__(self, meter: LiveTensorMeter, trainer: Trainer) -> None:
-        super().__init__(torch.device("cpu"))
-        self._live = self.meter = meter
-        self.trainer = trainer
-        self.phases: dict[str, PhasePeak] = {}
-        self.outside = 0
-        self.extra_renders = 0
-        self._renders: Tensor | None = None
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Record what happens inside as phase `name`."""
-        if not self._peaks:
-            self.outside = max(self.outside, self.meter.peak)
-        if name == "g" and self.extra_renders:  # rgb, depth and opacity of images that are not rehearsed
-            ccsr = self.trainer.config.ccsr
-            views = 2 if ccsr.enabled and ccsr.agreement else 1
-            self._renders = torch.empty(self.extra_renders, 5 * views, self.trainer.config.ray_sampler.N_samples)
-        with super().phase(name):
-            yield
-        if name == "sr" or self.trainer.sr is None:
-            self._renders = None
-
-    def record(self, name: str, peak: float) -> None:
-        """Note `peak` bytes for phase `name`, and what of them is known to be there."""
-        trainer = self.trainer
-        networks = [player.network for player in trainer.players]
-        parameters = [parameter for network in networks for parameter in network.parameters()]
-        averages = [average.module for average in trainer.averages.values()]
-        self.phases[name] = PhasePeak(
-            peak=int(peak),
-            weights=count_bytes([*parameters, *(buffer for network in networks for buffer in network.buffers())]),
-            gradients=count_bytes([parameter.grad for parameter in parameters if parameter.grad is not None]),
-            optimizer=count_bytes([state for player in trainer.players for state in tensors_of(player.optimizer)]),
-            average=count_bytes([tensor for average in averages for tensor in tensors_of(average)]),
-        )
 
 
 def imagine_dataset(config: Config) -> DatasetInfo:
@@ -331,7 +86,7 @@ class StepPlanner:
         ccsr = config.ccsr.model_copy(update={"start_iteration": 0, "perceptual": 0.0, "weights": None})
         self.config = config.model_copy(update={"ccsr": ccsr})
         self.dataset_info = imagine_dataset(config) if dataset_info is None else dataset_info
-        self.rehearsal = _Rehearsal()
+        self.modes = FakeTensorModes()
         self._steps: dict[MemorySettings, dict[str, PhasePeak]] = {}
         self._between: dict[tuple[str, int], PhasePeak] = {}
         is_half = config.training.use_amp if precision is None else precision.dtype is not None
@@ -341,59 +96,41 @@ class StepPlanner:
         cameras, data = builders.build_cameras(self.config, self.dataset_info), config.data
         ranges = PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
         self.pose_sampler = PoseSampler(labels, cameras, ranges=None if self.dataset_info.poses_known else ranges)
-        with self.rehearsal.building():
+        with self.modes.building():
             self.trainer = self._build_trainer()
-        with self.rehearsal.running() as meter:
+        with self.modes.running() as meter:
             meter.track(*self.trainer.owners)
-            self._leave_gradients()
+            leave_gradients(self.trainer.players)
             for player in self.trainer.players:  # optimisers get their states in their first step
                 player.optimizer.step()
-            self._drop_gradients()
+            drop_gradients(self.trainer.players)
 
-    def _build_trainer(self) -> Trainer:
+    def _build_trainer(self) -> RehearsedTrainer:
         trainer = builders.build_trainer(
-            self.config, self.dataset_info, self.pose_sampler, self.precision, torch.device("cpu"), pretrained=False
+            self.config,
+            self.dataset_info,
+            self.pose_sampler,
+            self.precision,
+            torch.device("cpu"),
+            pretrained=False,
+            kind=RehearsedTrainer,
         )
-        trainer.inputs = _FakeNoise(trainer.inputs, self.rehearsal.fake_mode)  # type: ignore[assignment]
+        assert isinstance(trainer, RehearsedTrainer)
+        trainer.inputs = FakeNoise(trainer.inputs, self.modes.fake_mode)  # type: ignore[assignment]
         for generator in (trainer.generator, trainer.averaged_networks[0]):
-            generator.make_runner = partial(_FewChunks, self.rehearsal.meter, generator)
+            generator.make_runner = partial(FewChunks, self.modes.meter, generator)
         return trainer
 
     def predict(self, settings: MemorySettings, between: bool = True) -> Plan:
         """The peaks of one step with these settings; `between`: also of sampling and scoring."""
-        if settings not in self._steps:
-            self._steps[settings] = self._predict_step(settings)
+        rays = settings.micro_batch_size * self.config.ray_sampler.N_samples
+        key = replace(settings, chunk=min(settings.chunk, rays))  # larger ones render alike
+        if key not in self._steps:
+            sampler, numbers = self.pose_sampler, torch.arange(self.config.training.batch_size)
+            with self.modes.running() as meter:
+                self._steps[key] = self.trainer.rehearse(meter, key, sampler.views.labels[numbers % len(sampler)])
         more = self._predict_between(settings) if between else {}
-        return Plan(settings, self._steps[settings] | more)
-
-    def _predict_step(self, settings: MemorySettings) -> dict[str, PhasePeak]:
-        trainer, training = self.trainer, self.config.training
-        trainer.progress.iteration = 0
-        trainer.use(settings)
-        with self.rehearsal.running() as meter:
-            recorder = PhaseRecorder(meter, trainer)
-            trainer.profiler = recorder  # type: ignore[assignment]
-            meter.reset_peak()
-            side = self.config.photo_size
-            images = torch.zeros(training.batch_size, 3, side, side)
-            labels = self.pose_sampler.views.labels[torch.arange(training.batch_size) % len(self.pose_sampler)]
-            # The second part of a batch meets the first one's gradients; further ones only add their renders.
-            count = min(training.batch_size, 2 * settings.micro_batch_size)
-            recorder.extra_renders = training.batch_size - count
-            trainer.step(images[:count], labels[:count])
-            recorder.record("update", max(recorder.outside, meter.peak))
-            self._drop_gradients()
-        return recorder.phases
-
-    def _leave_gradients(self) -> None:
-        """As a step does: they stay until the next one."""
-        for player in self.trainer.players:
-            for parameter in player.parameters:
-                parameter.grad = torch.empty_like(parameter)
-
-    def _drop_gradients(self) -> None:
-        for player in self.trainer.players:
-            player.optimizer.zero_grad(set_to_none=True)
+        return Plan(settings, self._steps[key] | more)
 
     def _predict_between(self, settings: MemorySettings) -> dict[str, PhasePeak]:
         """Sampling depends on the chunk alone, scoring, but for its renders, on nothing that a budget changes."""
@@ -401,15 +138,15 @@ class StepPlanner:
         if self.config.training.fid_every:
             tasks["score"] = (("score", 0), self._score)
         self.trainer.use(settings)
-        with self.rehearsal.running() as meter:
-            self._leave_gradients()
+        with self.modes.running() as meter:
+            leave_gradients(self.trainer.players)
             for name, (key, task) in tasks.items():
                 if key not in self._between:
                     recorder = PhaseRecorder(meter, self.trainer)
                     with recorder.phase(name):
                         task()
                     self._between[key] = recorder.phases[name]
-            self._drop_gradients()
+            drop_gradients(self.trainer.players)
         return {name: self._between[key] for name, (key, _) in tasks.items()}
 
     def _sample(self) -> None:
@@ -455,10 +192,12 @@ class StepPlanner:
         return count_bytes(self._build_extractor().state_dict().values())
 
     def _build_extractor(self) -> nn.Module:
-        """Inception's layout is torchvision's, which needs no weights."""
+        """The extractor of FID and KID. Inception's layout is torchvision's, of which no weights are needed."""
         if self.config.evaluation.feature_extractor == "offline":
-            return OfflineFeatures(OFFLINE, (str(OFFLINE_DIMENSIONS),))
-        with self.rehearsal.fake_mode:
+            return OfflineFeatures()
+        from torchvision.models import inception_v3  # which takes a second to import
+
+        with torch.device("meta"):  # nothing in it needs to be told from real tensors, as fake ones are
             return inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
 
     @property
@@ -517,11 +256,11 @@ class StepPlanner:
 
     def _extract_features(self) -> None:
         evaluation, side = self.config.evaluation, self.config.photo_size
-        images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8)
         extractor = self._build_extractor()
-        self.rehearsal.meter.track(extractor)
+        self.modes.meter.track(extractor)
         with torch.no_grad():
             if evaluation.feature_extractor == "offline":
-                extractor(images)
-            else:
-                extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
+                extractor(torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8))
+                return
+            images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8, device="meta")
+            extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))

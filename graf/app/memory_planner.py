@@ -12,7 +12,8 @@ from torch import Tensor
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.memory_estimator import Plan, PredictionError, StepPlanner
+from graf.app.fake_tensors import PredictionError
+from graf.app.memory_estimator import Plan, StepPlanner
 from graf.config import Config, ConfigError, parse_bytes
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision

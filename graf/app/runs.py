@@ -161,6 +161,19 @@ def require_origin(file: Path, trust: bool) -> None:
         require_trust(file, trust)
 
 
+def named_checkpoint(resume: str, trust: bool = False) -> Path:
+    """The checkpoint that --resume names by its path. Raises CheckpointError for what is none, UntrustedFile."""
+    file = Path(resume)
+    if file.suffix == WEIGHTS_ALONE:
+        raise CheckpointError(
+            f"--resume {resume}: holds averaged weights for rendering; training goes on from a checkpoint, a .pt file"
+        )
+    if not file.is_file():
+        raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
+    require_origin(file, trust)
+    return file
+
+
 def choose_run_folder(config: Config, resume: str, trust: bool = False) -> tuple[RunFolder, list[Path]]:
     """The folder to train in and the checkpoints to continue from: the first one that can be read.
 
@@ -173,14 +186,7 @@ def choose_run_folder(config: Config, resume: str, trust: bool = False) -> tuple
         return folder, folder.newest_first()
     if resume == "none":
         return _free_folder(config), []
-    file = Path(resume)
-    if file.suffix == WEIGHTS_ALONE:
-        raise CheckpointError(
-            f"--resume {resume}: holds averaged weights for rendering; training goes on from a checkpoint, a .pt file"
-        )
-    if not file.is_file():
-        raise CheckpointError(f"--resume {resume}: no such checkpoint; expected auto, none or the path of a .pt file")
-    require_origin(file, trust)
+    file = named_checkpoint(resume, trust)
     newest = next(iter(folder.newest_first()), None)
     inside = file.resolve().parent == folder.checkpoints.resolve()
     if newest is None or (inside and _iteration(file) >= _iteration(newest)):

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from graf.app.failures import ErrorLog, run_command
 from graf.app.run_arguments import add_trust_argument
@@ -14,6 +14,8 @@ from graf.app.run_arguments import add_trust_argument
 #: of a run that was stopped by a signal or training.max_minutes and has saved: EX_TEMPFAIL of sysexits.h, which
 #: schedulers take for "run me again"
 EXIT_STOPPED = 75
+#: of a trial of learning rates, which with fewer iterations would skip those that matter
+LEAST_STEPS = 20
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "graf train") -> int:
@@ -30,15 +32,23 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
 
             print_plan(config)
             return 0
+        if options.lr_range_test:
+            from graf.app.learning_rates import find_rates
+
+            find_rates(
+                config, options.range_iterations, options.resume or "none", options.accept_new_data, options.trust
+            )
+            return 0
         from graf.app.training_run import train
 
         finished = train(
             config,
-            options.resume,
+            options.resume or "auto",
             accept_new_data=options.accept_new_data,
             trust=options.trust,
             plan_again=options.memory_budget is not None,
             memory_snapshot=options.memory_snapshot,
+            profile=options.profile,
             started=started,
             program=program,
             errors=errors,
@@ -48,6 +58,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
         return 0 if is_zero else EXIT_STOPPED
 
     interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
+    if options.plan or options.lr_range_test:
+        interrupted = "interrupted; nothing was written"
     return run_command(command, debug=options.debug, interrupted=interrupted)
 
 
@@ -71,7 +83,7 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         "--use_amp", action="store_const", const="true", help="mixed precision where the device gains from it"
     )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps")
-    parser.add_argument("--resume", default="auto", help="auto: newest checkpoint of the run; none: afresh; or a file")
+    parser.add_argument("--resume", help="auto: newest checkpoint of the run (default); none: afresh; or a file")
     add_trust_argument(parser)
     parser.add_argument(
         "--accept_new_data", action="store_true", help="go on though photographs were added, removed or labelled anew"
@@ -84,15 +96,43 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         "--memory_snapshot", action="store_true", help="CUDA: write the allocator's history for its viewer"
     )
     parser.add_argument(
+        "--profile",
+        type=_at_least(1),
+        metavar="N",
+        help="record N steps: a trace in the run folder, and where their time went in the log; training goes on",
+    )
+    parser.add_argument(
         "--exit_zero_when_stopped",
         action="store_true",
         help=f"a run that was asked to stop, and has saved, exits with 0 instead of {EXIT_STOPPED}",
     )
     parser.add_argument("--plan", action="store_true", help="predict memory, print what fits and exit; needs no data")
+    parser.add_argument(
+        "--lr_range_test",
+        action="store_true",
+        help="suggest learning rates by short trials of each player, afresh unless --resume is given; trains no run",
+    )
+    parser.add_argument(
+        "--range_iterations",
+        type=_at_least(LEAST_STEPS),
+        default=100,
+        help="of every such trial (default: %(default)s)",
+    )
     parser.add_argument("--memory_budget", help="training.memory_budget: auto, or an amount such as 8GiB")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
     return parser.parse_intermixed_args(arguments)  # keys may stand between flags
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is not smaller."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        return int(text)
+
+    return read
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from graf.app.loading import read_dataset_info, read_meta
 from graf.app.memory_planner import choose_for_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
+from graf.app.step_profile import ProfileHook
+from graf.app.time_spent import describe_time
 from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
-from graf.data.loader import Batches
 from graf.evaluation.extractor import Extractor
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
@@ -35,6 +37,7 @@ from graf.runtime.logs import RunLog, SilentLog, drop_rows_after, logger, setup_
 from graf.runtime.memory import CacheRelease, prepare_allocator, record_allocations
 from graf.runtime.run_lock import RunLock
 from graf.runtime.threads import describe_threads
+from graf.training.players import RATE_KEYS
 from graf.training.trainer import Hook, Trainer
 
 
@@ -46,6 +49,7 @@ def train(
     trust: bool,
     plan_again: bool,
     memory_snapshot: bool,
+    profile: int | None,
     started: float,
     program: str,
     errors: ErrorLog,
@@ -54,8 +58,9 @@ def train(
 
     resume: as for choose_run_folder; accept_new_data: go on though photographs have changed; trust: take files
     from outside the run folder that an old torch cannot read safely; plan_again: decide anew
-    what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; started: time.monotonic() from
-    which training.max_minutes counts; program: what to type to go on; errors: is told the run folder.
+    what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; profile: write a trace of so
+    many steps; started: time.monotonic() from which training.max_minutes counts; program: what to type to go on;
+    errors: is told the run folder.
     """
     launch = Launch.read(os.environ)
     setup_console(launch.rank)
@@ -83,8 +88,9 @@ def train(
                 run.trainer.progress.iteration,
             )
         else:
+            say_scaled_rates(run.trainer)
             snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
-            run.go_on(started, snapshot)
+            run.go_on(started, snapshot, profile)
             run.report(program)
     processes.close()
     return run.is_complete
@@ -115,6 +121,21 @@ def _refuse_difference(processes: Processes, differing: list[str]) -> None:
             f"process {processes.rank} has another {' and '.join(differing)} than process 0: start all of them with "
             "the same command, file and version of torch"
         )
+
+
+def say_scaled_rates(trainer: Trainer) -> None:
+    """Log which learning rates training.scale_lr has changed for the batch of this run, and to what."""
+    training = trainer.config.training
+    if training.scale_lr == "none":
+        return
+    rates = []
+    for player in trainer.players:
+        key = RATE_KEYS[player.suffix]
+        rates.append(f"{key} {attrgetter(key)(trainer.config):.4g} -> {player.lr:.4g}")
+    logger.info(
+        "training.scale_lr=%s: batches of %d images, the learning rates are written for %s: %s",
+        *(training.scale_lr, training.batch_size, training.lr_batch_size, ", ".join(rates)),
+    )
 
 
 def take_folder(stack: ExitStack, folder: RunFolder, checkpoints: list[Path], resume: str) -> list[Path]:
@@ -153,7 +174,7 @@ class TrainingRun:
             done.append(progress.scored)
         return progress.iteration >= training.max_iterations and min(done) >= progress.iteration
 
-    def go_on(self, started: float, snapshot: Path | None) -> None:
+    def go_on(self, started: float, snapshot: Path | None, profile: int | None) -> None:
         """Train until the end or until asked to stop; what has been reached is saved, whatever ends it."""
         config, trainer, processes = self.config, self.trainer, self.processes
         progress = trainer.progress
@@ -166,12 +187,15 @@ class TrainingRun:
         with ExitStack() as stack:
             request = stack.enter_context(StopRequest(describe if processes.is_first else None))
             log = stack.enter_context(self._open_log() if processes.is_first else SilentLog())
-            pin_memory = self.device.type == "cuda"
-            share, local_size = processes.share, processes.local_size
-            loader = builders.build_loader(config, self.photographs, start, pin_memory, share, local_size)
-            batches = stack.enter_context(Batches(loader))
+            batches = stack.enter_context(
+                builders.open_batches(
+                    config, self.photographs, start, self.device, processes.share, processes.local_size
+                )
+            )
             stack.enter_context(record_allocations(snapshot, self.device))
             save, between = self._build_hooks(log, request, started)
+            if profile is not None and processes.is_first:
+                between.append(stack.enter_context(ProfileHook(trainer, self.folder, profile)))
             try:
                 processes.together(request.leave_if_asked)
                 for hook in between:
@@ -218,7 +242,7 @@ class TrainingRun:
                 "torch": str(torch.__version__),
             },
         }
-        caches = CacheRelease(training.empty_cache, self.device)
+        caches = CacheRelease(training.empty_cache, self.device, trainer.timer)
         save = hooks.CheckpointHook(self.folder, meta, caches, log)
         showcase = hooks.fixed_showcase(renderer, config)
         between: list[Hook] = [
@@ -254,6 +278,9 @@ class TrainingRun:
         refinement = trainer.averaged_networks[0].cameras
         if self.config.data.refine_cameras and refinement is not None:
             logger.info("%s", describe_refined_cameras(refinement, self.dataset_info))
+        seconds = trainer.timer.totals()
+        if seconds:
+            logger.info("where the time went, %s", describe_time(seconds))
         logger.info("run folder: %s", folder.path)
 
 

@@ -9,11 +9,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from graf.config.yaml_dialect import YamlDumper
 
@@ -310,7 +321,7 @@ class TrainingConfig(Section):
     )
     max_iterations: int = Field(100_000, ge=1, description="length of the run and horizon of the schedules, iterations")
     max_minutes: float | None = Field(None, gt=0, description="stop (and save) after this many minutes; null: no limit")
-    nworkers: int = Field(0, ge=0, description="processes that load images; at most 4, and a core for each")
+    nworkers: int = Field(0, ge=0, description="processes that load images which are not in memory; at most 4")
     drop_last: bool = Field(True, description="leave out the incomplete last batch of an epoch")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(
@@ -361,8 +372,16 @@ class TrainingConfig(Section):
     betas: tuple[DecayRate, DecayRate] = Field((0.0, 0.99), description="Adam's decay rates")
     lr_g: float = Field(5e-4, gt=0, description="learning rate of the generator")
     lr_d: float = Field(1e-4, gt=0, description="learning rate of the discriminator")
-    lr_schedule: Literal["constant", "multistep", "step", "exponential", "cosine"] = Field(
-        "multistep", description="how learning rates fall"
+    lr_batch_size: PositiveInt | None = Field(
+        None, description="batch_size that lr_g, lr_d and ccsr.lr are written for, which scale_lr starts from"
+    )
+    scale_lr: Literal["none", "linear", "sqrt"] = Field(
+        "none",
+        description="these rates follow the batch: times batch_size / lr_batch_size, or times its square root, which "
+        "suits rmsprop and adam",
+    )
+    lr_schedule: Literal["constant", "multistep", "step", "exponential", "cosine", "points"] = Field(
+        "multistep", description="how learning rates change; points: as lr_points say"
     )
     lr_anneal: float = Field(0.5, gt=0, le=1, description="factor of multistep, step and exponential; the cosine's end")
     lr_anneal_every: tuple[PositiveInt, ...] = Field(
@@ -371,6 +390,15 @@ class TrainingConfig(Section):
         description="multistep: the iterations; step, exponential: the period; one number without lr_schedule: step",
     )
     lr_decay_start: float = Field(0.0, ge=0, lt=1, description="cosine: share of max_iterations that stays constant")
+    lr_points: tuple[tuple[NonNegativeInt, NonNegativeFloat], ...] | None = Field(
+        None,
+        min_length=1,
+        description="points: pairs of an iteration and the factor on the rates there, as in [[0, 0], [500, 1], "
+        "[20000, 0.1]]; constant before the first and after the last; without lr_schedule: points",
+    )
+    lr_interpolation: Literal["linear", "log"] = Field(
+        "linear", description="points: between two of them the factor is linear in the iteration, or its logarithm is"
+    )
     lr_warmup: int = Field(0, ge=0, description="iterations of linear warm-up in front of any schedule")
     grad_clip: Literal["none", "norm", "value"] = Field("none", description="gradient clipping, after unscaling")
     grad_clip_at: float = Field(1.0, gt=0, description="the largest norm or value")
@@ -379,6 +407,9 @@ class TrainingConfig(Section):
         ("tensorboard",), description="where scalars and sample grids go besides metrics.jsonl"
     )
     print_every: int = Field(10, ge=1, description="iterations between log lines")
+    layer_norms: bool = Field(
+        False, description="gradient norms of every layer in the log too, as grad_norm_g/field.planes"
+    )
     sample_every: int = Field(500, ge=0, description="iterations between sample grids (denser at the start); 0: none")
     sample_objects: int = Field(4, ge=1, description="rows of a sample grid")
     fid_every: int = Field(5000, ge=0, description="iterations between FID/KID scores; 0: none")
@@ -406,13 +437,25 @@ class TrainingConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_grafs_period(cls, values: Any) -> Any:
-        # GRAF's lr_anneal_every is a list of milestones in a string, or the period of a step schedule
+    def _infer_schedule(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and "lr_schedule" not in values:
+            if values.get("lr_points") is not None:
+                return {**values, "lr_schedule": "points"}
+            # GRAF's lr_anneal_every is a list of milestones in a string, or the period of a step schedule
             period = values.get("lr_anneal_every")
             if isinstance(period, int) and not isinstance(period, bool):
                 return {**values, "lr_schedule": "step"}
         return values
+
+    @field_validator("lr_points")
+    @classmethod
+    def _points_make_a_curve(cls, points: tuple[tuple[int, float], ...] | None) -> tuple[tuple[int, float], ...] | None:
+        for (before, _), (after, _) in pairwise(points or ()):
+            if after <= before:
+                raise ValueError(f"iteration {after} comes after {before}: iterations increase from point to point")
+        if points is not None and not any(factor for _, factor in points):
+            raise ValueError("every factor is 0, so that nothing would ever be learned; 1 stands for the whole rate")
+        return points
 
     @field_validator("monitoring", mode="before")
     @classmethod
@@ -558,6 +601,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             "training.save_best=psnr: compares with photographs whose views are known, and data.type=image_folder has "
             "none; use save_best=kid"
         )
+    yield from _rate_contradictions(training)
     yield from _ccsr_contradictions(config.ccsr)
     if config.ccsr.enabled and training.reg_type == "wgangp":
         yield "training.reg_type=wgangp: does not cover super-resolved crops; with ccsr.enabled use reg_type=real"
@@ -569,6 +613,28 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"data.crop={data.crop}: the synthetic set is made as it is used; set data.imsize and data.fov"
     if data.type == "synthetic" and training.drop_last and training.batch_size > data.synthetic.count:
         yield batch_too_large(training.batch_size, data.synthetic.count)
+
+
+def _rate_contradictions(training: TrainingConfig) -> Iterator[str]:
+    points = training.lr_points
+    if points is None and training.lr_schedule == "points":
+        yield "training.lr_schedule=points: needs training.lr_points, for example [[0, 0], [500, 1], [20000, 0.1]]"
+    if points is not None and training.lr_schedule != "points":
+        yield (
+            f"training.lr_points: are followed by training.lr_schedule=points, found lr_schedule="
+            f"{training.lr_schedule}; set it to points, or leave the points out"
+        )
+    zeros = [iteration for iteration, factor in points or () if factor == 0]
+    if training.lr_interpolation == "log" and zeros:
+        yield (
+            f"training.lr_points: the factor at iteration {zeros[0]} is 0, which has no logarithm; with "
+            "training.lr_interpolation=log write a small one, such as 0.001, or use lr_interpolation=linear"
+        )
+    if training.scale_lr != "none" and training.lr_batch_size is None:
+        yield (
+            f"training.scale_lr={training.scale_lr}: needs training.lr_batch_size, the batch that the learning rates "
+            f"are written for; set it, for example to {training.batch_size}"
+        )
 
 
 def _ccsr_contradictions(ccsr: CcsrConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from graf.data.errors import DataError
-from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, square_side
+from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, scale_pixels, square_side
 from graf.data.index import PhotoIndex, index_image_folder, index_transforms, index_turntable
 from graf.data.labels import LABELS_FILE
 from graf.data.synthetic import DEFAULT_V_LIST, SyntheticSettings, ensure_synthetic
@@ -106,11 +106,12 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes: `labels` (N, 4); `poses` (N, 4, 4) camera-to-world or None, where they follow from the labels
     (`poses_known`) or are unknown; `class_names`; `instance_names`; `v_list`; `paths`; `imsize`; `fov` in degrees
-    across the square image, or None where the set does not tell; `report`.
+    across the square image, or None where the set does not tell; `report`; `pixels` uint8 (N, 3, imsize, imsize) of a
+    set that was decoded when it was opened, else None.
     """
 
     def __init__(
-        self, index: PhotoIndex, settings: DataSettings, cache: Tensor | None = None, fov: float | None = None
+        self, index: PhotoIndex, settings: DataSettings, pixels: Tensor | None = None, fov: float | None = None
     ) -> None:
         self.index = index
         self.settings = settings
@@ -124,7 +125,7 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         self.report = index.report
         self.imsize = settings.imsize
         self.fov = fov
-        self._cache = cache
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -135,12 +136,12 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         A file that was not decoded at opening may turn out to be unreadable. The next one then replaces it, which is
         reported once, so that training continues; with `strict`, or when none is left, it is a DataError.
         """
-        if self._cache is not None:
-            return self._cache[index].float() / 127.5 - 1, self.labels[index]
+        if self.pixels is not None:
+            return scale_pixels(self.pixels[index]), self.labels[index]
         for number in chain([index], range(index + 1, len(self)), range(index)):  # past the end: an IndexError
             pixels = self._try_pixels(number)
             if pixels is not None:
-                return pixels.float() / 127.5 - 1, self.labels[number]
+                return scale_pixels(pixels), self.labels[number]
         raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any more; restore them")
 
     def _try_pixels(self, number: int) -> Tensor | None:

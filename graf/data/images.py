@@ -38,6 +38,11 @@ class UnreadableImage(Exception):
     """A file with an image's suffix does not hold a readable image; the message is the decoder's reason."""
 
 
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """uint8 pixels as networks take them: float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
     """Silence Pillow's warnings: broken EXIF beside an intact image, palettes with byte transparency; both are handled.

@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch import Tensor, nn
 
 from graf.base.errors import UserError
 from graf.base.files import replace_file
 from graf.runtime.logs import info_once, warn_once
 
 INCEPTION = "inception-v3-compat"
+#: torch-fidelity's own; it takes longer to import than all of graf, so that waits for the first score
+URL_INCEPTION_V3 = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 OFFLINE = "graf-offline-v1"
 KINDS = ("auto", "inception", "offline")
@@ -148,9 +149,7 @@ def download_inception_weights(target: Path) -> Path:
 
 
 def offline_extractor() -> Extractor:
-    """Register the offline extractor with torch-fidelity (once) and describe it."""
-    if OFFLINE not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(OFFLINE, OfflineFeatures)
+    """The extractor that is there without weights."""
     return Extractor(OFFLINE, "_offline", _offline_hash())
 
 
@@ -186,7 +185,7 @@ def draw_kernels() -> list[Tensor]:
     return kernels
 
 
-class OfflineFeatures(FeatureExtractorBase):
+class OfflineFeatures(nn.Module):
     """Fixed, untrained convolutional features: uint8 (B, 3, H, W), H and W at least 16 -> float32 (B, 262).
 
     Four random conv stages with leaky ReLU, each pooled to a mean and a standard deviation per channel (texture at four
@@ -194,12 +193,12 @@ class OfflineFeatures(FeatureExtractorBase):
     distortions and mode collapse sensibly; they know nothing of objects, so scores compare only runs on one data set.
     """
 
-    def __init__(self, name: str, features_list: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(name, list(features_list))
+    def __init__(self) -> None:
+        super().__init__()
         for stage, kernel in enumerate(draw_kernels()):
             self.register_buffer(f"kernel_{stage}", kernel)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input: Tensor) -> Tensor:
         if input.dtype != torch.uint8 or input.dim() != 4 or input.shape[1] != 3:
             raise ValueError(f"offline features: expected uint8 (B, 3, H, W), found {input.dtype} {tuple(input.shape)}")
         if min(input.shape[2:]) < MIN_RESOLUTION:
@@ -215,18 +214,37 @@ class OfflineFeatures(FeatureExtractorBase):
             activations = F.leaky_relu(F.conv2d(padded, self.get_buffer(f"kernel_{stage}")), 0.2)
             features += _pool_moments(activations)
             activations = F.avg_pool2d(activations, 2)
-        return (torch.cat(features, dim=1),)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (str(OFFLINE_DIMENSIONS),)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return str(OFFLINE_DIMENSIONS)
+        return torch.cat(features, dim=1)
 
 
 def _pool_moments(maps: Tensor) -> list[Tensor]:
     """(B, C, H, W) -> mean and standard deviation over the image, (B, C) each."""
     variance, mean = torch.var_mean(maps, dim=(2, 3), unbiased=False)
     return [mean, variance.sqrt()]
+
+
+def register_offline_extractor() -> None:
+    """Tell torch-fidelity of the offline extractor, once."""
+    from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    if OFFLINE in FEATURE_EXTRACTORS_REGISTRY:
+        return
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: Sequence[str], **kwargs: Any) -> None:
+            super().__init__(name, list(features_list))
+            self.features = OfflineFeatures()
+
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            return (self.features(input),)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (str(OFFLINE_DIMENSIONS),)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return str(OFFLINE_DIMENSIONS)
+
+    register_feature_extractor(OFFLINE, Registered)

@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch_fidelity import utils
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from graf.base.errors import UserError
 from graf.base.files import replace_file
-from graf.evaluation.extractor import Extractor, hash_file
+from graf.evaluation.extractor import Extractor, hash_file, register_offline_extractor
 from graf.evaluation.feature_cache import FeatureCache
 from graf.evaluation.pictures import to_uint8
 from graf.runtime.logs import info_once, warn_once
@@ -171,6 +168,8 @@ def score_images(
     Raises FidelityError for fewer than two images on a side, for images that are not uint8 (3, H, W) or of two sizes,
     and for a provenance field that is taken or is not a plain value.
     """
+    import torch_fidelity  # which takes longer than all of graf
+
     n_real, n_fake = len(cast(Any, real)), len(cast(Any, fake))
     if min(n_real, n_fake) < 2:
         raise FidelityError(f"FID/KID need at least 2 images on each side, found {n_real} real and {n_fake} generated")
@@ -194,6 +193,7 @@ def score_images(
             parts = [real_cache_name, n_real, resolution, extractor.name, extractor.hash, asdict(protocol)]
             cache = FeatureCache(cache_root, parts)
         _verify_weights(extractor)
+        register_offline_extractor()
         with nullcontext() if cache is None else cache.lend() as private, _quiet_pinning():
             known = None
             if fake_features is not None:
@@ -235,7 +235,11 @@ def extract_features(
     images: Dataset[Tensor], extractor: Extractor, protocol: FidelityProtocol, device: torch.device
 ) -> Features:
     """The features that :func:`score_images` compares, of uint8 images (3, H, W), on the CPU."""
+    from torch_fidelity import utils
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
     _verify_weights(extractor)
+    register_offline_extractor()
     on_cuda = device.type == "cuda"
     path = None if extractor.weights_path is None else str(extractor.weights_path)
     with preserve_rng(), _quiet_pinning():

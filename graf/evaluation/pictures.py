@@ -17,7 +17,6 @@ from imageio.v2 import get_writer
 from imageio.v3 import imwrite
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from graf.base.files import write_atomically
 from graf.runtime.logs import warn_once
@@ -48,10 +47,12 @@ def tile_grid(images: Tensor, columns: int, padding: int = 2, background: float 
         images = to_uint8(images)
     fill = int(to_uint8(torch.tensor(background)))
     rows = math.ceil(len(images) / columns)
-    # make_grid gives a single image no frame, and few images fewer columns: one more row than needed is cut off again.
-    blank = images.new_full(((rows + 1) * columns - len(images), *images.shape[1:]), fill)
-    grid = make_grid(torch.cat([images, blank]), columns, padding, pad_value=fill)
-    return grid[:, : rows * (images.shape[2] + padding) + padding].permute(1, 2, 0).cpu().numpy()
+    height, width = images.shape[2] + padding, images.shape[3] + padding
+    grid = images.new_full((3, rows * height + padding, columns * width + padding), fill)
+    for number, image in enumerate(images):
+        top, left = number // columns * height + padding, number % columns * width + padding
+        grid[:, top : top + images.shape[2], left : left + images.shape[3]] = image
+    return grid.permute(1, 2, 0).cpu().numpy()
 
 
 def label_grid(grid: Picture, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> Picture:

@@ -127,9 +127,8 @@ def subdivide_patches(patches: Patches, size: int, factor: int, corner: Tensor) 
 
 def patch_grid(patches: Patches, size: int) -> Tensor:
     """Image-plane coordinates (B, size, size, 2), x then y, of the pixel centres of patches of size x size pixels."""
-    cells = (2 * torch.arange(size, device=patches.scale.device, dtype=patches.scale.dtype) + 1) / size - 1
-    x = patches.centre[:, 0, None] + patches.scale[:, None] * cells
-    y = patches.centre[:, 1, None] + patches.scale[:, None] * cells
+    cells = torch.arange(1, 2 * size, 2, device=patches.scale.device, dtype=patches.scale.dtype) / size - 1
+    x, y = (patches.centre[:, None] + patches.scale[:, None, None] * cells[:, None]).unbind(-1)
     return torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
 
 

@@ -48,8 +48,9 @@ def _is_exporting() -> bool:
 
 def _sample_by_channel(planes: Tensor, places: Tensor) -> Tensor:
     batch, _, channels, resolution, _ = planes.shape
-    grid = places[..., torch.tensor(PLANE_AXES, device=places.device)].transpose(1, 2)  # (B, 3, P, 2)
-    grid = grid.contiguous()  # read through strides, as one image's would be, it takes four times as long
+    # (B, 3, P, 2), by slices: a list of axes would be copied to the device, which waits for it, in every chunk; and
+    # contiguous: read through strides, as one image's would be, it takes four times as long
+    grid = torch.stack([places[..., low : high + 1 : high - low] for low, high in PLANE_AXES], dim=1)
     features = functional.grid_sample(
         planes.reshape(batch * 3, channels, resolution, resolution),
         grid.reshape(batch * 3, -1, 1, 2),

@@ -222,31 +222,39 @@ def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor |
 
     Unscales the gradients if that has not been done.
     """
-    if not scaler.is_enabled():
-        return None
-    # Torch records found_inf per optimiser and has no public reader for it; the name is the same since torch 1.6.
-    records = cast(Any, scaler)._found_inf_per_device(optimizer)
+    records = _found_infs(scaler, optimizer)
     if not records:
-        scaler.unscale_(optimizer)
-        records = cast(Any, scaler)._found_inf_per_device(optimizer)
-    if not records:  # there was no gradient at all
         return None
-    first, *others = records.values()
+    first, *others = records
     return sum((value.to(first.device) for value in others), first).squeeze() > 0
 
 
-def optimizer_step(scaler: Scaler, optimizer: torch.optim.Optimizer, skip: bool | None = None) -> bool:
-    """Step `optimizer` unless a gradient is inf or NaN under an enabled scaler; says whether it stepped.
+def _found_infs(scaler: Scaler, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What unscaling has met, one number for each device; empty without scaling, and without any gradient."""
+    if not scaler.is_enabled():
+        return []
+    # Torch records found_inf per optimiser and has no public reader for it; the name is the same since torch 1.6.
+    if not cast(Any, scaler)._found_inf_per_device(optimizer):
+        scaler.unscale_(optimizer)
+    return list(cast(Any, scaler)._found_inf_per_device(optimizer).values())
 
-    skip: what :func:`find_inf` found, where the caller has read it already; reading it is a wait for the device, which
-    `GradScaler.step` would do once more. Does not call `update()`: that happens once per scaler at the end of the step.
+
+def optimizer_step(scaler: Scaler, optimizer: torch.optim.Optimizer, skip: bool | None = None) -> None:
+    """Step `optimizer` unless a gradient is inf or NaN under an enabled scaler.
+
+    skip: what :func:`find_inf` found, where the caller has read it. Else a GPU is waited for, unless the optimiser
+    :func:`skips_by_itself`. Does not call `update()`: that happens once per scaler at the end of the step.
     """
-    if skip is None:
-        found = find_inf(scaler, optimizer)
-        skip = found is not None and bool(found)
-    if not skip:
+    if skip is None and _found_infs(scaler, optimizer):
+        scaler.step(optimizer)
+    elif not skip:
         optimizer.step()
-    return not skip
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser leaves out a step on the device where the scaler has found an inf: fused Adam does."""
+    # torch's own mark of such optimisers, by which GradScaler decides whether to wait; the same name since torch 1.13
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def scale_of(scaler: Scaler, device: torch.device) -> torch.Tensor:

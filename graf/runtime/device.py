@@ -106,6 +106,14 @@ def configure_backends(device: torch.device, deterministic: bool = False, proces
         torch.set_flush_denormal(True)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done what it was asked for, so that a clock may be read; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def describe_device(device: torch.device) -> str:
     """One phrase for the log: name, memory or thread count."""
     if device.type == "cuda":

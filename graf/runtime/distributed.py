@@ -59,14 +59,6 @@ class PeerOutOfMemory(MemoryError):
     """Memory has run out in another process: this one takes the smaller sizes too."""
 
 
-@dataclass(frozen=True)
-class SummedGradients:
-    """present: which parameters have a gradient in some process, bool (P,); finite: whether every term is, ()."""
-
-    present: Tensor
-    finite: Tensor
-
-
 class Processes:
     """One process, which has all the work and agrees with itself."""
 
@@ -111,13 +103,13 @@ class Processes:
         """Every process's value in order in the first one; an empty list in the others. Values are pickled."""
         return [value]
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> SummedGradients | None:
-        """Add up the gradients of all processes; None where there is one. A missing one counts as zero, and is zero
-        afterwards.
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add up the gradients of all processes. One that is missing counts as zero, where it is not missing in all.
 
-        terms: the losses that led to them, whose finiteness is agreed on with the same message.
+        terms: the losses that led to them. Returns what has to be finite besides this process's own, by name: their
+        sum, which the same message adds up.
         """
-        return None
+        return {}
 
     def sum_to_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars, added up over the processes: the sums in the first one, zeros in the others."""
@@ -194,20 +186,22 @@ class JoinedProcesses(Processes):
 
     # ------------------------------------------------------------------------------------------------ sums
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> SummedGradients:
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # On the CPU, so that no GPU is waited for: which parameters an optimiser moves has to be known
+        present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int8)
+        with self._connected():
+            _distributed().all_reduce(present, op=_distributed().ReduceOp.MAX)
+        summed = [parameter for parameter, is_present in zip(parameters, present.tolist(), strict=True) if is_present]
         first = parameters[0]
-        present = [parameter.grad is not None for parameter in parameters]
         total = torch.stack([value.detach().to(first.device, first.dtype) for value in terms.values()]).sum()
-        notes = torch.tensor([*map(float, present)], dtype=first.dtype, device=first.device)
-        parts = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
-        flat = torch.cat([*(part.reshape(-1) for part in parts), notes, total.reshape(1)])
+        parts = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in summed]
+        flat = torch.cat([*(part.reshape(-1) for part in parts), total.reshape(1)])
         with self._connected():
             self._sum(flat)
-        sizes = [parameter.numel() for parameter in parameters]
-        *sums, notes, total = flat.split([*sizes, len(parameters), 1])
-        for parameter, gradient in zip(parameters, sums, strict=True):
+        *sums, total = flat.split([*(parameter.numel() for parameter in summed), 1])
+        for parameter, gradient in zip(summed, sums, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return SummedGradients(notes > 0.5, torch.isfinite(total[0]))
+        return {"a term of another process": total[0]}
 
     def sum_to_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         numbers = torch.stack([value.detach().cpu().double() for value in values.values()])

@@ -62,11 +62,15 @@ class LiveTensorMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        outputs = func(*args, **(kwargs or {}))
+        outputs = self.compute(func, types, args, kwargs or {})
         if outputs is None and args and isinstance(args[0], (tuple, list)):  # _foreach_add_(tensors, ...)
             self._see(args[0])
         self._see(outputs)
         return outputs
+
+    def compute(self, func: Callable[..., Any], types: Sequence[type], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What an operation returns."""
+        return func(*args, **kwargs)
 
     def _see(self, tensor: Any) -> None:
         """Count a tensor, or each one of a list."""

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from graf.base.errors import UserError
 from graf.runtime.control_groups import ControlGroup, find_groups
 from graf.runtime.logs import info_once, logger
+from graf.runtime.phase_timer import PhaseTimer
 from graf.runtime.torch_release import torch_release
 
 Result = TypeVar("Result")
@@ -59,26 +60,27 @@ def name_cache_release(device: torch.device) -> str:
 
 
 class CacheRelease:
-    """When caches are given back: after every phase ("phase"), never ("never"), or every n-th iteration (a number)."""
+    """When caches are given back: after every phase ("phase"), never ("never"), or every n-th iteration (a number).
 
-    def __init__(self, policy: str | int, device: torch.device) -> None:
-        self.policy, self.device = policy, device
-        self.seconds = 0.0
+    timer: is told of it as the phase release_cache.
+    """
+
+    def __init__(self, policy: str | int, device: torch.device, timer: PhaseTimer[Any]) -> None:
+        self.policy, self.device, self.timer = policy, device, timer
 
     def after_phase(self) -> None:
         """Call after sampling, scoring or saving."""
         if self.policy == "phase":
-            self.seconds += release_cache(self.device)
+            self._release()
 
     def after_step(self, iteration: int) -> None:
         """Call after every training step."""
         if isinstance(self.policy, int) and iteration % self.policy == 0:
-            self.seconds += release_cache(self.device)
+            self._release()
 
-    def take_seconds(self) -> float:
-        """Seconds spent on it since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+    def _release(self) -> None:
+        with self.timer.phase("release_cache"):
+            release_cache(self.device)
 
 
 def prepare_allocator() -> None:
@@ -120,14 +122,17 @@ def record_allocations(path: Path | None, device: torch.device) -> Iterator[None
 def read_memory(device: torch.device) -> dict[str, float]:
     """Memory use in MiB.
 
-    CUDA: `allocated`, `reserved`, `peak` (of allocated). MPS since torch 2.0: `current`, `driver`. CPU, and MPS before:
-    `rss` and `peak_rss` of this process; only `peak_rss` where there is no /proc.
+    CUDA: `allocated`, `reserved`, and their `peak` and `peak_reserved`. MPS since torch 2.0: `current`, `driver`. CPU,
+    and MPS before: `rss` and `peak_rss` of this process; only `peak_rss` where there is no /proc.
     """
     if device.type == "cuda":
+        counts = torch.cuda.memory_stats_as_nested_dict(device)  # once: each reading of one of them makes all
+        allocated, reserved = (counts[f"{kind}_bytes"]["all"] for kind in ("allocated", "reserved"))
         return {
-            "allocated": torch.cuda.memory_allocated(device) / MIB,
-            "reserved": torch.cuda.memory_reserved(device) / MIB,
-            "peak": torch.cuda.max_memory_allocated(device) / MIB,
+            "allocated": allocated["current"] / MIB,
+            "reserved": reserved["current"] / MIB,
+            "peak": allocated["peak"] / MIB,
+            "peak_reserved": reserved["peak"] / MIB,
         }
     if device.type == "mps" and hasattr(torch, "mps"):
         return {

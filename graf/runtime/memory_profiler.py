@@ -24,6 +24,7 @@ class MemoryProfiler:
         self.device = device
         self.readings: dict[str, dict[str, float]] = {}
         self._live: LiveTensorMeter | None = None
+        self._memory: dict[str, float] = {}  # at the last reading
         self._peaks: list[float] = []  # so far, bytes, of the phases that are open, the outermost first
         self._inner: dict[str, float] = {}  # of the inner phases that have ended within the outermost one
 
@@ -63,13 +64,10 @@ class MemoryProfiler:
             self._restart_peak()
 
     def record(self, name: str, peak: float) -> None:
-        """Take down the readings of phase `name`, whose peak was so many bytes."""
-        reading = self.readings.setdefault(name, {})
-        memory = read_memory(self.device)
+        """Take down the readings of phase `name`, which ends here and whose peak was so many bytes."""
+        reading, memory = self.readings.setdefault(name, {}), self._memory
         if self.device.type == "cuda":
-            most = torch.cuda.max_memory_reserved(self.device) / MIB
-            reading |= {"peak": peak / MIB, "allocated": memory["allocated"], "reserved": memory["reserved"]}
-            reading["peak_reserved"] = max(most, memory["reserved"])
+            reading |= memory | {"peak": peak / MIB}
         elif self.device.type == "mps":
             reading |= memory
         else:
@@ -100,9 +98,9 @@ class MemoryProfiler:
         }
 
     def _read_peak(self) -> float:
-        if self._live is not None:
-            return self._live.peak
-        return float(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else 0.0
+        """Bytes, since the last restart; CUDA's counts come all at once, so the others are kept for :meth:`record`."""
+        self._memory = read_memory(self.device)
+        return self._memory.get("peak", 0.0) * MIB if self._live is None else self._live.peak
 
     def _restart_peak(self) -> None:
         if self._live is not None:

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from graf.runtime.regions import RANDOM_NUMBERS, region
+
 
 def derive_seed(seed: int, purpose: str, iteration: int = 0, index: int = 0) -> int:
     """A seed in [0, 2^63) from its four parts: 63 bits of BLAKE2b, the same on every platform and Python version."""
@@ -73,7 +75,8 @@ def make_keys(seed: int, purpose: str, iteration: int, indices: Sequence[int]) -
 
 def draw_uniform(keys: Tensor, count: int, first: int = 0) -> Tensor:
     """Numbers first .. first + count - 1 of each row, uniform in [0, 1): (B, count), float32, on the keys' device."""
-    return _draw_pairs(keys, count, first)[:, first % 2 : first % 2 + count]
+    with region(RANDOM_NUMBERS):
+        return _draw_pairs(keys, count, first)[:, first % 2 : first % 2 + count]
 
 
 def draw_normal(keys: Tensor, count: int, first: int = 0) -> Tensor:
@@ -81,8 +84,9 @@ def draw_normal(keys: Tensor, count: int, first: int = 0) -> Tensor:
 
     sqrt(2) erfinv(2 u - 1) costs half of Box & Muller's transform on a CPU, and no number waits for its partner.
     """
-    uniform = draw_uniform(keys, count, first)
-    return (2 * uniform).add_(2.0**-24 - 1).erfinv_().mul_(math.sqrt(2))  # 2 u + 2^-24 - 1 is exact in float32
+    with region(RANDOM_NUMBERS):
+        uniform = draw_uniform(keys, count, first)
+        return (2 * uniform).add_(2.0**-24 - 1).erfinv_().mul_(math.sqrt(2))  # 2 u + 2^-24 - 1 is exact in float32
 
 
 def _draw_pairs(keys: Tensor, count: int, first: int) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModelAverage:
@@ -25,10 +25,10 @@ class ModelAverage:
     def update(self, module: nn.Module) -> None:
         """Move the average towards the weights of `module`."""
         beta = min(self.beta, (1 + self.updates) / (10 + self.updates))
-        for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(current, 1 - beta)
-        for kept, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            kept.copy_(buffer)
+        averages: list[Tensor] = list(self.module.parameters())
+        torch._foreach_lerp_(averages, list[Tensor](module.parameters()), 1 - beta)
+        if kept := list(self.module.buffers()):
+            torch._foreach_copy_(kept, list(module.buffers()))
         self.updates += 1
 
 

@@ -36,7 +36,9 @@ def input_gradient_norms(logits: Tensor, images: Tensor, scaler: Scaler) -> Tens
     The inner gradient is scaled as well, else it could underflow in half precision, and unscaled before it is squared.
     """
     (gradient,) = torch.autograd.grad(scaler.scale(logits.sum()), images, create_graph=True)
-    return (gradient / scale_of(scaler, gradient.device)).square().flatten(1).sum(1)
+    if scaler.is_enabled():
+        gradient = gradient / scale_of(scaler, gradient.device)
+    return gradient.square().flatten(1).sum(1)
 
 
 def r1_penalty(logits: Tensor, real: Tensor, scaler: Scaler) -> Tensor:

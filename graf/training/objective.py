@@ -193,8 +193,8 @@ class GANObjective:
             real_loss = losses.discriminator_real_loss(self.settings.gan_type, real_logits)
             fake_loss = losses.discriminator_fake_loss(self.settings.gan_type, fake_logits)
             _add(statistics, "loss_d", (real_loss.sum() + fake_loss.sum()) / batch_size)
-            statistics[f"d_real{suffix}"] = torch.sigmoid(real_logits.detach()).sum() / batch_size
-            statistics[f"d_fake{suffix}"] = torch.sigmoid(fake_logits.detach()).sum() / batch_size
+            shares = torch.sigmoid(logits.detach()).view(2, -1).sum(1) / batch_size
+            statistics[f"d_real{suffix}"], statistics[f"d_fake{suffix}"] = shares.unbind()
             if label_logits is not None:
                 _add(statistics, "loss_d_class", self._class_loss(label_logits[: len(views)], views).sum() / batch_size)
         loss = statistics["loss_d"]

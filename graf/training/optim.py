@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,9 @@ class LearningRateSchedule:
 
     kind: "constant"; "multistep", times `gamma` at each of `milestones`; "step", times `gamma` every milestones[0]
     iterations; "exponential", the same curve without the steps; "cosine", constant until decay_start * horizon, then
-    half a cosine down to `gamma` at the horizon. In front of any, `warmup` iterations of linear rise.
+    half a cosine down to `gamma` at the horizon; "points", through `points` (iteration, factor), with straight lines
+    between the factors or, `logarithmic`, between their logarithms, and constant outside. In front of any, `warmup`
+    iterations of linear rise.
     """
 
     kind: str = "constant"
@@ -42,6 +45,8 @@ class LearningRateSchedule:
     horizon: int = 100_000
     decay_start: float = 0.0
     warmup: int = 0
+    points: Sequence[tuple[int, float]] = ()
+    logarithmic: bool = False
 
     def __call__(self, iteration: int) -> float:
         rise = min(1.0, (iteration + 1) / self.warmup) if self.warmup else 1.0
@@ -58,14 +63,47 @@ class LearningRateSchedule:
             start = self.decay_start * self.horizon
             progress = min(max((iteration - start) / max(self.horizon - start, 1), 0.0), 1.0)
             return self.gamma + (1 - self.gamma) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.kind == "points":
+            return self._interpolate(iteration)
         return 1.0
 
+    def _interpolate(self, iteration: int) -> float:
+        following = bisect_right(self.points, iteration, key=lambda point: point[0])
+        if following in (0, len(self.points)):
+            return self.points[max(following - 1, 0)][1]
+        (start, before), (end, after) = self.points[following - 1 : following + 1]
+        share = (iteration - start) / (end - start)
+        if self.logarithmic:
+            return float(before * (after / before) ** share)
+        return before + share * (after - before)
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar; 0 without gradients."""
-    norm = torch.linalg.vector_norm  # on MPS `Tensor.norm` takes a way that torch has deprecated
-    norms = [norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    return norm(torch.stack(norms)) if norms else torch.zeros(())
+
+def batch_factor(rule: str, batch_size: int, reference: int | None) -> float:
+    """The factor on learning rates that are written for batches of `reference` images, in a run of other batches.
+
+    rule: "none", "linear" (Goyal et al. 2017, for SGD) or "sqrt" (Malladi et al. 2022, for RMSprop and Adam).
+    """
+    if rule == "none" or reference is None:
+        return 1.0
+    return math.sqrt(batch_size / reference) if rule == "sqrt" else batch_size / reference
+
+
+def parameter_norms(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """The Euclidean norm of the gradient of each parameter that has one, (P,), on the device, where they are."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0, device=device)
+
+
+def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
+    """The norms of the gradients of a network's layers, the first two parts of whose names they go by."""
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            layers.setdefault(".".join(name.split(".")[:-1][:2]) or name, []).append(parameter)
+    return {
+        layer: torch.linalg.vector_norm(parameter_norms(parameters, parameters[0].device))
+        for layer, parameters in layers.items()
+    }
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -> None:
@@ -74,11 +112,3 @@ def clip_gradients(parameters: Sequence[nn.Parameter], how: str, limit: float) -
         torch.nn.utils.clip_grad_norm_(parameters, limit)
     elif how == "value":
         torch.nn.utils.clip_grad_value_(parameters, limit)
-
-
-def find_nonfinite_gradient(module: nn.Module) -> str | None:
-    """The name of the first parameter whose gradient holds an inf or NaN, or None."""
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return name
-    return None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from graf.base.errors import UserError
-from graf.runtime.amp import Scaler, find_inf, optimizer_step
+from graf.runtime.amp import Scaler, find_inf, optimizer_step, skips_by_itself
 from graf.runtime.distributed import Processes
-from graf.training.optim import LearningRateSchedule, clip_gradients, find_nonfinite_gradient, gradient_norm
+from graf.training.optim import clip_gradients, gradient_norms, parameter_norms
 
+#: the key that sets the learning rate of each player, by its suffix
+RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
 #: updates that a GradScaler may skip in a row before the run is given up as diverged
 MAX_SKIPPED_UPDATES = 100
 
@@ -20,9 +24,27 @@ class DivergenceError(UserError):
     """A loss or gradient is not finite; the message names the first offending tensor."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """An update of which nobody knows yet what has become of it.
+
+    numbers: what has to be finite, on the device, in the order of `names`; with a loss scale one more, not 0 where it
+    has met an inf or NaN gradient and the update is skipped.
+    """
+
+    iteration: int
+    names: tuple[str, ...]
+    numbers: Tensor
+
+
 @dataclass
 class Player:
-    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d."""
+    """One network of the game. `suffix` marks its scalars: lr_d, scale_d, grad_norm_d.
+
+    schedule: the factor on `lr` at an iteration; layer_norms: updates tell the gradient norms of its layers too, as
+    grad_norm_d/trunk.0; skipped: updates that the scaler has skipped in a row, among those that have been read; unread:
+    those that have not.
+    """
 
     name: str
     suffix: str
@@ -30,10 +52,12 @@ class Player:
     optimizer: torch.optim.Optimizer
     scaler: Scaler
     lr: float
-    schedule: LearningRateSchedule
+    schedule: Callable[[int], float]
     betas: tuple[float, float]
     processes: Processes = field(default_factory=Processes)
+    layer_norms: bool = False
     skipped: int = 0
+    unread: list[Update] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -57,48 +81,91 @@ class Player:
         """Add the (scaled) gradients of a loss."""
         self.scaler.scale(loss).backward()
 
-    def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
-        """Add up over the processes, unscale, check, clip, step and update the loss scale.
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether an update is read before it is made: nothing moves then that is not finite.
 
-        Returns the terms with the gradient's norm. All processes come to the same decisions. Raises DivergenceError for
-        a term or gradient that is not finite, unless the scaler skips the update for it.
+        That costs nothing on a CPU. Another device would have to be waited for, so its updates are read later, all at
+        once; but where the scaler may skip one and the optimiser cannot do so by itself, there is no other way.
         """
-        summed = self.processes.sum_gradients(self.parameters, terms)
+        on_cpu = self.parameters[0].device.type == "cpu"
+        return on_cpu or (self.scaler.is_enabled() and not skips_by_itself(self.optimizer))
+
+    def apply(self, terms: dict[str, Tensor], iteration: int, clip: str, clip_at: float) -> dict[str, Tensor]:
+        """Add up over the processes, unscale, measure, clip, step and update the loss scale.
+
+        Returns the terms with the gradient's norm, before clipping. All processes come to the same decisions. Where
+        updates are read at once this raises DivergenceError as :func:`read_updates` does; else that has to be called
+        before anything is kept of what was learned.
+        """
+        others = self.processes.sum_gradients(self.parameters, terms)
         self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.parameters)
-        terms = terms | {f"grad_norm_{self.suffix}": norm}
-        finite = torch.isfinite(torch.stack([value.float().to(norm.device) for value in terms.values()])).all()
         inf = find_inf(self.scaler, self.optimizer)
-        read = [finite if summed is None else torch.isfinite(norm) & summed.finite]
-        read += [torch.zeros_like(finite) if inf is None else inf, *([] if summed is None else summed.present)]
-        # The one wait for the device of an update; without it, everything after a NaN would be lost.
-        is_finite, skip, *present = torch.stack(read).tolist()
-        for parameter, is_present in zip(self.parameters if present else [], present, strict=True):
-            if not is_present:  # as where there is one process: an optimiser would move it by its momentum
-                parameter.grad = None
-        if not is_finite and not skip:  # with a scaler: an infinite loss with finite gradients, which it does not see
-            raise DivergenceError(self._describe_divergence(terms, iteration))
-        if is_finite:
+        norms = parameter_norms(self.parameters, next(iter(terms.values())).device)
+        norm = torch.linalg.vector_norm(norms)
+        self.unread.append(self._note(iteration, terms | others, norms, norm, inf))
+        if self.reads_at_once:
+            read_updates([self])
+        found = {f"grad_norm_{self.suffix}": norm}
+        if self.layer_norms:
+            layers = gradient_norms(self.network)
+            found |= {f"grad_norm_{self.suffix}/{layer}": value for layer, value in layers.items()}
+        skip = self.skipped > 0 if self.reads_at_once else None
+        if not skip:
             clip_gradients(self.parameters, clip, clip_at)
-        stepped = optimizer_step(self.scaler, self.optimizer, skip)
+        optimizer_step(self.scaler, self.optimizer, skip)
         self.scaler.update()
-        self.skipped = 0 if stepped else self.skipped + 1
+        return terms | found
+
+    def _note(
+        self, iteration: int, terms: dict[str, Tensor], norms: Tensor, norm: Tensor, inf: Tensor | None
+    ) -> Update:
+        """What the update hangs on: gradients in the order of the optimiser's parameters, and whether it is skipped."""
+        owned = {id(parameter) for parameter in self.parameters if parameter.grad is not None}
+        named = [name for name, parameter in self.network.named_parameters() if id(parameter) in owned]
+        gradients = [f"the norm of the gradient of {self.name}.{name}" for name in named]
+        losses = torch.stack([value.to(norm) for value in terms.values()])
+        last = [norm[None]] if inf is None else [norm[None], inf[None].to(norm)]
+        numbers = torch.cat([losses, norms, *last])
+        return Update(iteration, (*terms, *gradients, f"grad_norm_{self.suffix}"), numbers)
+
+    def judge(self, update: Update, numbers: Sequence[float]) -> None:
+        """Count an update whose numbers have been read among those that were made or skipped, or raise."""
+        *checked, skip = numbers if len(numbers) > len(update.names) else (*numbers, 0.0)
+        bad = (name for name, number in zip(update.names, checked, strict=True) if not math.isfinite(number))
+        first = next(bad, None)
+        if first is not None and not skip:  # with a scaler: an infinite loss with finite gradients, unseen by it
+            raise DivergenceError(_describe_divergence(first, update.iteration))
+        self.skipped = self.skipped + 1 if skip else 0
         if self.skipped > MAX_SKIPPED_UPDATES:
-            reason = self._describe_divergence(terms, iteration)
+            reason = _describe_divergence(first or "no term", update.iteration)
             raise DivergenceError(f"{self.skipped} updates in a row skipped by the loss scaler: {reason}")
-        return terms
 
     def lr_at(self, iteration: int) -> float:
         """The learning rate of an iteration."""
         return self.lr * self.schedule(iteration)
 
-    def _describe_divergence(self, terms: dict[str, Tensor], iteration: int) -> str:
-        bad_terms = [name for name, value in terms.items() if not bool(torch.isfinite(value))]
-        first = bad_terms[0] if bad_terms else "no term"
-        parameter = find_nonfinite_gradient(self.network)
-        if first.startswith("grad_norm") and parameter is not None:
-            first = f"the gradient of {self.name}.{parameter}"
-        return (
-            f"iteration {iteration}: {first} is not finite; the last checkpoint is untouched; resume from it with a "
-            "lower learning rate (training.lr_g, training.lr_d, ccsr.lr) or with training.use_amp=false"
-        )
+
+def read_updates(players: Sequence[Player]) -> None:
+    """Learn what has become of all unread updates, in the order in which they were made; waits for the device once.
+
+    Raises DivergenceError for the first one in which a term or gradient was not finite, unless the scaler has skipped
+    it, and where it has skipped too many in a row. That one stays unread, so that it is raised whenever this is called.
+    """
+    unread = [(player, update) for player in players for update in player.unread]
+    if not unread:
+        return
+    unread.sort(key=lambda pair: pair[1].iteration)  # the players of a step stay in their order
+    numbers = torch.cat([update.numbers for _, update in unread]).tolist()
+    for player, update in unread:
+        count = len(update.numbers)
+        player.judge(update, numbers[:count])
+        player.unread.pop(0)
+        numbers = numbers[count:]
+
+
+def _describe_divergence(what: str, iteration: int) -> str:
+    return (
+        f"iteration {iteration}: {what} is not finite; the last checkpoint is untouched; resume from it with a lower "
+        f"learning rate ({', '.join(RATE_KEYS.values())}) or with training.use_amp=false"
+    )

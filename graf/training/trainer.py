@@ -32,15 +32,16 @@ from graf.runtime.logs import info_once
 from graf.runtime.memory import retry_smaller
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.memory_settings import MemorySettings
+from graf.runtime.phase_timer import make_timer
 from graf.runtime.randomness import Draws
 from graf.training.augment import Augmentation
 from graf.training.ema import ModelAverage, UpdateCounts
 from graf.training.inputs import InputSampler, StepInputs, StepSettings
 from graf.training.losses import MCE_Loss
 from graf.training.objective import GANObjective, LossSettings, Statistics, SuperResolutionLossSettings
-from graf.training.optim import LearningRateSchedule, build_optimizer
+from graf.training.optim import LearningRateSchedule, batch_factor, build_optimizer
 from graf.training.perceptual import load_perceptual_distance
-from graf.training.players import Player
+from graf.training.players import Player, read_updates
 
 
 @dataclass
@@ -137,6 +138,8 @@ SR_ADVICE = (
 WATCH_EVERY = 500
 #: iterations between steps that move learned cameras, which take a third longer: gradients then end in every ray
 CAMERAS_EVERY = 4
+#: updates of a player that are left unread at most, where reading them would be a wait for the device
+MOST_UNREAD = 100
 #: called after every step with the trainer and the latest statistics (scalars, still on the device)
 Hook = Callable[["Trainer", Statistics], None]
 
@@ -196,6 +199,7 @@ class Trainer:
         )
         self.use(memory)
         self.profiler = MemoryProfiler(device)
+        self.timer = make_timer(device)
         self._watched: set[tuple[bool, bool]] = set()
         self.progress = Progress()
         self.stop_reason: str | None = None
@@ -255,7 +259,8 @@ class Trainer:
         """
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
-            batch = next(batches)  # the arguments of a step
+            with self.timer.phase("data"):
+                batch = next(batches)  # the arguments of a step
             self.in_step = True
             self.latest |= self.step(*batch)
             self._check_equality()
@@ -288,14 +293,29 @@ class Trainer:
             tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in _tensors_of(module)}
             self.processes.check_equal(tensors)
 
+    def settle(self) -> None:
+        """Wait for what has been computed, and raise DivergenceError where it came to nothing: see read_updates.
+
+        On a GPU steps go on unseen, so whoever keeps, shows or scores what was learned calls this before. The wait is
+        part of the time that training takes.
+        """
+        started, in_step = time.monotonic(), self.in_step
+        self.in_step = True  # a state that has diverged is not worth saving
+        read_updates(self.players)
+        self.in_step = in_step
+        if not in_step:
+            self.progress.seconds += time.monotonic() - started
+
     def share_statistics(self) -> None:
-        """Add up the latest statistics over the processes: the first one has the sums, which it may write."""
+        """Settle, and add up the latest statistics over the processes: the first one has the sums, to be written."""
+        self.settle()
         self.latest = self.processes.sum_to_first(self.latest)
 
     def _step(self, images: Tensor, labels: Tensor, batch_size: int) -> Statistics:
         iteration = self.progress.iteration
         draws = Draws(self.config.seed, iteration, self.processes.share(batch_size))
-        inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration), batch_size)
+        with self.timer.phase("inputs"):
+            inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration), batch_size)
         for player in self.players:
             player.begin(iteration)
         self.discriminator.advance_spectral_norm()
@@ -318,14 +338,22 @@ class Trainer:
             statistics |= self._apply(self.sr, self._in_phase("sr", inputs, shared, accumulate))
         del renders
 
-        with self.profiler.phase("ema"):
+        with self.phase("ema"):
             self.average.update(self.generator)
             if self.ccsr is not None and self.sr_average is not None and inputs.fakes_g.super_resolution is not None:
                 self.sr_average.update(self.ccsr)
         self.progress.iteration = iteration + 1
+        if len(self.d.unread) >= MOST_UNREAD:
+            self.settle()
         return statistics
 
     # ------------------------------------------------------------------------------------------------ the phases
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure time and memory of what happens inside, in a step or between two."""
+        with self.timer.phase(name), self.profiler.phase(name):
+            yield
 
     def _in_phase(self, name: str, inputs: StepInputs, shared: SharedRender, accumulate: Accumulate[Result]) -> Result:
         """Run one phase over the micro-batches of a step; when memory runs out, again with smaller ones.
@@ -343,7 +371,7 @@ class Trainer:
             parts = [slice(start, start + size) for start in range(0, len(inputs), size)]
             return accumulate(inputs, parts, shared)
 
-        with self.profiler.phase(name):
+        with self.phase(name):
             advice = SR_ADVICE if name == "sr" else ADVICE
             return retry_smaller(
                 lambda: self.processes.together(run),
@@ -381,7 +409,7 @@ class Trainer:
             _accumulate(statistics, more)
             del loss, more, fake_patches
             if objective.penalty_is_due(self.progress.iteration):
-                with self.profiler.phase("r1"):
+                with self.phase("r1"):
                     loss, more = objective.penalty_loss(real_patches, reals.mix, render, batch_size, self.d.scaler)
                     self.d.backward(loss)
                     _accumulate(statistics, more)
@@ -426,10 +454,12 @@ class Trainer:
         return statistics
 
     def _apply(self, player: Player, statistics: Statistics) -> Statistics:
-        training, norm = self.config.training, f"grad_norm_{player.suffix}"
-        statistics = player.apply(statistics, self.progress.iteration, training.grad_clip, training.grad_clip_at)
-        if not self.processes.is_first:  # all processes know the norm, and statistics are summed
-            statistics[norm] = torch.zeros_like(statistics[norm])
+        training = self.config.training
+        with self.timer.phase("update"):
+            statistics = player.apply(statistics, self.progress.iteration, training.grad_clip, training.grad_clip_at)
+        if not self.processes.is_first:  # all processes know the norms, and statistics are summed
+            norms = [name for name in statistics if name.startswith("grad_norm_")]
+            statistics |= {name: torch.zeros_like(statistics[name]) for name in norms}
         return statistics
 
     # ------------------------------------------------------------------------------------------------ schedules
@@ -469,6 +499,7 @@ class Trainer:
         precision: Precision,
     ) -> Player:
         training = self.config.training
+        lr *= batch_factor(training.scale_lr, training.batch_size, training.lr_batch_size)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(training.optimizer, trainable, lr, betas)
         schedule = LearningRateSchedule(
@@ -478,8 +509,21 @@ class Trainer:
             training.max_iterations,
             training.lr_decay_start,
             training.lr_warmup,
+            training.lr_points or (),
+            training.lr_interpolation == "log",
         )
-        return Player(name, suffix, network, optimizer, precision.make_scaler(), lr, schedule, betas, self.processes)
+        return Player(
+            name=name,
+            suffix=suffix,
+            network=network,
+            optimizer=optimizer,
+            scaler=precision.make_scaler(),
+            lr=lr,
+            schedule=schedule,
+            betas=betas,
+            processes=self.processes,
+            layer_norms=training.layer_norms,
+        )
 
 
 def _choose_placement(config: Config) -> Callable[[Tensor, float, float], Patches]:
@@ -522,7 +566,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _accumulate(statistics: Statistics, more: Statistics) -> None:
     """Add a micro-batch's terms, without their graphs."""
     for name, value in more.items():
-        statistics[name] = statistics.get(name, 0) + value.detach()
+        statistics[name] = statistics[name] + value.detach() if name in statistics else value.detach()
 
 
 @contextmanager

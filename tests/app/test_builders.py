@@ -10,6 +10,7 @@ import torch
 from graf.app import builders
 from graf.app.builders import DatasetInfo
 from graf.config import Config, ConfigError, build_config
+from graf.data.loader import DecodedBatches
 from graf.models.rrdb import WeightsError
 
 SCENE = DatasetInfo(("car", "mug"), (0.2, 0.4), 30.0, True)
@@ -133,3 +134,26 @@ def test_a_module_that_is_restored_from_a_checkpoint_needs_no_file_of_weights():
 def test_an_unknown_field_is_answered_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"nerf\.field='triplan': expected one of mlp"):
         builders.build_generator(build_config({"nerf": {"field": "triplan"}}), SCENE)
+
+
+@pytest.mark.parametrize(
+    ("usable", "budget", "place"),
+    [(20 * 7 * 48, None, "meta"), (20 * 7 * 48 - 1, None, "cpu"), (None, None, "cpu"), (10**9, "1GiB", "cpu")],
+)
+def test_decoded_photographs_are_on_the_device_where_they_take_a_twentieth_of_it(monkeypatch, usable, budget, place):
+    monkeypatch.setattr(builders, "read_usable_memory", lambda device: usable)
+    photographs = PhotosInMemory(torch.zeros(7, 3, 4, 4, dtype=torch.uint8), torch.zeros(7, 4, dtype=torch.int64))
+    config = configure(training={"memory_budget": budget, "batch_size": 2})
+    batches = builders.open_batches(config, photographs, 0, torch.device("meta"))
+    assert isinstance(batches, DecodedBatches)
+    assert batches.pixels.device.type == place
+
+
+class PhotosInMemory(SimpleNamespace):
+    """What batches of decoded photographs are made of."""
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        super().__init__(pixels=pixels, labels=labels)
+
+    def __len__(self) -> int:
+        return len(self.pixels)

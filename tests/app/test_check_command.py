@@ -127,20 +127,18 @@ def test_no_torchvision(monkeypatch, machine):
 
 
 @pytest.mark.parametrize(
-    ("torchs", "visions", "verdict"),
+    ("version", "requirement", "verdict"),
     [
-        ("2.1.2+cu121", "0.16.2+cu121", OK),
-        ("2.14.1", "0.29.0", OK),
-        ("2.6.0", "0.16.2", PROBLEM),
-        ("2.6.0", "0.22.0", PROBLEM),
-        ("3.0.0", "1.0.0", OK),  # nobody knows yet: that it can be loaded has to do
+        ("2.1.2+cu121", "torch (==2.1.2)", OK),
+        ("2.6.0", "torch==2.6.0", OK),
+        ("2.6.0", "torch==2.1.2", PROBLEM),
+        ("2.15.0", "torch (>=2.14.0)", OK),
+        ("2.15.0", "torchmetrics==1.0", OK),
     ],
 )
-def test_torchvision_belongs_to_its_torch(monkeypatch, machine, torchs, visions, verdict):
-    import torchvision
-
-    monkeypatch.setattr(torch, "__version__", torchs)
-    monkeypatch.setattr(torchvision, "__version__", visions)
+def test_torchvision_belongs_to_its_torch(monkeypatch, machine, version, requirement, verdict):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(machine_check.metadata, "requires", lambda package: ["numpy", requirement])
     found = ask("torchvision", machine)
     assert found.verdict is verdict
     assert ("--force-reinstall torch torchvision" in found.hint) is (verdict is PROBLEM)

@@ -29,6 +29,13 @@ def test_help_lists_the_commands_with_a_line_each_and_loads_no_torch():
         assert any(line.split() == [name, *purpose.split()] for line in lines), name
 
 
+def test_a_run_is_opened_and_begun_without_the_packages_that_scores_need():
+    """They take as long to import as torch itself."""
+    code = "import sys, graf.app.loading, graf.app.training_run; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch_fidelity", "torchvision"} & set(done.stdout.split())
+
+
 def test_the_version_is_that_of_the_package(capsys):
     assert exit_code("--version") == 0
     assert capsys.readouterr().out == f"graf {__version__}\n"

@@ -19,6 +19,7 @@ from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog, SilentLog
 from graf.runtime.memory import CacheRelease
 from graf.runtime.memory_profiler import MemoryProfiler
+from graf.runtime.phase_timer import make_timer
 from graf.training.trainer import Progress
 
 CPU = torch.device("cpu")
@@ -31,8 +32,11 @@ def trainer_at(iteration: int, seconds: float = 0.0, **training: Any) -> SimpleN
     return SimpleNamespace(
         config=Config.model_validate({"training": training}),
         progress=Progress(iteration, seconds),
+        settle=lambda: None,
         device=CPU,
         profiler=meter,
+        phase=meter.phase,
+        timer=make_timer(CPU),
         owners=[],
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,
@@ -58,7 +62,7 @@ def rows_of(folder: Path) -> dict[int, dict[str, float]]:
 )
 def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start, seconds, expected):
     with RunLog(tmp_path, total=30, start=start, progress=False) as log:
-        hook = hooks.LogHook(log, CacheRelease("never", CPU), (start, seconds))
+        hook = hooks.LogHook(log, CacheRelease("never", CPU, make_timer(CPU)), (start, seconds))
         for iteration in range(start + 1, 24):
             hook(trainer_at(iteration, seconds + 2.0 * (iteration - start), print_every=10, batch_size=8), {})
     rows = rows_of(tmp_path)
@@ -76,7 +80,7 @@ def test_images_per_second_counts_the_steps_since_the_last_line(tmp_path, start,
 def test_sample_grids_are_denser_at_the_start(monkeypatch, every, expected):
     expected = [1, 10, 50, 100, 250, 400, 800] if expected is None else expected
     drawn: list[int] = []
-    hook = hooks.SampleHook(*[None] * 4, CacheRelease("never", CPU))  # type: ignore[arg-type]
+    hook = hooks.SampleHook(*[None] * 4, CacheRelease("never", CPU, make_timer(CPU)))  # type: ignore[arg-type]
     monkeypatch.setattr(hook, "write", lambda iteration, processes: drawn.append(iteration))
     for iteration in range(1, 1001):
         hook(trainer_at(iteration, sample_every=every, max_iterations=2000), {})
@@ -88,7 +92,7 @@ def test_a_checkpoint_is_saved_when_its_time_has_come_and_once_an_iteration(tmp_
     monkeypatch.setattr(hooks.time, "monotonic", lambda: clock.now)
     run = RunFolder(tmp_path)
     log = RunLog(tmp_path, total=30, start=0, progress=False)
-    hook = hooks.CheckpointHook(run, {}, CacheRelease("never", CPU), log, _last=clock.now)
+    hook = hooks.CheckpointHook(run, {}, CacheRelease("never", CPU, make_timer(CPU)), log, _last=clock.now)
     settings = {"save_every": 10, "backup_every": 4, "keep_checkpoints": 2}
     for iteration in range(1, 10):
         clock.now += 4
@@ -142,7 +146,7 @@ def test_several_processes_draw_the_grids_of_one(run_processes, tmp_path, size, 
     def draw(processes: Processes) -> dict[str, bytes]:
         folder = RunFolder(tmp_path / str(processes.size))
         log = SilentLog()
-        hook = hooks.SampleHook(FlatRenderer(), showcase, folder, log, CacheRelease("never", CPU))
+        hook = hooks.SampleHook(FlatRenderer(), showcase, folder, log, CacheRelease("never", CPU, make_timer(CPU)))
         hook.write(7, processes)
         return {file.name: file.read_bytes() for file in folder.samples.iterdir()}
 

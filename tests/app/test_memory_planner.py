@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import memory as benchmark
-from graf.app import builders, memory_estimator, memory_planner
+from graf.app import builders, fake_tensors, memory_estimator, memory_planner
 from graf.app.memory_estimator import StepPlanner
 from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
@@ -71,9 +71,20 @@ def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_publishe
     config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
     settings = MemorySettings(2, strategy, 256)  # 8 chunks
     few = StepPlanner(config).predict(settings, between=False).peak
-    monkeypatch.setattr(memory_estimator, "_FewChunks", lambda meter, generator, num_chunks: call_chunk)
+    monkeypatch.setattr(memory_estimator, "FewChunks", lambda meter, generator, num_chunks: call_chunk)
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [6, 2])
+def test_phases_that_are_not_rehearsed_again_need_what_they_have_needed(size):
+    config = small("training.batch_size=6", "training.share_fakes=true", *benchmark.SUPER_RESOLUTION)
+    settings, planner = MemorySettings(size, "checkpoint", 96), StepPlanner(config)
+    planner.predict(MemorySettings(size, "dense", 96), between=False)
+    after, alone = (each.predict(settings, between=False).phases for each in (planner, StepPlanner(config)))
+    assert after.keys() == alone.keys()
+    for name, phase in alone.items():  # gradients of latents that this step does not teach are assumed
+        assert after[name].peak == pytest.approx(phase.peak, rel=0.03)
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
@@ -198,7 +209,7 @@ def test_auto_asks_the_device_and_takes_most(monkeypatch):
 
 
 def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypatch, caplog, capsys, run_program):
-    monkeypatch.setattr(memory_estimator, "FakeTensorMode", None)
+    monkeypatch.setattr(fake_tensors, "FakeTensorMode", None)
     config = small("training.memory_budget=1GiB")
     memory = builders.build_memory_settings(config)
     processes = SimpleNamespace(largest_share=lambda batch_size: batch_size)
@@ -215,8 +226,8 @@ def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypat
 
 def test_the_rest_of_the_program_does_without_fake_tensors():
     program = (
-        "import sys, torch, torchvision; sys.modules['torch._subclasses.fake_tensor'] = None; "
-        "import graf.app.training_run; from graf.app import memory_estimator; print(memory_estimator.FakeTensorMode)"
+        "import sys, torch; sys.modules['torch._subclasses.fake_tensor'] = None; "
+        "import graf.app.training_run; from graf.app import fake_tensors; print(fake_tensors.FakeTensorMode)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True, text=True)
     assert done.stdout.strip() == "None", done.stderr
@@ -245,7 +256,7 @@ def test_a_run_with_a_budget_trains_with_the_chosen_settings(run_program, capsys
 def test_a_run_with_grids_and_scores_stays_within_its_budget(run_program, tmp_path):
     """Images that wait for their grid, score or consistency measurement are on the CPU too, where the budget is."""
     keys = [*benchmark.SMALL, *benchmark.SUPER_RESOLUTION, "training.batch_size=6", "training.fid_every=2"]
-    keys += ["data.synthetic.instances=2"]  # of one instance the truth would be drawn for minutes
+    keys += ["data.synthetic.instances=2", "data.classes=[car]"]  # of one the truth would be drawn for minutes
     config = load_config(CONFIGS / "smoke.yaml", [*keys, "evaluation.num_images=42"])
     budget = StepPlanner(config).predict(MemorySettings(1, "checkpoint", 64)).peak
     arguments = ("--memory_budget", f"{budget / 2**20:.4f}MiB", "training.max_iterations=3", "training.sample_every=3")

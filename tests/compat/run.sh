@@ -20,6 +20,10 @@ python=python3
 if [ -n "$wanted" ]; then # pyenv's first: its python3.12 on the path is a shim, which may refuse
     python=$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$wanted"{,.*}/bin/python 2>/dev/null | tail -n 1 || true)
     python=${python:-python$wanted}
+    if ! "$python" -c '' 2>/dev/null; then
+        echo "Python $wanted is not here; $(python3 --version) takes its place"
+        python=python3
+    fi
 fi
 
 temporary=$(mktemp -d)

@@ -149,6 +149,17 @@ def test_a_wrong_type_is_named_with_key_and_value(key, value):
         ("training.lr_anneal_every", 0),
         ("training.lr_anneal_every", [100, -1]),
         ("training.lr_anneal_every", []),
+        ("training.lr_points", []),
+        ("training.lr_points", 3),
+        ("training.lr_points", [0, 1]),
+        ("training.lr_points", [[0, 1], [500]]),
+        ("training.lr_points", [[0, 1], [500, -0.1]]),
+        ("training.lr_points", [[-1, 1]]),
+        ("training.lr_points", [[0.5, 1]]),
+        ("training.lr_points", [[0, 1], [500, 0.1], [500, 0.2]]),
+        ("training.lr_points", [[0, 0], [500, 0]]),
+        ("training.lr_batch_size", 0),
+        ("training.scale_lr", "cubic"),
         ("training.betas", [0.5, 1.0]),
         ("training.model_average_beta", 1.0),
         ("training.device", "gpu"),
@@ -214,6 +225,18 @@ def test_a_refused_value_comes_with_what_is_allowed_and_what_the_key_means():
             "data.type=transforms has its own, so leave it out",
         ),
         ({"data": {"refined_cameras": KNOWN, "type": "image_folder"}}, "data.refined_cameras: ", "leave it out"),
+        ({"training": {"lr_schedule": "points"}}, "training.lr_schedule=points", "needs training.lr_points"),
+        (
+            {"training": {"lr_schedule": "cosine", "lr_points": [[0, 1]]}},
+            "training.lr_points: are followed by training.lr_schedule=points, found lr_schedule=cosine",
+            "set it to points",
+        ),
+        (
+            {"training": {"lr_points": [[0, 1], [9, 0]], "lr_interpolation": "log"}},
+            "training.lr_points: the factor at iteration 9 is 0",
+            "use lr_interpolation=linear",
+        ),
+        ({"training": {"scale_lr": "sqrt"}}, "training.scale_lr=sqrt: needs training.lr_batch_size", "to 8"),
         (
             {"training": {"save_best": "psnr"}, "data": {"type": "image_folder"}},
             "training.save_best=psnr: compares with photographs whose views are known",
@@ -284,6 +307,25 @@ def test_grafs_period_of_a_step_schedule_is_read(write):
     assert (training.lr_schedule, training.lr_anneal_every) == ("step", (50_000,))
     chosen = {"training": {"lr_anneal_every": 50_000, "lr_schedule": "multistep"}}
     assert build_config(chosen).training.lr_schedule == "multistep"
+
+
+def test_points_alone_are_a_schedule_which_survives_the_round_trip(write):
+    config = build_config({"training": {"lr_points": [[0, 0], [500, 1], [20_000, 0.1]]}})
+    assert config.training.lr_schedule == "points"
+    assert config.training.lr_points == ((0, 0.0), (500, 1.0), (20_000, 0.1))
+    assert load_config(write("again.yaml", config.to_yaml())) == config
+    assert load_config(write("none.yaml", ""), ["training.lr_points=[[0, 1]]"]).training.lr_schedule == "points"
+
+
+def test_iterations_of_points_that_do_not_increase_are_named():
+    message = error_of({"training": {"lr_points": [[0, 1], [500, 0.5], [400, 0.1]]}})
+    assert "iteration 400 comes after 500" in message
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_rates_of_a_shipped_configuration_are_written_for_its_own_batch(file):
+    training = load_config(file, ["training.scale_lr=sqrt"]).training
+    assert training.lr_batch_size == training.batch_size
 
 
 def test_grafs_own_default_file_needs_no_more_than_what_its_errors_say(write):

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from graf.data.errors import DataError
-from graf.data.loader import Batches, BatchOrder, make_loader, start_worker
+from graf.data.images import scale_pixels
+from graf.data.loader import Batches, BatchOrder, DecodedBatches, make_loader, start_worker
 from graf.runtime.interrupt import STOP_SIGNALS
 
 
@@ -133,6 +134,36 @@ def test_batch_larger_than_the_set_is_an_error_that_says_what_to_do():
         make_loader(Numbers(8), 9, nworkers=0, drop_last=True, seed=0)
     images, _ = next(iter(make_loader(Numbers(8), 9, nworkers=0, drop_last=False, seed=0)))
     assert len(images) == 8
+
+
+class Decoded(Dataset):
+    """Photographs whose pixels are in memory, read one by one."""
+
+    def __init__(self, pixels, labels):
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return scale_pixels(self.pixels[index]), self.labels[index]
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_decoded_photographs_come_in_the_batches_of_a_loader(drop_last):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (7, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(28).view(7, 4)
+    repeats = [1, 1, 3, 1, 2, 1, 1]
+    places = {"seed": 2, "start_iteration": 2, "share": lambda count: range(count // 2, count)}
+    loader = make_loader(Decoded(pixels, labels), 4, nworkers=0, drop_last=drop_last, repeats=repeats, **places)
+    order = BatchOrder(repeats, 4, drop_last, **places)
+    with Batches(loader) as expected, DecodedBatches(pixels, labels, order, torch.device("cpu")) as found:
+        for _ in range(9):
+            (images, of_images, size), (wanted, of_wanted, whole) = next(found), next(expected)
+            assert torch.equal(images, wanted)
+            assert torch.equal(of_images, of_wanted)
+            assert size == whole
 
 
 # ------------------------------------------------------------------------------------------------------- processes

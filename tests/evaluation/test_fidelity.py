@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from graf.evaluation import fidelity
-from graf.evaluation.extractor import OFFLINE, OFFLINE_DIMENSIONS, Extractor, OfflineFeatures, choose_extractor
+from graf.evaluation.extractor import OFFLINE, Extractor, OfflineFeatures, choose_extractor
 from graf.evaluation.fidelity import (
     FidelityError,
     FidelityProtocol,
@@ -60,7 +60,7 @@ def score(real: Dataset[Tensor], fake: Dataset[Tensor], **settings: Any) -> Scor
 
 
 def extract(images: Images) -> np.ndarray:
-    return OfflineFeatures(OFFLINE, [str(OFFLINE_DIMENSIONS)])(images.images)[0].double().numpy()
+    return OfflineFeatures()(images.images).double().numpy()
 
 
 def test_fid_is_the_frechet_distance_of_the_features() -> None:

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from graf.models.density import DensityLaw
 from graf.models.encoding import positional_encoding
-from graf.models.plane_sources import STORED_SHARE
 from graf.models.plane_lookup import PLANE_AXES, sample_planes
+from graf.models.plane_sources import STORED_SHARE
 from graf.models.triplane_field import TriplaneField, TriplaneShape
 
 SHAPE = TriplaneShape(

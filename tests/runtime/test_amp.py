@@ -18,6 +18,7 @@ from graf.runtime.amp import (
     float32_region,
     optimizer_step,
     scale_of,
+    skips_by_itself,
 )
 from graf.runtime.device import read_processor
 from graf.runtime.torch_release import torch_release
@@ -177,8 +178,8 @@ def test_an_inf_skips_only_its_own_optimiser_and_halves_only_its_own_scale() -> 
 
     scaler_g.scale((2 * weight_g).sum()).backward()
     scaler_d.scale((weight_d * torch.tensor([1.0, float("inf"), 1.0])).sum()).backward()
-    assert optimizer_step(scaler_g, optimizer_g) is True
-    assert optimizer_step(scaler_d, optimizer_d) is False
+    optimizer_step(scaler_g, optimizer_g)
+    optimizer_step(scaler_d, optimizer_d)
     scaler_g.update()
     scaler_d.update()
 
@@ -189,12 +190,13 @@ def test_an_inf_skips_only_its_own_optimiser_and_halves_only_its_own_scale() -> 
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_a_skip_is_reported_after_explicit_unscaling_too(bad: float) -> None:
+def test_an_inf_is_skipped_after_explicit_unscaling_too(bad: float) -> None:
     weight, optimizer = make_pair()
     scaler = enabled_scaler()
     scaler.scale((weight * bad).sum()).backward()
     scaler.unscale_(optimizer)
-    assert optimizer_step(scaler, optimizer) is False
+    optimizer_step(scaler, optimizer)
+    assert torch.equal(weight, torch.ones(3))
 
 
 @pytest.mark.parametrize("factor", [2.0, float("inf"), float("-inf"), float("nan")])
@@ -218,7 +220,7 @@ def test_without_scaling_nothing_is_looked_for() -> None:
     weight, optimizer = make_pair()
     (weight * float("inf")).sum().backward()
     assert find_inf(NoOpScaler(), optimizer) is None
-    assert optimizer_step(NoOpScaler(), optimizer) is True
+    optimizer_step(NoOpScaler(), optimizer)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -229,8 +231,8 @@ def test_what_the_caller_has_read_decides_the_step_and_is_not_read_again(
     scaler = enabled_scaler()
     scaler.scale((2 * weight).sum()).backward()
     scaler.unscale_(optimizer)
-    monkeypatch.setattr(amp, "find_inf", lambda *_: pytest.fail("read again"))
-    assert optimizer_step(scaler, optimizer, skip) is not skip
+    monkeypatch.setattr(type(scaler), "step", lambda *_: pytest.fail("read again"))
+    optimizer_step(scaler, optimizer, skip)
     assert torch.equal(weight, torch.ones(3) if skip else torch.zeros(3))
 
 
@@ -248,21 +250,22 @@ def test_the_scale_is_a_tensor_that_follows_the_scaler() -> None:
 def test_a_step_works_again_after_a_skip() -> None:
     weight, optimizer = make_pair()
     scaler = enabled_scaler()
-    for factor, stepped in [(float("inf"), False), (2.0, True)]:
+    for factor in (float("inf"), 2.0):
         optimizer.zero_grad(set_to_none=True)
         scaler.scale((weight * factor).sum()).backward()
-        assert optimizer_step(scaler, optimizer) is stepped
+        optimizer_step(scaler, optimizer)
         scaler.update()
     assert torch.equal(weight, torch.zeros(3))
 
 
-def test_a_fused_optimiser_reports_its_skip() -> None:
+def test_a_fused_optimiser_skips_by_itself() -> None:
     scaler = enabled_scaler()
     if torch_release() < (2, 4):
         pytest.skip("this torch fuses Adam on CUDA alone")
     weight, optimizer = make_pair(torch.optim.Adam, fused=True)
     scaler.scale((weight * float("inf")).sum()).backward()
-    assert optimizer_step(scaler, optimizer) is False
+    assert skips_by_itself(optimizer)
+    optimizer_step(scaler, optimizer)
     assert torch.equal(weight, torch.ones(3))
 
 
@@ -305,7 +308,7 @@ def test_the_noop_scaler_steps_always_and_changes_nothing() -> None:
     assert scaler.scale(loss) is loss
     loss.backward()
     scaler.unscale_(optimizer)
-    assert optimizer_step(scaler, optimizer) is True
+    optimizer_step(scaler, optimizer)
     scaler.update()
     scaler.load_state_dict({"scale": 4.0})
     assert torch.equal(weight, torch.zeros(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gc
 import logging
+import mmap
 import sys
 import weakref
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from graf.runtime import control_groups, logs, memory
-from graf.runtime.memory import is_out_of_memory, read_memory, release_cache, reset_peak
+from graf.runtime.memory import CacheRelease, is_out_of_memory, read_memory, release_cache, reset_peak
+from graf.runtime.phase_timer import make_timer
 
 CPU = torch.device("cpu")
 
@@ -45,9 +47,10 @@ def test_release_collects_reference_cycles_and_returns_its_seconds() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident size is read from /proc")
 def test_resident_size_follows_an_allocation_and_the_peak_remembers_it() -> None:
     before = read_memory(CPU)
-    block = np.ones(64 * memory.MIB // 8)
-    during = read_memory(CPU)
-    del block
+    with mmap.mmap(-1, 64 * memory.MIB) as block:  # from the system; an allocator may have some left
+        for place in range(0, len(block), 4096):
+            block[place] = 1
+        during = read_memory(CPU)
     after = read_memory(CPU)
     assert during["rss"] - before["rss"] == pytest.approx(64, abs=8)
     assert after["rss"] < during["rss"] - 48
@@ -240,3 +243,20 @@ def test_the_allocation_history_is_written_even_when_the_run_fails(
         raise ZeroDivisionError
     assert calls == ["on", str(tmp_path / "run" / "x.pickle"), None]
     assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("policy", "after_phase", "after_steps"), [("never", 0, []), ("phase", 1, []), (3, 0, [3, 6])], ids=str
+)
+def test_caches_are_given_back_when_the_policy_says_and_its_time_is_a_phase(
+    monkeypatch, policy, after_phase, after_steps
+):
+    timer, step = make_timer(CPU), 0
+    released: list[int] = []
+    monkeypatch.setattr(memory, "release_cache", lambda device: released.append(step))
+    caches = CacheRelease(policy, CPU, timer)
+    caches.after_phase()
+    for step in range(1, 8):
+        caches.after_step(step)
+    assert released == [0] * after_phase + after_steps
+    assert ("release_cache" in timer.totals()) is bool(released)

@@ -76,4 +76,4 @@ def test_cudas_peak_is_that_of_the_phase():
         torch.ones(2 * MIB, device=device)
     assert meter.readings["inner"]["peak"] - before == pytest.approx(8)
     assert meter.readings["outer"]["peak"] - before == pytest.approx(8)
-    assert set(meter.readings["outer"]) == {"peak", "allocated", "reserved"}
+    assert set(meter.readings["outer"]) == {"peak", "peak_reserved", "allocated", "reserved"}

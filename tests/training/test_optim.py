@@ -11,10 +11,11 @@ from torch.testing import assert_close
 from graf.runtime.torch_release import torch_release
 from graf.training.optim import (
     LearningRateSchedule,
+    batch_factor,
     build_optimizer,
     clip_gradients,
-    find_nonfinite_gradient,
-    gradient_norm,
+    gradient_norms,
+    parameter_norms,
 )
 
 
@@ -40,6 +41,15 @@ def parameters_with_gradients(*gradients: list[float]) -> list[nn.Parameter]:
             {0: 1.0, 500: 1.0, 625: 0.6 + 0.4 * math.sqrt(0.5), 750: 0.6, 1000: 0.2, 5000: 0.2},
         ),
         (LearningRateSchedule("cosine", 0.0, horizon=1000), {0: 1.0, 500: 0.5, 1000: 0.0}),
+        (
+            LearningRateSchedule("points", points=((10, 0.0), (20, 1.0), (40, 0.25))),
+            {0: 0.0, 10: 0.0, 11: 0.1, 20: 1.0, 30: 0.625, 40: 0.25, 10**6: 0.25},
+        ),
+        (
+            LearningRateSchedule("points", points=((0, 1.0), (10, 0.01), (20, 4.0)), logarithmic=True),
+            {0: 1.0, 5: 0.1, 10: 0.01, 15: 0.2, 20: 4.0, 21: 4.0},
+        ),
+        (LearningRateSchedule("points", points=((0, 0.5),), warmup=2), {0: 0.25, 1: 0.5, 100: 0.5}),
         (LearningRateSchedule("constant", warmup=4), {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 1.0, 100: 1.0}),
         (LearningRateSchedule("step", 0.5, (2,), warmup=4), {0: 0.25, 1: 0.5, 2: 0.375, 3: 0.5, 4: 0.25}),
     ],
@@ -56,6 +66,13 @@ def test_every_schedule_starts_with_its_warm_up_and_never_rises_after_it(kind):
     assert values[0] == pytest.approx(0.01)
     assert all(later <= earlier for earlier, later in pairwise(values[100:]))
     assert all(0 < value <= 1 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch_size", "factor"), [("none", 16, 1.0), ("linear", 16, 4.0), ("linear", 1, 0.25), ("sqrt", 16, 2.0)]
+)
+def test_rates_written_for_batches_of_four_follow_another_batch(rule, batch_size, factor):
+    assert batch_factor(rule, batch_size, 4) == factor
 
 
 def test_rmsprop_takes_the_published_step():
@@ -89,11 +106,22 @@ def test_adam_is_fused_where_torch_can_and_else_says_so_once(monkeypatch, caplog
     assert [record.message for record in caplog.records] == ["Adam runs unfused: `fused=True` requires CUDA"]
 
 
-def test_the_gradient_norm_is_that_of_all_gradients_together_and_skips_missing_ones():
-    parameters = [*parameters_with_gradients([3.0, 0.0], [-4.0], [12.0]), nn.Parameter(torch.ones(5))]
-    assert gradient_norm(parameters).item() == 13
-    assert gradient_norm(parameters[-1:]).item() == 0
-    assert gradient_norm(iter(parameters)).dim() == 0
+def test_parameter_norms_are_those_of_each_parameter_that_has_a_gradient():
+    parameters = [*parameters_with_gradients([3.0, 0.0], [-4.0, 3.0]), nn.Parameter(torch.ones(5))]
+    assert parameter_norms(iter(parameters), parameters[0].device).tolist() == [3, 5]
+    assert parameter_norms(parameters[-1:], parameters[0].device).shape == (0,)
+
+
+def test_layers_go_by_the_first_two_parts_of_their_names_and_leave_out_what_is_not_trained():
+    network = nn.Module()
+    network.own = nn.Parameter(torch.zeros(1))
+    network.trunk = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
+    network.fixed = nn.Linear(1, 1).requires_grad_(False)
+    for number, parameter in enumerate(network.parameters()):
+        parameter.grad = torch.full_like(parameter, float(number))
+    network.trunk[1][1].bias.grad = None
+    norms = {layer: float(norm) for layer, norm in gradient_norms(network).items()}
+    assert norms == pytest.approx({"own": 0, "trunk.0": math.hypot(1, 2), "trunk.1": math.hypot(3, 4, 5)})
 
 
 @pytest.mark.parametrize(
@@ -109,16 +137,3 @@ def test_clipping_by_norm_by_value_and_not_at_all(how, limit, expected):
     parameters = parameters_with_gradients([3.0, 0.0], [-4.0])
     clip_gradients(parameters, how, limit)
     assert_close([parameter.grad for parameter in parameters], [torch.tensor(row) for row in expected])
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_gradient_that_is_not_finite_is_named(bad):
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    assert find_nonfinite_gradient(module) is None  # no gradients at all
-    for parameter in module.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    assert find_nonfinite_gradient(module) is None
-    module[1].bias.grad[0] = bad
-    assert find_nonfinite_gradient(module) == "1.bias"
-    module[0].weight.grad[1, 0] = bad
-    assert find_nonfinite_gradient(module) == "0.weight"

@@ -54,6 +54,15 @@ def test_an_update_is_a_step_along_the_summed_gradients_and_reports_their_norm(s
     assert player.skipped == 0
 
 
+def test_the_layers_norms_are_told_on_request_as_they_were_before_clipping():
+    player = make_player(scale=1024.0)
+    player.layer_norms = True
+    player.begin(0)
+    terms = player.apply(give_loss(player), 0, "norm", 0.1)
+    assert float(terms["grad_norm_sr/first"]) == pytest.approx(math.sqrt(2 * 9))
+    assert float(terms["grad_norm_sr/second"]) == pytest.approx(math.sqrt(3 * 16))
+
+
 def test_gradients_are_clipped_after_they_are_unscaled_and_measured_before():
     player = make_player(lr=1.0, scale=1024.0)
     player.begin(0)
@@ -83,7 +92,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_network():
 def test_a_norm_that_overflows_alone_is_named_as_the_norm():
     player = make_player()
     player.begin(0)
-    give_loss(player, 1e30)
+    give_loss(player, 2.4e18)  # norms of 1e19 and 1.7e19, and the square of 2e19 is too large for float32
     with pytest.raises(DivergenceError, match=r"grad_norm_sr is not finite"):
         player.apply({"loss_sr": torch.tensor(0.0)}, 0, "none", 1.0)
 
@@ -119,7 +128,7 @@ def test_too_many_skips_in_a_row_end_the_run_by_name(monkeypatch):
         player.begin(iteration)
         player.apply(give_loss(player), iteration, "none", 1.0)
     player.begin(3)
-    with pytest.raises(DivergenceError, match=r"4 updates in a row.*iteration 3: the gradient of ccsr\.second"):
+    with pytest.raises(DivergenceError, match=r"4 updates in a row.*iteration 3: the norm of.* ccsr\.second"):
         player.apply(give_loss(player), 3, "none", 1.0)
 
 

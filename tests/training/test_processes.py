@@ -28,7 +28,7 @@ EVERYTHING = (
     *("training.grad_clip_at=0.5", "training.share_fakes=true", "training.sync_check_every=1"),
     "discriminator.augment={colour: 0.2, translation: 0.1, cutout: 0.2}",
     *("ccsr.enabled=true", "ccsr.features=4", "ccsr.blocks=1", "ccsr.supervise_generator=1", "ccsr.agreement=1"),
-    *("ccsr.start_iteration=0", "ccsr.every=1"),
+    *("ccsr.start_iteration=0", "ccsr.every=1", "training.layer_norms=true"),
 )
 #: what a phase computes
 PHASES = ("render_patches", "discriminator_loss", "penalty_loss", "generator_loss", "super_resolution_loss")
@@ -210,7 +210,7 @@ def test_without_a_scaler_all_give_up_together_and_untouched(run_processes, make
                 return str(error), all(torch.equal(before[n], after[n]) for n in before if n.startswith("generator"))
 
     for message, is_untouched in run_processes(2, work):
-        assert "iteration 0: the gradient of generator." in message
+        assert "iteration 0: the norm of the gradient of generator." in message
         assert is_untouched
 
 

@@ -1,10 +1,12 @@
-"""What a training step asks of the machine besides arithmetic: draws, copies to the device and waits for it.
+"""What a training step asks of the machine besides arithmetic: draws, copies to the device, waits for it, launches.
 
 The step runs on a pretended device, whose tensors really live on the CPU but may be read only by waiting for them.
 """
 
-import traceback
+import math
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import graf
 from graf.app import builders
+from graf.app.hooks import CheckpointHook
+from graf.app.runs import RunFolder
 from graf.runtime import randomness
 from graf.runtime.amp import Precision
 from graf.runtime.device import pack, unpack
+from graf.runtime.logs import RunLog
+from graf.runtime.memory import CacheRelease
 from graf.runtime.torch_release import torch_release
 from graf.training import inputs as inputs_module
+from graf.training import trainer as trainer_module
+from graf.training.players import DivergenceError
 from graf.training.trainer import Trainer
 
 # What is claimed is a property of the program, so that one torch is enough; 2.1 refuses such tensors.
@@ -31,6 +39,9 @@ DEVICE = torch.device("meta")
 #: operations whose result has as many rows as a device tensor says; `index` only where it is given a mask
 INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
 COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
+#: what belongs to networks and rendering: files of the program, functions in others, and all of backward passes
+NETWORKS = ("models/", "geometry/volume_rendering.py", "runtime/activation_checkpointing.py")
+WITHIN = {"cast", "cast_patches", "backward", "input_gradient_norms"}
 
 
 class DeviceTensor(Tensor):
@@ -62,6 +73,7 @@ class DeviceTensor(Tensor):
 class PretendedDevice(TorchDispatchMode):
     """Runs programs on DEVICE and lists, as "operation at file:line", copies to it (`copies`) and `waits` for it.
 
+    launches: what fills memory of the device outside of networks and rendering, and so is a kernel there, or a few.
     As on a real one, an operation on tensors of both sides fails, unless those of the CPU have no dimensions.
     """
 
@@ -69,6 +81,7 @@ class PretendedDevice(TorchDispatchMode):
         super().__init__()
         self.copies: list[str] = []
         self.waits: list[str] = []
+        self.launches: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -95,6 +108,8 @@ class PretendedDevice(TorchDispatchMode):
         if packet is torch.ops.aten._to_copy and (moves_here or moves_away):
             held_args = (held_args[0].clone(), *held_args[1:])  # to the CPU from the CPU would be no copy
         outputs = func(*held_args, **held_kwargs)
+        if (on_device or moves_here) and _fills_memory(func, held_args, outputs) and not _is_in_networks():
+            self.launches.append(_say(func))
         stays = (on_device and not moves_away) or moves_here
         if packet is torch.ops.aten.copy_:
             stays = isinstance(args[0], DeviceTensor)
@@ -112,11 +127,36 @@ class PretendedDevice(TorchDispatchMode):
         return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
+def _fills_memory(func, args, outputs) -> bool:
+    """Whether an operation computes: views and empty tensors only name memory."""
+    if "empty" in func.overloadpacket.__name__:
+        return False
+    given = {leaf.untyped_storage().data_ptr() for leaf in tree_flatten(args)[0] if isinstance(leaf, Tensor)}
+    made = [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
+    return func._schema.is_mutable or any(tensor.untyped_storage().data_ptr() not in given for tensor in made)
+
+
+def _is_in_networks() -> bool:
+    """Whether the program is computing a network or a render, or what leads to their gradients."""
+    return any(
+        (file.startswith(NETWORKS) and name != "advance_spectral_norm") or name in WITHIN for file, name, _ in _frames()
+    )
+
+
+def _frames() -> Iterator[tuple[str, str, int]]:
+    """File, function and line of the program's calls, the innermost first."""
+    frame = sys._getframe()
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(f"{PACKAGE}/"):
+            yield file.removeprefix(f"{PACKAGE}/"), frame.f_code.co_name, frame.f_lineno
+        frame = frame.f_back
+
+
 def _say(func) -> str:
     """An operation and the innermost line of the program that asked for it."""
-    places = [frame for frame in traceback.extract_stack() if frame.filename.startswith(f"{PACKAGE}/")]
-    where = f"{places[-1].filename.removeprefix(f'{PACKAGE}/')}:{places[-1].lineno}" if places else "the test"
-    return f"{func} at {where}"
+    place = next(_frames(), None)
+    return f"{func} at {'the test' if place is None else f'{place[0]}:{place[2]}'}"
 
 
 # ---------------------------------------------------------------- the pretended device
@@ -177,11 +217,17 @@ CASES = {
     "plain": (),
     "super-resolution": EVERY_TERM,
     "blur kernel": (*EVERY_TERM, "ccsr.kernel=[0.125,0.375,0.375,0.125]"),
+    "layers' norms": (*EVERY_TERM, "training.layer_norms=true"),
     "shared fakes": (*EVERY_TERM, "training.share_fakes=true"),
     "checkpointed micro-batches": (*EVERY_TERM, "training.micro_batch_size=1", "training.memory_strategy=checkpoint"),
     "deferred chunks": ("training.memory_strategy=deferred", "training.chunk=256"),
     "matched views": (*EVERY_TERM, "training.match_views=true", "training.photometric=20", "ccsr.photometric=10"),
     "importance samples and noise": ("nerf.N_importance=4", "nerf.raw_noise_std=1"),
+    "tri-planes and cameras": (
+        *("nerf.field=triplane", "nerf.plane_resolution=8", "nerf.plane_channels=4", "nerf.decoder_width=8"),
+        *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
+        *("data.refine_cameras=true", "data.synthetic.instances=2", "training.optimizer=adam"),
+    ),
     "discriminator": (
         *("discriminator.class_loss=1", "discriminator.condition_maps=0", "discriminator.spectral_norm=true"),
         *(
@@ -235,30 +281,169 @@ def make_trainer(smoke_config, monkeypatch: pytest.MonkeyPatch):
     return make
 
 
+@pytest.fixture
+def fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimisers are those of CUDA: Adam fused, RMSprop over all parameters at once."""
+
+    def build(name, parameters, lr, betas):
+        if name == "rmsprop":
+            return torch.optim.RMSprop(list(parameters), lr=lr, alpha=0.99, eps=1e-8, foreach=True)
+        optimizer = torch.optim.Adam(list(parameters), lr=lr, betas=betas, eps=1e-8, foreach=False)
+        optimizer.defaults |= {"fused": True, "foreach": None}
+        for group in optimizer.param_groups:
+            group |= {"fused": True, "foreach": None}
+        optimizer._step_supports_amp_scaling = True
+        return optimizer
+
+    monkeypatch.setattr(trainer_module, "build_optimizer", build)
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+
+
+def add_scalers(trainer: Trainer) -> None:
+    for player in trainer.players:
+        player.scaler = torch.amp.GradScaler(trainer.device.type, init_scale=1024.0)
+
+
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "loss scaling"])
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
-def test_a_step_draws_and_copies_everything_once_and_waits_once_for_each_update(
+def test_a_step_draws_and_copies_everything_once_and_waits_for_nothing_but_loss_scaling(
     make_trainer, smoke_config, batches, purposes, overrides, scaled
 ):
     first, second = batches(2, data=builders.open_photographs(smoke_config(*overrides)))
     with PretendedDevice() as device:
         trainer = make_trainer(*overrides)
         if scaled:
-            for player in trainer.players:
-                player.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
+            add_scalers(trainer)
         trainer.step(*first)  # what is kept from step to step is made in the first
         purposes.clear(), device.copies.clear(), device.waits.clear()
         statistics = trainer.step(*second)
         assert len(purposes) > 2
         assert max(Counter(purposes).values()) == 1, purposes
         assert len(device.copies) == 2, device.copies  # the photographs, and everything else
-        assert count_by_place(device.waits) == {"training/players.py": len(trainer.players)}, device.waits
-        assert all(player.skipped == 0 for player in trainer.players)
+        # RMSprop cannot leave out by itself what a scaler has to skip; nor can Adam, where it is not fused, as here
+        assert count_by_place(device.waits) == ({"training/players.py": len(trainer.players)} if scaled else {})
 
         device.copies.clear(), device.waits.clear()
+        trainer.settle()
+        assert len(device.waits) == int(not scaled)
+        assert all(player.skipped == 0 for player in trainer.players)
         scalars = trainer.scalars_of(statistics)
-    assert (len(device.waits), device.copies) == (1, [])
+        assert (len(device.waits), device.copies) == (1 if scaled else 2, [])
+
+        # steps go on where something was not finite: no number becomes a place in memory that is not there
+        for player in trainer.players:
+            for name, parameter in player.network.named_parameters():
+                if "cameras" not in name:  # the CPU's grid_sample reads anywhere at NaN; CUDA's takes it as far outside
+                    parameter.detach().fill_(math.nan)
+        trainer.step(*second)
+        if not scaled:
+            with pytest.raises(DivergenceError, match="iteration 2: "):
+                trainer.settle()
     assert set(statistics) < set(scalars)
+
+
+#: most launches of a step outside of networks and rendering; the terms of super-resolution are images' warps and crops
+MOST_LAUNCHES = {"plain": 60, "importance samples and noise": 60, "deferred chunks": 60, "tri-planes and cameras": 80}
+
+
+@pytest.mark.parametrize("case", MOST_LAUNCHES)
+def test_a_step_launches_little_outside_of_networks_and_rendering(make_trainer, smoke_config, batches, fuse, case):
+    first, second = batches(2, data=builders.open_photographs(smoke_config(*CASES[case])))
+    with PretendedDevice() as device:
+        trainer = make_trainer(*CASES[case])
+        trainer.step(*first)
+        device.launches.clear()
+        trainer.step(*second)
+    assert 30 < len(device.launches) <= MOST_LAUNCHES[case], count_by_place(device.launches)
+
+
+# ---------------------------------------------------------------- what is read later
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {
+        f"{player.name}.{name}": parameter.detach().cpu().clone()
+        for player in trainer.players
+        for name, parameter in player.network.named_parameters()
+    }
+
+
+def test_a_loss_scale_that_skips_is_neither_waited_for_nor_noticed_in_the_weights(
+    make_trainer, smoke_config, batches, fuse
+):
+    """On the device as on the CPU, where every update is read before it is made."""
+    keys = ("training.optimizer=adam", "training.grad_clip=norm")
+    photographs = builders.open_photographs(smoke_config())
+    steps = list(batches(4, data=photographs))
+
+    def train(trainer: Trainer) -> dict[str, Tensor]:
+        add_scalers(trainer)
+        for number, batch in enumerate(steps):
+            handles = [
+                next(player.network.parameters()).register_hook(lambda gradient: gradient * math.inf)
+                for player, when in ((trainer.d, (1, 2)), (trainer.g, (2, 3)))
+                if number in when
+            ]
+            trainer.step(*batch)
+            for handle in handles:
+                handle.remove()
+        return weights_of(trainer)
+
+    with PretendedDevice() as device:
+        trainer = make_trainer(*keys)
+        device.waits.clear()
+        add_scalers(trainer)
+        found = train(trainer)
+        waits = [wait for wait in device.waits if not wait.endswith("at the test")]
+        assert waits == []
+        assert [player.skipped for player in trainer.players] == [0, 0]
+        trainer.settle()
+        scales = [player.scaler.get_scale() for player in trainer.players]
+    info = builders.describe_dataset(smoke_config(), photographs)
+    sampler = builders.build_pose_sampler(smoke_config(), photographs, builders.build_cameras(smoke_config(), info))
+    on_cpu = builders.build_trainer(smoke_config(*keys), info, sampler, Precision("cpu", None), torch.device("cpu"))
+    expected = train(on_cpu)
+    assert [player.skipped for player in trainer.players] == [player.skipped for player in on_cpu.players] == [0, 2]
+    assert scales == [player.scaler.get_scale() for player in on_cpu.players] == [256.0, 256.0]
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_has_diverged_is_named_when_it_is_read_and_never_saved(make_trainer, smoke_config, batches, tmp_path):
+    """Steps have gone on: the first thing that was not finite is the one to tell, again and again."""
+    with PretendedDevice():
+        trainer = make_trainer()
+        log = RunLog(tmp_path, total=9, start=0, progress=False)
+        caches = CacheRelease("never", torch.device("cpu"), trainer.timer)
+        save = CheckpointHook(RunFolder(tmp_path), {}, caches, log)
+        parameter, name = trainer.generator.field.rgb.bias, r"generator\.field\.rgb\.bias"
+        handle = None
+
+        def hurt(trainer: Trainer, statistics: object) -> None:
+            nonlocal handle
+            if trainer.progress.iteration == 2:
+                handle = parameter.register_hook(lambda gradient: gradient * math.nan)
+            if trainer.progress.iteration == 4:
+                save.save_reached(trainer)
+
+        with pytest.raises(DivergenceError, match=rf"iteration 2: .*gradient of {name} is not finite"):
+            trainer.run(batches(9, data=builders.open_photographs(smoke_config())), [hurt])
+        assert trainer.progress.iteration == 4
+        assert trainer.in_step, "nothing of it is worth saving"
+        with pytest.raises(DivergenceError, match="iteration 2: "):
+            save.save_alone(trainer)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_updates_are_not_left_unread_for_ever(make_trainer, smoke_config, batches, monkeypatch):
+    monkeypatch.setattr(trainer_module, "MOST_UNREAD", 2)
+    with PretendedDevice() as device:
+        trainer = make_trainer()
+        device.waits.clear()
+        for number, batch in enumerate(batches(4, data=builders.open_photographs(smoke_config()))):
+            trainer.step(*batch)
+            assert len(device.waits) == (number + 1) // 2
+            assert all(len(player.unread) == (number + 1) % 2 for player in trainer.players)
 
 
 def test_a_step_on_the_pretended_device_is_the_step_on_the_cpu(make_trainer, smoke_config, batches):

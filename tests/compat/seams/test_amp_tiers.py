@@ -178,7 +178,7 @@ def test_steps_without_casting_are_plain_ones(leave_tier: LeaveTier, tier: str) 
             loss = (weight**2).sum()
         scaler.scale(loss).backward()
         assert find_inf(scaler, optimizer) is None
-        assert optimizer_step(scaler, optimizer)
+        optimizer_step(scaler, optimizer)
         scaler.update()
     assert torch.equal(weight, expected)
 
@@ -211,7 +211,7 @@ def test_steps_on_cuda_scale_unscale_and_skip_on_every_tier(leave_tier: LeaveTie
         product = weight @ torch.ones(4, 4, device=CUDA)
     assert product.dtype is (torch.float32 if tier == "none" else torch.float16)
     scaler.scale(product.float().sum()).backward()
-    assert optimizer_step(scaler, optimizer)
+    optimizer_step(scaler, optimizer)
     scaler.update()
     assert torch.equal(weight, torch.full_like(weight, -1.0)), "1 - lr 0.5 x gradient 4, unscaled"
     if tier == "none":
@@ -219,7 +219,7 @@ def test_steps_on_cuda_scale_unscale_and_skip_on_every_tier(leave_tier: LeaveTie
     before = scaler.get_scale()
     optimizer.zero_grad(set_to_none=True)
     scaler.scale((weight * float("inf")).sum()).backward()
-    assert not optimizer_step(scaler, optimizer)
+    optimizer_step(scaler, optimizer)
     scaler.update()
     assert torch.equal(weight, torch.full_like(weight, -1.0))
     assert scaler.get_scale() == before / 2
