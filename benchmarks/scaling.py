@@ -327,7 +327,7 @@ def write(
     ]
     sums = ", ".join(f"{1000 * messages[f'{size} MiB']:.0f} ms in buckets of {size} MiB" for size in BUCKETS)
     text = (
-        f"{hardware()}. One thread each, float32, the batch of the configuration; the median of {TURNS} turns of "
+        f"{hardware(CPU)}. One thread each, float32, the batch of the configuration; the median of {TURNS} turns of "
         f"{options.steps} steps. Two separate processes train on a batch each and know nothing of each other: "
         f"the machine cannot give more. Time in messages includes waiting for the other process.\n\n"
         f"{format_table(header, rows)}\n\n"

@@ -177,7 +177,7 @@ class ScoreHook:
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
         if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
-            trainer.settle()
+            trainer.share_statistics()  # the best checkpoint holds them
             with trainer.profiler.watch(*trainer.owners), trainer.phase("score"):
                 self._score(trainer)
             trainer.progress.scored = iteration
