@@ -1,6 +1,7 @@
 """Optimisers, schedules at hand-computed iterations, clipping, and the search for gradients that are not finite."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -112,12 +113,11 @@ def test_adam_is_fused_where_torch_can_and_else_says_so_once(monkeypatch, caplog
 def test_a_loaded_state_is_fused_where_the_optimiser_is(fused):
     """What comes from a machine of the other kind steps here as a state of one's own, and counts on from there."""
     parameters = [parameters_with_gradients([1.0, -2.0]) for _ in range(2)]
-    own, other = (
-        torch.optim.Adam(given, lr=0.1, fused=is_fused) for given, is_fused in zip(parameters, (fused, not fused))
-    )
+    own = torch.optim.Adam(parameters[0], lr=0.1, fused=fused)
+    other = torch.optim.Adam(parameters[1], lr=0.1, fused=not fused)
     for optimizer in (own, other):
         optimizer.step()
-    own.load_state_dict(other.state_dict())
+    own.load_state_dict(deepcopy(other.state_dict()))
     refit_fused(own)
     assert bool(own.param_groups[0]["fused"]) is fused
     for optimizer in (own, other):
