@@ -254,9 +254,9 @@ def count(name: str) -> StepCost:
     finally:
         Processes.sum_gradients = original  # type: ignore[method-assign]
     operations = sum(meter.operations.values()) / 4 / config.training.batch_size
-    # each sum follows two agreements, on its phase and on which gradients there are; between steps there are two more,
-    # on signals and on saving
-    return StepCost(name, operations, size[0] / 4, applied[0] / 4, 2 * applied[0] / 4 + 2)
+    # each sum follows two agreements, on its phase and on which gradients there are; between steps there are three
+    # more, on signals, on saving and on the next photographs
+    return StepCost(name, operations, size[0] / 4, applied[0] / 4, 2 * applied[0] / 4 + 3)
 
 
 def communication(cost: StepCost, link: Link, gpus: int) -> float:
