@@ -1,9 +1,9 @@
-"""Every benchmark in one command that keeps its time: `python -m benchmarks.all --gpu --minutes 25`.
+"""What a machine makes of training, in one command that keeps its time: `python -m benchmarks.all --gpu --minutes 25`.
 
 Each part runs in a process of its own for at most its share of the time that is left; what it does not use is left to
 the parts behind it. A folder takes the Markdown, the plots and the log of each, and summary.md, which is replaced
-whenever a part begins or ends: whatever ends the command leaves what has been measured until then. It needs nothing but
-the checkout. Without --gpu the same is measured on the CPU.
+whenever a part begins or ends: whatever ends the command leaves what has been measured until then. It needs the
+checkout, and pytest for its tests. Without --gpu the same is measured on the CPU.
 """
 
 from __future__ import annotations

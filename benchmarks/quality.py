@@ -131,7 +131,6 @@ def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[M
     The latter are taken after each of the increasing `seconds` that training reaches, and where it ends before.
     """
     trainer, validation, test = build(config)
-    loader = builders.build_loader(config, builders.open_photographs(config))
     curve: list[Point] = []
     reached: list[Mark] = []
     due = FIRST_STEP
@@ -156,7 +155,8 @@ def trace(config: Config, seconds: Sequence[float]) -> tuple[list[Point], list[M
         if len(reached) == len(seconds):
             trainer.stop_reason = "the time is up"
 
-    trainer.run(iter(loader), [look])
+    with builders.open_batches(config, builders.open_photographs(config), 0, trainer.device) as batches:
+        trainer.run(batches, [look])
     if len(reached) < len(seconds):
         curve.append(measure(trainer, validation))
         reached.append(judge(trainer))

@@ -254,9 +254,9 @@ def count(name: str) -> StepCost:
     finally:
         Processes.sum_gradients = original  # type: ignore[method-assign]
     operations = sum(meter.operations.values()) / 4 / config.training.batch_size
-    # each sum follows two agreements, on its phase and on which gradients there are; between steps there are two more,
-    # on signals and on saving
-    return StepCost(name, operations, size[0] / 4, applied[0] / 4, 2 * applied[0] / 4 + 2)
+    # each sum follows two agreements, on its phase and on which gradients there are; between steps there are three
+    # more, on signals, on saving and on the next photographs
+    return StepCost(name, operations, size[0] / 4, applied[0] / 4, 2 * applied[0] / 4 + 3)
 
 
 def communication(cost: StepCost, link: Link, gpus: int) -> float:
@@ -327,7 +327,7 @@ def write(
     ]
     sums = ", ".join(f"{1000 * messages[f'{size} MiB']:.0f} ms in buckets of {size} MiB" for size in BUCKETS)
     text = (
-        f"{hardware()}. One thread each, float32, the batch of the configuration; the median of {TURNS} turns of "
+        f"{hardware(CPU)}. One thread each, float32, the batch of the configuration; the median of {TURNS} turns of "
         f"{options.steps} steps. Two separate processes train on a batch each and know nothing of each other: "
         f"the machine cannot give more. Time in messages includes waiting for the other process.\n\n"
         f"{format_table(header, rows)}\n\n"

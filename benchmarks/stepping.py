@@ -21,7 +21,6 @@ from graf.app import builders
 from graf.app.hooks import LogHook
 from graf.app.memory_estimator import imagine_dataset
 from graf.config import Config
-from graf.data.loader import Batches
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import wait_for
@@ -45,7 +44,7 @@ class Subject(Protocol):
 
 
 class Program:
-    """A configuration's training, as `graf train` runs it."""
+    """A configuration's training, as `graf train` runs it, but for the wait after every step that timing takes."""
 
     def __init__(self, config: Config, device: torch.device, has_photographs: bool, stack: ExitStack) -> None:
         self.device, self.batch, self.period = device, config.training.batch_size, count_period(config)
@@ -56,9 +55,7 @@ class Program:
             photographs = builders.open_photographs(config)
             info = builders.describe_dataset(config, photographs)
             sampler = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, info))
-            self._batches = stack.enter_context(
-                Batches(builders.build_loader(config, photographs, pin_memory=device.type == "cuda"))
-            )
+            self._batches = stack.enter_context(builders.open_batches(config, photographs, 0, device))
         else:
             info = imagine_dataset(config)
             labels = torch.tensor([(number % len(info.class_names), 0, 0, -1) for number in range(self.batch)])

@@ -311,10 +311,11 @@ def tell(
         "GFLOP are those of matrix products and convolutions, GB what operators read and write, in a step, operators "
         "those that do so. Of peak, of "
         "bandwidth: the share of the step that they would take at these limits; caches serve what is beyond 100%. "
-        "Peaks are of live tensors. x plain: of the published loop's step, timed in alternation.",
+        "Peaks are of live tensors, on a GPU of what its allocator has given out. x plain: of the published loop's "
+        "step, timed in alternation.",
         "",
         "Phases, in shares of the step by torch's profiler. `render` is the one that D and G share, where they do; "
-        "else it is a part of d and g. The rest is drawing inputs and updating:",
+        "else it is a part of d and g:",
         "",
         table_of_shares({name: row for name, row in measured.items() if name != PLAIN}, lambda row: row.phases),
         "",
@@ -373,13 +374,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured |= measure_together(group, configs, 1 if options.quick else options.turns, device)
             if options.save:
                 save(options.save, measured, device)
+            # after every group: whoever runs out of time has what there is
+            same, plot = compare(measured, before), options.results.with_name("throughput.png")
+            draw(plot, measured, same)
+            text = tell(measured, same, earlier, device, plot)
+            write_section("Throughput", "python -m benchmarks.throughput", text, options.results)
     if not measured:
         return 1
-    same, plot = compare(measured, before), options.results.with_name("throughput.png")
-    draw(plot, measured, same)
-    text = tell(measured, same, earlier, device, plot)
     print(text)
-    write_section("Throughput", "python -m benchmarks.throughput", text, options.results)
     return 0
 
 

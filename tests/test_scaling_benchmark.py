@@ -33,7 +33,7 @@ def test_gradients_and_sums_of_a_step_are_counted():
     cost = scaling.count("smoke")
     config, trainer = scaling.build("smoke", Processes())
     assert cost.bytes == sum(4 * parameter.numel() for player in trainer.players for parameter in player.parameters)
-    assert (cost.sums, cost.agreements) == (2, 6)
+    assert (cost.sums, cost.agreements) == (2, 7)
     assert cost.operations * config.training.batch_size > 0
     assert Processes().sum_gradients([], {}) == {}  # nothing is counted any more
 

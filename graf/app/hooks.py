@@ -69,12 +69,12 @@ class LogHook:
 
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         progress, training = trainer.progress, trainer.config.training
-        self.caches.after_step(progress.iteration)
         if is_due(progress.iteration, training.print_every) or progress.iteration == 1:
             with trainer.timer.phase("log"):
                 trainer.share_statistics()
                 if trainer.processes.is_first:
                     self._write(trainer, trainer.latest)
+        self.caches.after_step(progress.iteration)  # a GPU is waited for in it, which belongs to the steps before
         progress.logged = progress.iteration
 
     def catch_up(self, trainer: Trainer) -> None:
@@ -177,7 +177,7 @@ class ScoreHook:
     def __call__(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:
         iteration, every = trainer.progress.iteration, trainer.config.training.fid_every
         if every > 0 and iteration > 0 and (is_due(iteration, every) or _is_last(trainer)):
-            trainer.settle()
+            trainer.share_statistics()  # the best checkpoint holds them
             with trainer.profiler.watch(*trainer.owners), trainer.phase("score"):
                 self._score(trainer)
             trainer.progress.scored = iteration

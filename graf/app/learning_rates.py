@@ -156,8 +156,8 @@ def describe(test: RangeTest, player: Player, trainer: Trainer) -> str:
     training, iteration = trainer.config.training, trainer.progress.iteration
     factor = batch_factor(training.scale_lr, training.batch_size, training.lr_batch_size)
     factor *= (player.schedule(iteration) or 1.0) if iteration else 1.0
-    lowest, highest = test.useful
-    end = f"it diverged at {test.rates[-1]:.2g}" if test.has_diverged else "no rate was too high for it"
+    lowest, highest = (rate / factor for rate in test.useful)
+    end = f"it diverged at {test.rates[-1] / factor:.2g}" if test.has_diverged else "no rate was too high for it"
     return (
         f"{PLAYERS[test.suffix]}: {key}={test.suggestion / factor:.2g}; rates from {lowest:.2g} to {highest:.2g} have "
         f"lowered {test.loss} by half of the most or more; {end}"

@@ -164,8 +164,11 @@ def with_margin(peak: float, device_type: str) -> int:
     return round(peak * (1 + share) + fixed * MIB)
 
 
-def resolve_budget(text: str, device: torch.device) -> int:
-    """Bytes of training.memory_budget; "auto": most of the device's usable memory, BudgetError if unknown."""
+def resolve_budget(text: str, device: torch.device, sharers: int = 1) -> int:
+    """Bytes of training.memory_budget; "auto": most of the device's usable memory, BudgetError if unknown.
+
+    sharers: processes on this machine, which have to make do with one memory where the device is no GPU of their own.
+    """
     if text != "auto":
         return parse_bytes(text)
     usable = read_usable_memory(device)
@@ -173,7 +176,7 @@ def resolve_budget(text: str, device: torch.device) -> int:
         raise BudgetError(
             f"training.memory_budget=auto: {device} does not tell what is free; name a budget, as in 8GiB"
         )
-    return round(USABLE_SHARE * usable)
+    return round(USABLE_SHARE * usable / (1 if device.type == "cuda" else sharers))
 
 
 def choose_for_budget(
@@ -189,7 +192,7 @@ def choose_for_budget(
     config = config.model_copy(update={"training": config.training.model_copy(update={"batch_size": share})})
     started = time.monotonic()
     device = trainer.device
-    budget = resolve_budget(text, device)
+    budget = resolve_budget(text, device, trainer.processes.local_size)
     if offline_features:
         evaluation = config.evaluation.model_copy(update={"feature_extractor": "offline"})
         config = config.model_copy(update={"evaluation": evaluation})

@@ -121,7 +121,17 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
     parser.add_argument("--memory_budget", help="training.memory_budget: auto, or an amount such as 8GiB")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any key of the configuration")
-    return parser.parse_intermixed_args(arguments)  # keys may stand between flags
+    options = parser.parse_intermixed_args(arguments)  # keys may stand between flags
+    _refuse_useless(parser, options)
+    return options
+
+
+def _refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a message where somebody would wait in vain for what an option writes."""
+    instead = "plan" if options.plan else "lr_range_test" if options.lr_range_test else None
+    for name in ("profile", "memory_snapshot", "lr_range_test"):
+        if instead not in (None, name) and getattr(options, name):
+            parser.error(f"--{name}: does nothing beside --{instead}, which trains no run")
 
 
 def _at_least(least: int) -> Callable[[str], int]:

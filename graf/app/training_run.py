@@ -89,7 +89,8 @@ def train(
             )
         else:
             say_scaled_rates(run.trainer)
-            snapshot = folder.path / "memory_snapshot.pickle" if memory_snapshot else None
+            name = "memory_snapshot.pickle" if processes.is_first else f"memory_snapshot_{processes.rank}.pickle"
+            snapshot = folder.path / name if memory_snapshot else None
             run.go_on(started, snapshot, profile)
             run.report(program)
     processes.close()

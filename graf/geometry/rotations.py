@@ -43,11 +43,6 @@ def quaternion_from_rotation(rotations: Tensor) -> Tensor:
     return torch.where(quaternions[..., :1] < 0, -quaternions, quaternions)
 
 
-def slerp(start: Tensor, end: Tensor, share: Tensor | float) -> Tensor:
-    """The rotation at `share` of the shorter great arc from start to end, unit quaternions (4,) (Shoemake 1985)."""
-    return _arc(start, torch.where((start * end).sum() < 0, -end, end), share)
-
-
 def _arc(start: Tensor, end: Tensor, share: Tensor | float) -> Tensor:
     """The arc between two points of the sphere of quaternions, be it the shorter one of the rotations or not."""
     angle = torch.atan2((end - start).norm(), (end + start).norm()) * 2

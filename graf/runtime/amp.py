@@ -230,7 +230,7 @@ def find_inf(scaler: Scaler, optimizer: torch.optim.Optimizer) -> torch.Tensor |
 
 
 def _found_infs(scaler: Scaler, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """What unscaling has met, one number for each device; empty without scaling, and without any gradient."""
+    """What unscaling has met, one number for each device; empty without scaling. There has to be a gradient."""
     if not scaler.is_enabled():
         return []
     # Torch records found_inf per optimiser and has no public reader for it; the name is the same since torch 1.6.

@@ -9,6 +9,7 @@ that has run out, a signal, a full disk) is agreed on first, so that nobody wait
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from graf.base.errors import UserError
 from graf.runtime.interrupt import Stopped
-from graf.runtime.memory import is_out_of_memory
+from graf.runtime.memory import OutOfMemory, is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -242,6 +243,8 @@ class JoinedProcesses(Processes):
         try:
             yield
         except RuntimeError as error:  # torch has no closer type before 2.2
+            if is_out_of_memory(error):
+                raise
             self._lost = self._find_lost(error)
             raise self._lost from error
 
@@ -263,7 +266,8 @@ class JoinedProcesses(Processes):
         )
 
     def tells(self, error: Exception) -> bool:
-        has_cause, may_tell = not isinstance(error, PeerError), not isinstance(error, PeerFailure)
+        may_tell = not isinstance(error, PeerFailure | PeerOutOfMemory)
+        has_cause = may_tell and not isinstance(error, PeerError)
         if not has_cause:  # who has the cause goes first
             self._wait_until("told", 1, GRACE / 3 if may_tell else PATIENCE)
         try:
@@ -287,9 +291,9 @@ class JoinedProcesses(Processes):
         if self._lost is not None:
             return
         # One after another, the holder of the store last: gloo of torch 2.1 may wait for ever where two leave at once
-        self._wait_until("left", self.size - 1 - self.rank, GRACE)
-        _distributed().destroy_process_group()
-        with suppress(Exception):
+        self._wait_until("left", self.size - 1 - self.rank, PATIENCE)
+        with suppress(Exception):  # all work is done
+            _distributed().destroy_process_group()
             self.store.add("left", 1)
 
 
@@ -302,15 +306,14 @@ class Launch:
     local_rank: int = 0
     local_size: int = 1
     address: str = ""
-    attempt: int = 0
     keeps_store: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launch:
         """From RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them.
 
-        One process alone (WORLD_SIZE 1, or none of it) is told nothing. attempt: how often torchrun has started the
-        processes again; keeps_store: whether it holds what they meet at, else the first process does.
+        One process alone (WORLD_SIZE 1, or none of it) is told nothing. Without LOCAL_WORLD_SIZE all processes are on
+        one machine. keeps_store: whether the launcher holds what they meet at, else the first process does.
         Raises LaunchError for an environment that is not whole.
         """
         size = _read_number(environment, "WORLD_SIZE", 1)
@@ -328,7 +331,6 @@ class Launch:
             local_rank=_read_number(environment, "LOCAL_RANK", 0),
             local_size=_read_number(environment, "LOCAL_WORLD_SIZE", size),
             address=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
-            attempt=_read_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
             keeps_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
@@ -348,6 +350,7 @@ class Launch:
         try:
             store, _, _ = next(distributed.rendezvous("env://", rank=self.rank, world_size=self.size, timeout=wait))
             store.set_timeout(wait)
+            store = distributed.PrefixStore(meet(store, self.rank, self.size, timeout), store)
             group = distributed.PrefixStore("group", store)
             distributed.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=wait)
         except (RuntimeError, ValueError, OSError) as error:
@@ -357,6 +360,31 @@ class Launch:
                 f"(training.process_timeout) [{reason}]"
             ) from error
         return JoinedProcesses(self, distributed.PrefixStore("people", store))
+
+
+def meet(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name that the processes share which meet now, and none that have met before.
+
+    torchrun may keep one store from restart to restart, in which the addresses of ended processes are still to be
+    found. So each process shows a number of its own, which the first one answers with the name; a number that nobody
+    waits for any more is answered in vain. Raises RuntimeError for those that do not come.
+    """
+    own = secrets.randbelow(2**62) + 1
+    if rank:
+        store.set(f"hello/{rank}", str(own))
+        name = str(store.get(f"answer/{own}").decode())
+        store.add(f"{name}/{rank}", 1)
+        return name
+    name, missing, until = f"meeting/{own}", list(range(1, size)), time.monotonic() + timeout
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"process {', '.join(map(str, missing))} did not come")
+        for other in missing:
+            if shown := store.add(f"hello/{other}", 0):
+                store.set(f"answer/{shown}", name)
+        missing = [other for other in missing if not store.add(f"{name}/{other}", 0)]
+        time.sleep(0.01)
+    return name
 
 
 def list_backends() -> list[str]:
@@ -380,14 +408,17 @@ def hash_tensor(tensor: Tensor) -> Tensor:
     for start in range(0, len(flat), HASHED_AT_ONCE):
         part = flat[start : start + HASHED_AT_ONCE].long()
         places = torch.arange(start, start + len(part), device=flat.device)
-        total += ((part + 1) * (places * 0x5851F42D4C957F2D + 0x14057B7EF767814F)).sum()  # Knuth's MMIX constants
+        # odd, so that no bit of a number is lost; the constants are Knuth's, of MMIX
+        factors = places * (0x5851F42D4C957F2D - 1) + 0x14057B7EF767814F
+        total += ((part + 1) * factors).sum()
     return total
 
 
 def _weigh(error: BaseException) -> int:
     if isinstance(error, Stopped):
         return _STOPPED
-    return _OUT_OF_MEMORY if is_out_of_memory(error) else _FAILED
+    # OutOfMemory: it has been tried with less, in vain
+    return _OUT_OF_MEMORY if is_out_of_memory(error) and not isinstance(error, OutOfMemory) else _FAILED
 
 
 def _read_number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -21,7 +21,7 @@ from graf.base.files import replace_file
 from graf.runtime import operator_classes as classes
 from graf.runtime.regions import DATA, LOGGING, PREFIX, RANDOM_NUMBERS
 
-#: the phase of what happens in a step outside of named ones: drawing its inputs, updates
+#: the phase of what happens in a step outside of named ones
 REST = "rest"
 #: regions whose inside counts towards one class, whatever operators it calls; "ema" is a phase of the trainer
 _REGION_CLASSES = {

@@ -28,6 +28,23 @@ def build_optimizer(
         return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8)
 
 
+def refit_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Fused here or not, as `optimizer` was built, whatever it was where its loaded state comes from.
+
+    A fused step counts on the parameters' device; any other one counts on the CPU, where it is read.
+    """
+    is_fused = bool(optimizer.defaults.get("fused"))
+    for group in optimizer.param_groups:
+        if bool(group.get("fused")) == is_fused:
+            continue
+        group["fused"] = is_fused
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                device = parameter.device if is_fused else "cpu"
+                state["step"] = state["step"].to(device, torch.float32)
+
+
 @dataclass(frozen=True)
 class LearningRateSchedule:
     """A factor on the learning rate as a function of the iteration.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graf.base.errors import UserError
 from graf.runtime.amp import Scaler, find_inf, optimizer_step, skips_by_itself
 from graf.runtime.distributed import Processes
-from graf.training.optim import clip_gradients, gradient_norms, parameter_norms
+from graf.training.optim import clip_gradients, gradient_norms, parameter_norms, refit_fused
 
 #: the key that sets the learning rate of each player, by its suffix
 RATE_KEYS = {"g": "training.lr_g", "d": "training.lr_d", "sr": "ccsr.lr"}
@@ -73,8 +73,7 @@ class Player:
             group["lr"] = self.lr_at(iteration)
             if "betas" in group:
                 group["betas"] = self.betas
-            if group.get("fused") and not self.optimizer.defaults["fused"]:  # saved where Adam could be fused
-                group["fused"] = False
+        refit_fused(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
@@ -166,6 +165,6 @@ def read_updates(players: Sequence[Player]) -> None:
 
 def _describe_divergence(what: str, iteration: int) -> str:
     return (
-        f"iteration {iteration}: {what} is not finite; the last checkpoint is untouched; resume from it with a lower "
-        f"learning rate ({', '.join(RATE_KEYS.values())}) or with training.use_amp=false"
+        f"iteration {iteration}: {what} is not finite; the last checkpoint is untouched; resume from it, or from one "
+        f"before it, with a lower learning rate ({', '.join(RATE_KEYS.values())}) or with training.use_amp=false"
     )

@@ -41,7 +41,7 @@ from graf.training.losses import MCE_Loss
 from graf.training.objective import GANObjective, LossSettings, Statistics, SuperResolutionLossSettings
 from graf.training.optim import LearningRateSchedule, batch_factor, build_optimizer
 from graf.training.perceptual import load_perceptual_distance
-from graf.training.players import Player, read_updates
+from graf.training.players import DivergenceError, Player, read_updates
 
 
 @dataclass
@@ -260,7 +260,7 @@ class Trainer:
         while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
             started = time.monotonic()
             with self.timer.phase("data"):
-                batch = next(batches)  # the arguments of a step
+                batch = self.processes.together(lambda: next(batches))  # the arguments of a step
             self.in_step = True
             self.latest |= self.step(*batch)
             self._check_equality()
@@ -299,11 +299,13 @@ class Trainer:
         On a GPU steps go on unseen, so whoever keeps, shows or scores what was learned calls this before. The wait is
         part of the time that training takes.
         """
-        started, in_step = time.monotonic(), self.in_step
-        self.in_step = True  # a state that has diverged is not worth saving
-        read_updates(self.players)
-        self.in_step = in_step
-        if not in_step:
+        started = time.monotonic()
+        try:
+            read_updates(self.players)
+        except DivergenceError:
+            self.in_step = True  # a state that has diverged is not worth saving
+            raise
+        if not self.in_step:
             self.progress.seconds += time.monotonic() - started
 
     def share_statistics(self) -> None:

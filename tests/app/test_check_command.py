@@ -133,6 +133,7 @@ def test_no_torchvision(monkeypatch, machine):
         ("2.6.0", "torch==2.6.0", OK),
         ("2.6.0", "torch==2.1.2", PROBLEM),
         ("2.15.0", "torch (>=2.14.0)", OK),
+        ("2.10.0.dev20250915+cu128", "torch (==2.10.0.dev20250915)", OK),
         ("2.15.0", "torchmetrics==1.0", OK),
     ],
 )

@@ -55,6 +55,14 @@ def test_what_is_no_command_is_answered_with_the_commands(arguments, capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options", [("--plan", "--profile", "3"), ("--lr_range_test", "--memory_snapshot"), ("--lr_range_test", "--plan")]
+)
+def test_who_waits_for_what_will_not_be_written_is_told(options, capsys):
+    assert exit_code("train", *options) == 2
+    assert "which trains no run" in capsys.readouterr().err
+
+
 def test_a_shipped_configuration_is_trained_and_evaluated_by_its_name(restored_process, smoke_run, capsys):
     data = f"data.datadir={smoke_run.data}"
     assert main(["train", "--config", "smoke", data, *KEYS, "--max_minutes", "1e-6", "training.max_iterations=2"]) == 75

@@ -16,6 +16,7 @@ from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
 from graf.runtime.activation_checkpointing import call_chunk
 from graf.runtime.amp import Precision
+from graf.runtime.distributed import Processes
 from graf.runtime.memory_settings import MemorySettings
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -212,7 +213,7 @@ def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypat
     monkeypatch.setattr(fake_tensors, "FakeTensorMode", None)
     config = small("training.memory_budget=1GiB")
     memory = builders.build_memory_settings(config)
-    processes = SimpleNamespace(largest_share=lambda batch_size: batch_size)
+    processes = Processes()
     objective = SimpleNamespace(precision=Precision("cpu", None))
     trainer = SimpleNamespace(processes=processes, device=torch.device("cpu"), objective=objective, memory=memory)
     info = memory_estimator.imagine_dataset(config)

@@ -2,12 +2,11 @@
 
 import math
 
-import pytest
 import torch
 from torch.nn import functional
 from torch.testing import assert_close
 
-from graf.geometry.rotations import quaternion_from_rotation, rotation_from_quaternion, slerp, squad, unroll
+from graf.geometry.rotations import quaternion_from_rotation, rotation_from_quaternion, squad, unroll
 
 
 def random_quaternions(count: int) -> torch.Tensor:
@@ -32,17 +31,6 @@ def test_a_quaternion_turns_a_vector_as_the_matrix_exponential_does():
 def test_matrices_become_quaternions_and_back_wherever_the_largest_number_is():
     quaternions = torch.cat([random_quaternions(500), torch.eye(4, dtype=torch.float64), about_z(179.999)[None]])
     assert_close(quaternion_from_rotation(rotation_from_quaternion(quaternions)), quaternions, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.9, 1.0])
-def test_slerp_turns_evenly_about_the_axis_and_takes_the_shorter_way(share):
-    expected = rotation_from_quaternion(about_z(20 + 80 * share))
-    assert_close(rotation_from_quaternion(slerp(about_z(20), about_z(100), share)), expected)
-    assert_close(rotation_from_quaternion(slerp(about_z(20), -about_z(100), share)), expected)
-
-
-def test_slerp_of_one_rotation_is_that_rotation():
-    assert_close(slerp(about_z(20), about_z(20), 0.3), about_z(20))
 
 
 def test_unrolled_quaternions_are_the_same_rotations_and_neighbours():

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from graf.runtime.distributed import (
     PeerOutOfMemory,
     Processes,
     hash_tensor,
+    meet,
 )
 from graf.runtime.interrupt import Stopped
 
@@ -71,7 +73,22 @@ def test_an_environment_that_is_not_whole_is_refused(environment, message):
 def test_what_torchrun_says_is_read():
     environment = {"WORLD_SIZE": "6", "RANK": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **ADDRESS}
     assert Launch.read(environment) == Launch(4, 6, 1, 3, "127.0.0.1:1")
-    assert Launch.read(environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2
+    assert Launch.read(environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).keeps_store
+    assert (
+        Launch.read({name: value for name, value in environment.items() if name != "LOCAL_WORLD_SIZE"}).local_size == 6
+    )
+
+
+def test_those_who_meet_are_not_taken_in_by_what_others_have_left():
+    store, names = torch.distributed.HashStore(), []
+    for _ in range(3):  # as after restarts, for which the launcher keeps the store
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(lambda rank: meet(store, rank, 4, timeout=20.0), range(4)))
+        assert len(set(found)) == 1
+        names.append(found[0])
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="process 1, 2, 3 did not come"):
+        meet(store, 0, 4, timeout=0.1)
 
 
 def test_who_is_alone_says_whom_it_did_not_find(monkeypatch):

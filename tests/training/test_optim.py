@@ -1,6 +1,7 @@
 """Optimisers, schedules at hand-computed iterations, clipping, and the search for gradients that are not finite."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from graf.training.optim import (
     clip_gradients,
     gradient_norms,
     parameter_norms,
+    refit_fused,
 )
 
 
@@ -104,6 +106,24 @@ def test_adam_is_fused_where_torch_can_and_else_says_so_once(monkeypatch, caplog
     for _ in range(2):
         assert not build_optimizer("adam", parameters, 1e-3, (0.0, 0.99)).defaults["fused"]
     assert [record.message for record in caplog.records] == ["Adam runs unfused: `fused=True` requires CUDA"]
+
+
+@pytest.mark.skipif(torch_release() < (2, 4), reason="Adam is not fused on the CPU")
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loaded_state_is_fused_where_the_optimiser_is(fused):
+    """What comes from a machine of the other kind steps here as a state of one's own, and counts on from there."""
+    parameters = [parameters_with_gradients([1.0, -2.0]) for _ in range(2)]
+    own = torch.optim.Adam(parameters[0], lr=0.1, fused=fused)
+    other = torch.optim.Adam(parameters[1], lr=0.1, fused=not fused)
+    for optimizer in (own, other):
+        optimizer.step()
+    own.load_state_dict(deepcopy(other.state_dict()))
+    refit_fused(own)
+    assert bool(own.param_groups[0]["fused"]) is fused
+    for optimizer in (own, other):
+        optimizer.step()
+    assert_close(parameters[0], parameters[1])
+    assert float(own.state[parameters[0][0]]["step"]) == 2
 
 
 def test_parameter_norms_are_those_of_each_parameter_that_has_a_gradient():
