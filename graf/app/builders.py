@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from graf.app.refined_cameras import build_camera_refinement
-from graf.config import DEFAULT_CHUNK, Config, ConfigError, Section, batch_too_large
+from graf.config import Config, ConfigError, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
@@ -45,7 +46,7 @@ from graf.runtime.amp import Precision
 from graf.runtime.distributed import Processes
 from graf.runtime.logs import info_once, warn_once
 from graf.runtime.memory import read_usable_memory
-from graf.runtime.memory_settings import MemorySettings
+from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings
 from graf.runtime.randomness import derive_seed, preserve_rng, seed_everything
 from graf.training.trainer import Trainer
 
@@ -58,6 +59,9 @@ NUM_VALIDATION = 48
 PIXEL_SHARE = 0.05
 #: of the true pictures that renders are compared with: no more memory than for one of 64 x 64
 TRUE_PIXELS_AT_ONCE = 4096
+#: numbers of a field's widest layer that are computed at once: on a CPU as many as caches hold, on a GPU so many that
+#: launching what computes them takes no time beside it
+CPU_NUMBERS_AT_ONCE, GPU_NUMBERS_AT_ONCE = 2**23, 2**26
 
 
 @dataclass(frozen=True)
@@ -397,14 +401,23 @@ def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
     return generator
 
 
-def build_memory_settings(config: Config) -> MemorySettings:
+def build_memory_settings(config: Config, device_type: str = "cpu") -> MemorySettings:
     """How a step fits into memory as configured; `auto` stands for what it means without a budget."""
     training = config.training
     return MemorySettings(
         micro_batch_size=training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size,
         strategy="dense" if training.memory_strategy == "auto" else training.memory_strategy,
-        chunk=DEFAULT_CHUNK if training.chunk == "auto" else training.chunk,
+        chunk=choose_chunk(config, device_type) if training.chunk == "auto" else training.chunk,
     )
+
+
+def choose_chunk(config: Config, device_type: str) -> int:
+    """Rays that are rendered at once where nobody has said how many: a power of two, the fewer the wider the field."""
+    nerf = config.nerf
+    width = nerf.decoder_width if nerf.field == "triplane" else nerf.netwidth
+    numbers = CPU_NUMBERS_AT_ONCE if device_type == "cpu" else GPU_NUMBERS_AT_ONCE
+    rays = numbers // (width * max(nerf.N_samples, nerf.N_importance))
+    return max(SMALLEST_CHUNK, 2 ** int(math.log2(max(rays, 1))))
 
 
 def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscriminator:
@@ -474,7 +487,7 @@ def build_trainer(
     for network in (generator, discriminator, ccsr):
         if network is not None and device.type != "cpu":  # the memory estimator's fake ones cannot be moved
             network.to(device)
-    memory, caster = build_memory_settings(config), build_caster(config, dataset_info)
+    memory, caster = build_memory_settings(config, device.type), build_caster(config, dataset_info)
     return kind(config, memory, generator, discriminator, caster, pose_sampler, precision, device, ccsr, processes)
 
 

@@ -125,6 +125,7 @@ def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGener
             f"{file}: does not tell its iteration ({error!r}); it is not a checkpoint of train.py"
         ) from error
     generator = builders.build_generator(config, dataset_info).to(device)
+    generator.use(builders.build_memory_settings(config, device.type))
     ccsr = builders.build_ccsr(config, pretrained=False)
     averages: dict[str, nn.Module] = {"generator_average": generator}
     if ccsr is not None:

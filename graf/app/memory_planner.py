@@ -70,9 +70,9 @@ def relative_cost(config: Config, settings: MemorySettings) -> float:
     return work * passes
 
 
-def candidate_settings(config: Config) -> list[MemorySettings]:
+def candidate_settings(config: Config, device_type: str = "cpu") -> list[MemorySettings]:
     """Everything that a budget may choose from, cheapest first: only what is `auto` varies."""
-    training, own = config.training, builders.build_memory_settings(config)
+    training, own = config.training, builders.build_memory_settings(config, device_type)
     sizes = range(training.batch_size, 0, -1) if training.micro_batch_size == "auto" else [own.micro_batch_size]
     strategies = STRATEGIES if training.memory_strategy == "auto" else (own.strategy,)
     chunks = [own.chunk]
@@ -89,7 +89,7 @@ def choose_settings(planner: StepPlanner, budget: int) -> Plan:
     candidates are worth one of their own; only a predicted candidate is ever chosen. Raises BudgetError if none fits.
     """
     search, device_type = _Search(planner, budget), planner.device_type
-    for settings in candidate_settings(planner.config):
+    for settings in candidate_settings(planner.config, device_type):
         if search.estimate(settings) <= budget * ESTIMATE_TOLERANCE:
             plan = search.predict(settings)
             if with_margin(plan.peak, device_type) <= budget:
@@ -231,7 +231,7 @@ def describe_margin(device_type: str) -> str:
 
 def describe_plans(config: Config, device_type: str, budget: int | None) -> str:
     """What `train.py --plan` prints: the phases of the configured settings, alternatives, and what fits the budget."""
-    training, own = config.training, builders.build_memory_settings(config)
+    training, own = config.training, builders.build_memory_settings(config, device_type)
     precision = None  # a GPU that need not be there is taken for one that has the type asked for
     if device_type == "cpu" or (device_type == "mps" and torch.backends.mps.is_available()):
         precision = choose_precision(training.use_amp, training.amp_dtype, torch.device(device_type))

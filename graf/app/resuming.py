@@ -83,7 +83,7 @@ def keeps_sizes(config: Config, meta: Mapping[str, Any]) -> bool:
 
 def forget_sizes(config: Config, trainer: Trainer) -> None:
     """Take the configured sizes again, not those that the checkpoint has brought."""
-    trainer.use(builders.build_memory_settings(config))
+    trainer.use(builders.build_memory_settings(config, trainer.device.type))
     trainer.progress.scoring_batch = 0
 
 

@@ -333,7 +333,7 @@ def open_run(
         keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta) and not plan_again
         if not keeps_sizes:
             resuming.forget_sizes(config, trainer)
-        elif trainer.memory != builders.build_memory_settings(config):
+        elif trainer.memory != builders.build_memory_settings(config, device.type):
             logger.info("memory: %s, as this run has found out", trainer.memory)
     run = TrainingRun(config, folder, device, precision, photographs, info, pose_sampler, extractor, trainer, processes)
     if not run.is_complete and config.training.memory_budget is not None and not keeps_sizes:

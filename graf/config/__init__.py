@@ -2,7 +2,6 @@
 
 from graf.config.loading import CONFIG_FOLDER, ConfigError, build_config, load_config
 from graf.config.schema import (
-    DEFAULT_CHUNK,
     FRAMING_TERMS,
     PATCH_SIZES,
     Config,
@@ -15,7 +14,6 @@ from graf.config.schema import (
 
 __all__ = [
     "CONFIG_FOLDER",
-    "DEFAULT_CHUNK",
     "FRAMING_TERMS",
     "PATCH_SIZES",
     "Config",

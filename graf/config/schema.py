@@ -31,9 +31,6 @@ from graf.config.yaml_dialect import YamlDumper
 PATCH_SIZES = (16, 32, 64, 128, 256)
 FRAMING_TERMS = 7
 
-#: rays per chunk where neither chunk nor memory_budget say otherwise
-DEFAULT_CHUNK = 4096
-
 _BYTES = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 2**10, "m": 2**20, "g": 2**30}
 _BYTES |= {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
@@ -326,7 +323,8 @@ class TrainingConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(
         "auto",
-        description="rays rendered at once, over all images of the batch; auto: 4096, or what fits memory_budget",
+        description="rays rendered at once, over all images of the batch; auto: by the field's width as many as a "
+        "CPU's caches hold, or a GPU's launches want, or what fits memory_budget",
     )
     micro_batch_size: Literal["auto"] | PositiveInt = Field(
         "auto", description="images on the device at once; auto: as many as fit"

@@ -23,6 +23,7 @@ from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Patches, crop_images
 from graf.models.rrdb import RRDBTrunk
 from graf.runtime.amp import float32_region
+from graf.runtime.device import for_convolution
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class CCSR(nn.Module):
             render = render if render.dtype == torch.float64 else render.float()
             latent = crop_images(self.latents(angles), patches, render.shape[-1])
             steered = render + latent.to(render.dtype)
-        unprojected = self._run_trunk(steered)
+        unprojected = self._run_trunk(for_convolution(steered, steered.dtype))
         with float32_region(device_type):
             unprojected = unprojected if unprojected.dtype == torch.float64 else unprojected.float()
             return SuperResolved(self.projection(unprojected, render), unprojected)

@@ -71,9 +71,8 @@ class _SampleByRow(torch.autograd.Function):
         ctx.save_for_backward(places)
         ctx.resolution, ctx.num_rows = resolution, len(rows)
         cells, across, down = _find_cells(places, resolution)
-        corners = [cells + step for step in _corner_steps(resolution)]
-        indices = torch.stack(corners, dim=2).transpose(0, 1).reshape(cells.shape[1], 12)
-        weights = torch.stack(_corner_weights(across, down), dim=2).transpose(0, 1).reshape(cells.shape[1], 12)
+        indices = _by_point([cells + step for step in _corner_steps(resolution)])
+        weights = _by_point(_corner_weights(across, down))
         return functional.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
 
     @staticmethod
@@ -127,3 +126,14 @@ def _corner_weights(across: Tensor, down: Tensor) -> list[Tensor]:
     """The bilinear weights of the corners, in the order of their steps."""
     left, above = 1 - across, 1 - down
     return [left * above, across * above, left * down, across * down]
+
+
+def _by_point(corners: list[Tensor]) -> Tensor:
+    """What four corners (3, B P) have for each plane and point, (B P, 12).
+
+    Written corner by corner: to stack them along a last dimension of four takes eight times as long.
+    """
+    found = corners[0].new_empty(corners[0].shape[1], 3, len(corners))
+    for number, corner in enumerate(corners):
+        found[:, :, number].copy_(corner.t())
+    return found.flatten(1)

@@ -1,6 +1,7 @@
 """Where the features of a tri-plane field's planes come from: a table of them, or a network that makes them of a code.
 
-Both map shape codes (B, dim_shape) and class indices (B,) to planes (B, 3, channels, resolution, resolution).
+Both map shape codes (B, dim_shape) and class indices (B,) to planes (B, 3, channels, resolution, resolution), float32
+and laid out in memory as they are looked up (plane_lookup.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from graf.models.plane_lookup import arrange_planes
+from graf.runtime.amp import float32_region, product_dtype
+from graf.runtime.device import for_convolution
 
 #: Planes are stored at this share of their value: a step of Adam, which is as long as the learning rate, then moves
 #: features ten times as far as the decoder's weights, which was better than three times on toys and photographs.
@@ -42,10 +47,11 @@ class PlaneTable(nn.Module):
         super().__init__()
         size = shape.resolution
         std = INITIAL_STD * STORED_SHARE
-        self.stored = nn.Parameter(std * torch.randn(shape.num_classes, 3, shape.channels, size, size))
+        stored = std * torch.randn(shape.num_classes, 3, shape.channels, size, size)
+        self.stored = nn.Parameter(arrange_planes(stored))  # indexing and optimisers keep the order in memory
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
-        return self.stored[class_idx] / STORED_SHARE
+        return arrange_planes(self.stored[class_idx] / STORED_SHARE)
 
 
 class PlaneSynthesis(nn.Module):
@@ -82,14 +88,17 @@ class PlaneSynthesis(nn.Module):
         self.output = nn.Parameter(torch.zeros(3 * shape.channels, width, 1, 1))
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
-        style = self.mapping(torch.cat([shape_code, self.class_embedding(class_idx)], dim=1))
-        hidden = self.constant.expand(style.shape[0], -1, -1, -1)
-        for side, layer in zip(self.sides, self.layers, strict=True):
-            if hidden.shape[-1] != side:
-                hidden = functional.interpolate(hidden, size=(side, side), mode="bilinear")
-            hidden = functional.leaky_relu(layer(hidden, style), 0.2)
-        shared = self.table(shape_code, class_idx)
-        return shared + functional.conv2d(hidden, self.output / math.sqrt(self.shape.width)).view(shared.shape)
+        dtype = product_dtype(shape_code)
+        with float32_region(shape_code.device.type):
+            style = self.mapping(torch.cat([shape_code, self.class_embedding(class_idx)], dim=1))
+            hidden = for_convolution(self.constant, dtype).expand(style.shape[0], -1, -1, -1)
+            for side, layer in zip(self.sides, self.layers, strict=True):
+                if hidden.shape[-1] != side:
+                    hidden = functional.interpolate(hidden, size=(side, side), mode="bilinear")
+                hidden = functional.leaky_relu_(layer(hidden, style), 0.2)
+            made = functional.conv2d(hidden, (self.output / math.sqrt(self.shape.width)).to(dtype))
+            shared = self.table(shape_code, class_idx)
+            return shared + made.to(shared.dtype).view(shared.shape)
 
 
 class ScaledLinear(nn.Linear):
@@ -124,6 +133,7 @@ class ModulatedConvolution(nn.Module):
         scale = self.style(style)
         variance = scale.square() @ self.weight.square().sum((2, 3)).T
         normal = torch.rsqrt(variance + 1e-8)[:, :, None, None]
-        padding = self.weight.shape[-1] // 2
-        output = functional.conv2d(images * scale[:, :, None, None], self.weight, padding=padding)
-        return output * normal + self.bias[:, None, None]
+        padding, dtype = self.weight.shape[-1] // 2, images.dtype
+        weight = for_convolution(self.weight, dtype)
+        output = functional.conv2d(images * scale[:, :, None, None].to(dtype), weight, padding=padding)
+        return torch.addcmul(self.bias[:, None, None].to(dtype), output, normal.to(dtype))

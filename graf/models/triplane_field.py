@@ -24,7 +24,7 @@ from torch.nn import functional
 from graf.base.tensors import TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
-from graf.models.plane_lookup import arrange_planes, sample_planes
+from graf.models.plane_lookup import sample_planes
 from graf.models.plane_sources import PlaneShape, PlaneSynthesis, PlaneTable
 from graf.runtime.amp import at_least_float32, float32_region
 
@@ -93,8 +93,9 @@ class TriplaneField(RadianceField):
     def prepare(self, z: Tensor, class_idx: Tensor) -> TriplaneCodes:
         """The planes of z (B, dim_shape + dim_appearance) and the classes class_idx (B,), and the decoder of z."""
         batch, width = z.shape[0], self.shape.decoder_width  # len() would fix torch.export's batch
+        shape_code, appearance_code = z.split([self.dim_shape, self.dim_appearance], dim=1)
+        planes = self.planes(shape_code, class_idx)  # in a precision of their source's choice
         with float32_region(z.device.type):
-            shape_code, appearance_code = z.split([self.dim_shape, self.dim_appearance], dim=1)
             scale, shift = self.modulation(shape_code)[:, None].chunk(2, dim=-1)
             mixture = functional.pad(self.appearance(appearance_code)[:, None], (1, 0), value=1.0)
             colours, colour_bias = self.components.weight.view(1, 3, -1, width), self.components.bias.view(1, 3, -1)
@@ -102,7 +103,7 @@ class TriplaneField(RadianceField):
                 colours = (mixture[..., None] * colours).sum(2, keepdim=True)
                 colour_bias = (mixture * colour_bias).sum(2, keepdim=True)
             return TriplaneCodes(
-                planes=arrange_planes(self.planes(shape_code, class_idx)),
+                planes=planes,
                 weight=self.hidden.weight * (1 + scale),
                 bias=functional.linear(shift, self.hidden.weight, self.hidden.bias),
                 head=_stack_head(self.raw_density.weight, colours, batch),
