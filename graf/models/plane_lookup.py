@@ -105,7 +105,7 @@ def _find_cells(places: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor
     batch, count, _ = places.shape
     position = places.permute(2, 0, 1).reshape(3, batch * count) * (resolution / 2)
     position = position.add_((resolution - 1) / 2).clamp_(0, resolution - 1)
-    low = position.floor().clamp_(max=resolution - 2)
+    low = position.floor().clamp_(max=resolution - 2).nan_to_num_(0)  # NaN is in no cell, and stays in the shares
     share = position.sub_(low)
     low = low.int()
     first = torch.arange(batch, dtype=torch.int32).mul_(3 * resolution**2).repeat_interleave(count)

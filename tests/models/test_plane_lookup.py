@@ -1,0 +1,66 @@
+"""Features of planes by rows of channels, as a CPU reads them, against grid_sample, as a GPU does."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from graf.models import plane_lookup
+from graf.models.plane_lookup import arrange_planes, sample_planes
+
+CHANNELS, SIZES = 5, (2, 7, 8)
+
+
+def draw(size: int, batch: int = 3, count: int = 40) -> tuple[Tensor, Tensor]:
+    """Planes, and places inside, outside, on grid points and on edges, many of them in the same cells."""
+    generator = torch.Generator().manual_seed(size)
+    planes = torch.randn(batch, 3, CHANNELS, size, size, generator=generator, dtype=torch.float64)
+    places = 2.6 * torch.rand(batch, count, 3, generator=generator, dtype=torch.float64) - 1.3
+    centres = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1
+    places[:, :size] = centres[:, None]
+    places[:, size : size + 3] = torch.tensor([-1.0, 1.0, 0.25], dtype=torch.float64)
+    return planes, places
+
+
+def evaluate(planes: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Features, and the gradient of a sum of them in which every number weighs something else."""
+    planes = planes.detach().requires_grad_()
+    features = sample_planes(planes, places)
+    weights = torch.arange(1.0, features.numel() + 1, dtype=torch.float64).sin().view(features.shape)
+    (gradient,) = torch.autograd.grad((features * weights).sum(), planes)
+    return features, gradient
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_of_channels_give_what_grid_sample_gives(size, monkeypatch):
+    planes, places = draw(size)
+    found = evaluate(planes, places)
+    monkeypatch.setattr(plane_lookup, "_is_exporting", lambda: True)
+    assert_close(found, evaluate(planes, places), atol=1e-12, rtol=1e-12)
+    monkeypatch.undo()
+    assert_close(found, evaluate(arrange_planes(planes), places), atol=1e-12, rtol=1e-12)
+
+
+def test_gradients_of_places_are_there_for_cameras_that_learn():
+    planes, places = draw(8)
+    features = sample_planes(planes, places.requires_grad_())
+    (gradient,) = torch.autograd.grad(features.square().sum(), places)
+    inside = places.detach().abs().amax(-1) < 0.8
+    assert bool((gradient[inside] != 0).any(-1).all())
+
+
+def test_arranged_planes_are_the_same_numbers_with_channels_side_by_side():
+    planes, _ = draw(7)
+    arranged = arrange_planes(planes)
+    assert torch.equal(arranged, planes)
+    assert arranged.stride(2) == 1
+    assert arrange_planes(arranged).data_ptr() == arranged.data_ptr()
+
+
+def test_what_is_not_a_number_reads_no_memory_that_is_not_the_planes():
+    planes, places = draw(8)
+    places[0, 0] = torch.nan
+    features, gradient = evaluate(planes, places)
+    assert torch.isnan(features[0, 0]).all()
+    assert torch.isfinite(features[1:]).all()
+    assert torch.isfinite(gradient[1:]).all()
