@@ -228,6 +228,14 @@ CASES = {
         *("training.match_views=true", "training.photometric=20", "training.opacity=0.1", "ray_sampler.snap=true"),
         *("data.refine_cameras=true", "data.synthetic.instances=2", "training.optimizer=adam"),
     ),
+    "the default": (  # what configs/default.yaml switches on, in a step that trains super-resolution
+        *("nerf.field=triplane", "nerf.planes=synthesis", "nerf.plane_resolution=16", "nerf.plane_channels=4"),
+        *("nerf.decoder_width=8", "nerf.colour_components=3", "nerf.N_importance=4", "z_dist.dim_appearance=4"),
+        *("data.synthetic.instances=3", "data.synthetic.known_instances=1", "training.instance_prior=0.02"),
+        *("training.match_views=true", "training.photometric=20", "training.opacity=0.3", "ray_sampler.snap=true"),
+        *("training.share_fakes=true", "training.optimizer=adam", "discriminator.norm=none"),
+        *("discriminator.condition_maps=4", *SUPER_RESOLUTION, "ccsr.photometric=200", "ccsr.adversarial=0.1"),
+    ),
     "discriminator": (
         *("discriminator.class_loss=1", "discriminator.condition_maps=0", "discriminator.spectral_norm=true"),
         *(
