@@ -33,13 +33,14 @@ class SuperResolutionInputs(TensorBatch):
     """What super-resolution needs of a batch of patches besides their pixels.
 
     latents: of their views; pixels (B, K, K): the numbers of the pixels that D sees of their super-resolution; crop:
-    where these lie; augment: the augmentation's random numbers for them. Of generated patches only: neighbours, the
-    views that they have to agree with, and neighbour_latents.
+    where these lie; condition: what D is told of them; augment: the augmentation's random numbers for them. Of
+    generated patches only: neighbours, the views that they have to agree with, and neighbour_latents.
     """
 
     latents: LatentMixture
     pixels: Tensor
     crop: Patches
+    condition: PatchCondition
     augment: Tensor
     neighbours: Views | None = None
     neighbour_latents: LatentMixture | None = None
@@ -49,48 +50,41 @@ class SuperResolutionInputs(TensorBatch):
 class FakeInputs(TensorBatch):
     """What a batch of generated patches is made from: codes, views, places and ray noise.
 
-    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; augment_d,
-    augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step that does not
-    train it.
+    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; condition: what
+    D is told of the patches; augment_d, augment_g: the augmentation's random numbers in D's step and in G's;
+    super_resolution: None in a step that does not train it.
     """
 
     z: Tensor
     instance: Tensor
     views: Views
     patches: Patches
+    condition: PatchCondition
     noise: RayNoiseKeys
     augment_d: Tensor
     augment_g: Tensor
     super_resolution: SuperResolutionInputs | None = None
-
-    @property
-    def condition(self) -> PatchCondition:
-        """What the discriminator is told about these patches."""
-        return describe_patches(self.views, self.patches)
 
 
 @dataclass(frozen=True)
 class RealInputs(TensorBatch):
     """Patches of photographs, their views and places, and random numbers.
 
-    images (B, 3, K, K): at the resolution of renders; augment: the augmentation's; mix (B,): the place between real and
-    fake of WGAN-GP; mirrored (B,): bool, photographs to mirror, None for none; super_resolution: as in
-    :class:`FakeInputs`; fine (B, 3, s K, s K): the patches at its resolution, None where that is None.
+    images (B, 3, K, K): at the resolution of renders; condition: what D is told of them; augment: the augmentation's;
+    mix (B,): the place between real and fake of WGAN-GP; mirrored (B,): bool, photographs to mirror, None for none;
+    super_resolution: as in :class:`FakeInputs`; fine (B, 3, s K, s K): the patches at its resolution, None where that
+    is None.
     """
 
     images: Tensor
     views: Views
     patches: Patches
+    condition: PatchCondition
     augment: Tensor
     mix: Tensor
     mirrored: Tensor | None = None
     super_resolution: SuperResolutionInputs | None = None
     fine: Tensor | None = None
-
-    @property
-    def condition(self) -> PatchCondition:
-        """What the discriminator is told about these patches."""
-        return describe_patches(self.views, self.patches)
 
 
 @dataclass(frozen=True)
@@ -111,11 +105,6 @@ class StepInputs(TensorBatch):
         return self.fakes_g if self.fakes_d is None else self.fakes_d
 
 
-def describe_patches(views: Views, patches: Patches) -> PatchCondition:
-    """What the discriminator is told about patches of views."""
-    return PatchCondition(views.class_idx, views.u, views.v, patches)
-
-
 @dataclass(frozen=True)
 class StepSettings:
     """One iteration of the schedules: patch scales, density noise (std), whether super-resolution is trained."""
@@ -130,10 +119,10 @@ class StepSettings:
 class InputSampler:
     """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random.
 
-    patch_size: K; interpolation: how patches of photographs are read between pixels, as in crop_images; place: patches
-    from uniform random numbers (B, 3) and the smallest and largest scale; match_views: generated patches take views and
-    places of the photographs' patches, so that D compares like with like, and half of them, as far as there are known
-    instances, an instance's code.
+    patch_size: K; describe: what D is told of patches of views; interpolation: how patches of photographs are read
+    between pixels, as in crop_images; place: patches from uniform random numbers (B, 3) and the smallest and largest
+    scale; match_views: generated patches take views and places of the photographs' patches, so that D compares like
+    with like, and half of them, as far as there are known instances, an instance's code.
 
     ccsr: None without super-resolution; agreement_degrees: between a view and the neighbour it has to agree with, None
     where that is not asked.
@@ -142,6 +131,7 @@ class InputSampler:
     pose_sampler: PoseSampler
     dim_z: int
     patch_size: int
+    describe: Callable[[Views, Patches], PatchCondition]
     uniform_z: bool
     jitter: bool
     importance: bool
@@ -185,6 +175,7 @@ class InputSampler:
             instance=torch.where(is_drawn, -1, views.labels[:, 3]),
             views=views,
             patches=patches,
+            condition=self.describe(views, patches) if matched is None else matched.condition,
             noise=RayNoiseKeys(
                 jitter=draws.keys(f"{purpose}/jitter") if self.jitter else None,
                 importance_jitter=draws.keys(f"{purpose}/importance") if self.jitter and self.importance else None,
@@ -206,6 +197,7 @@ class InputSampler:
             images=torch.empty(len(labels), 0),
             views=views,
             patches=patches,
+            condition=self.describe(views, patches),
             augment=numbers["augment_d"],
             mix=numbers["mix"][:, 0],
             mirrored=numbers["mirror"][:, 0] < 0.5 if self.hflip else None,
@@ -248,6 +240,7 @@ class InputSampler:
             return None
         size, scale = self.patch_size, self.ccsr.scale
         corner = torch.floor(numbers["crop"] * (size * (scale - 1) + 1)).long()
+        crop = subdivide_patches(patches, size, scale, corner)
         neighbours = neighbour_latents = None
         if self.agreement_degrees is not None and with_neighbours:
             side = torch.where(numbers["side"][:, 0] < 0.5, -1.0, 1.0)
@@ -256,7 +249,8 @@ class InputSampler:
         return SuperResolutionInputs(
             latents=self.ccsr.latents.mix(views.labels[:, 2]),
             pixels=number_pixels(corner, size, size * scale),
-            crop=subdivide_patches(patches, size, scale, corner),
+            crop=crop,
+            condition=self.describe(views, crop),
             augment=numbers["augment_sr"],
             neighbours=neighbours,
             neighbour_latents=neighbour_latents,

@@ -24,7 +24,7 @@ from graf.models.generator import Generator
 from graf.runtime.amp import Precision, Scaler, float32_region
 from graf.training import losses
 from graf.training.augment import Augmentation, augment_patches
-from graf.training.inputs import FakeInputs, RealInputs, SuperResolutionInputs, describe_patches
+from graf.training.inputs import FakeInputs, RealInputs, SuperResolutionInputs
 from graf.training.perceptual import PerceptualDistance
 
 Statistics = dict[str, Tensor]
@@ -162,7 +162,7 @@ class GANObjective:
         found = [self._label(reals.images, reals.condition, reals.augment)]
         if reals.super_resolution is not None:
             assert reals.fine is not None
-            found.append(self._label_crops(reals.fine, reals.views, reals.super_resolution, reals.augment))
+            found.append(self._label_crops(reals.fine, reals.super_resolution, reals.augment))
         return found
 
     def cut_fakes(self, fakes: FakeInputs, render: Tensor) -> list[LabelledPatches]:
@@ -172,7 +172,7 @@ class GANObjective:
         if inputs is not None:
             with torch.no_grad():
                 image, _ = self.super_resolve(render, inputs.latents, fakes.patches)
-            found.append(self._label_crops(image, fakes.views, inputs, inputs.augment))
+            found.append(self._label_crops(image, inputs, inputs.augment))
         return found
 
     def discriminator_loss(
@@ -303,7 +303,7 @@ class GANObjective:
             distance = losses.squared_distance(self.ccsr.down(unprojected), render.rgb)
         terms = {"loss_sr_consistency": (settings.consistency_weight(iteration), distance)}
         if settings.adversarial:
-            logits, _ = self._discriminate(self._label_crops(image, fakes.views, inputs, inputs.augment))
+            logits, _ = self._discriminate(self._label_crops(image, inputs, inputs.augment))
             terms["loss_sr"] = (settings.adversarial, losses.generator_loss(self.settings.gan_type, logits))
         if neighbours is not None:
             disagreement = self._disagreement(fakes, inputs, render, image, neighbours)
@@ -364,11 +364,9 @@ class GANObjective:
         """Patches for D, augmented with random numbers `uniforms`."""
         return LabelledPatches(augment_patches(images, self.settings.augmentation, uniforms), condition)
 
-    def _label_crops(
-        self, images: Tensor, views: Views, inputs: SuperResolutionInputs, uniforms: Tensor
-    ) -> LabelledPatches:
-        """Crops of D's size (B, 3, K, K) out of patches (B, 3, s K, s K) of views, for D."""
-        return self._label(crop_pixels(images, inputs.pixels), describe_patches(views, inputs.crop), uniforms)
+    def _label_crops(self, images: Tensor, inputs: SuperResolutionInputs, uniforms: Tensor) -> LabelledPatches:
+        """Crops of D's size (B, 3, K, K) out of patches (B, 3, s K, s K), for D."""
+        return self._label(crop_pixels(images, inputs.pixels), inputs.condition, uniforms)
 
     def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of class and, where poses are known, height and azimuth bin of labels (B, 4): (B,)."""

@@ -186,6 +186,7 @@ class Trainer:
             pose_sampler=pose_sampler,
             dim_z=generator.dim_z,
             patch_size=config.ray_sampler.patch_size,
+            describe=discriminator.shape.describe,
             uniform_z=config.z_dist.type == "uniform",
             jitter=config.nerf.jitter,
             importance=generator.sampling.importance > 0,

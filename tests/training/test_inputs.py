@@ -13,6 +13,7 @@ from graf.geometry.rays import Patches
 from graf.geometry.views import Cameras, PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import RayNoise, RaySampling
 from graf.models.ccsr import CCSR, BoxProjection, ConvTrunk, ViewLatents
+from graf.models.discriminator import DiscriminatorShape
 from graf.runtime.randomness import Draws
 from graf.training.inputs import FakeInputs, InputSampler, StepSettings
 
@@ -24,6 +25,7 @@ SAMPLER = InputSampler(
     pose_sampler=PoseSampler(LABELS, CAMERAS),
     dim_z=6,
     patch_size=4,
+    describe=DiscriminatorShape().describe,
     uniform_z=False,
     jitter=True,
     importance=True,
@@ -105,9 +107,9 @@ def test_fakes_take_their_views_from_the_pool_alone():
     assert {tuple(label) for label in inputs.views.labels.tolist()} == own
     named = CAMERAS.views_of_labels(inputs.views.labels)
     assert torch.equal(inputs.views.poses, named.poses)
-    assert torch.equal(inputs.condition.u, named.u)
+    said = SAMPLER.describe(named, inputs.patches)
+    assert torch.equal(inputs.condition.features, said.features)
     assert torch.equal(inputs.condition.class_idx, inputs.views.labels[:, 0])
-    assert inputs.condition.patches is inputs.patches
 
 
 @pytest.mark.parametrize(("unknown", "share"), [([], 0.5), ([1], 0.5), ([0, 1, 2, 3], 0.5), ([0, 1, 2, 3, 4], 0)])
@@ -190,7 +192,8 @@ def test_photographs_keep_their_pixels_and_the_cameras_of_their_labels():
     assert_close(reals.images, functional.avg_pool2d(images, 2), atol=1e-6, rtol=0)
     assert torch.equal(reals.views.labels, LABELS)
     assert torch.equal(reals.views.poses, CAMERAS.views_of_labels(LABELS).poses)
-    assert torch.equal(reals.condition.v, CAMERAS.views_of_labels(LABELS).v)
+    said = SAMPLER.describe(CAMERAS.views_of_labels(LABELS), reals.patches)
+    assert torch.equal(reals.condition.features, said.features)
 
 
 def test_hflip_mirrors_about_half_of_the_photographs_left_to_right_and_no_label():

@@ -400,23 +400,24 @@ def test_the_weights_of_the_other_terms_scale_their_gradients(make_trainer, batc
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_super_resolved_crops_are_slices_that_lie_where_they_say(make_trainer, factor):
-    """An image of its own places in the image plane is cropped to the places of the crop's condition."""
+    """An image of its own places in the image plane is cropped to the places that D is told."""
     trainer, count, width = make_trainer(f"ccsr.scale={factor}"), 200, factor * SIDE
     fakes = fakes_of(trainer, count)
     x, y = patch_grid(fakes.patches, width).unbind(-1)
     image = torch.stack([x, y, torch.rand_like(x)], 1)
     inputs = fakes.super_resolution
-    crops = trainer.objective._label_crops(image, fakes.views, inputs, inputs.augment)
-    found, condition = crops.images, crops.condition
+    crops = trainer.objective._label_crops(image, inputs, inputs.augment)
+    found = crops.images
     corner = [(first % width, first // width) for first in inputs.pixels[:, 0, 0].tolist()]
     for axis in range(2):
         assert {place[axis] for place in corner} == set(range((factor - 1) * SIDE + 1))
     for i, (left, top) in enumerate(corner):
         assert torch.equal(found[i], image[i, :, top : top + SIDE, left : left + SIDE])
-    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-6, rtol=0)
-    assert_close(condition.patches.scale, fakes.patches.scale / factor)
-    assert torch.equal(condition.u, fakes.views.u)
-    assert torch.equal(condition.class_idx, fakes.views.class_idx)
+    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(inputs.crop, SIDE), atol=1e-6, rtol=0)
+    assert_close(inputs.crop.scale, fakes.patches.scale / factor)
+    said = trainer.discriminator.shape.describe(fakes.views, inputs.crop)
+    assert torch.equal(crops.condition.features, said.features)
+    assert torch.equal(crops.condition.class_idx, fakes.views.class_idx)
 
 
 def test_real_crops_show_the_photographs_where_they_say(make_trainer):
@@ -427,13 +428,15 @@ def test_real_crops_show_the_photographs_where_they_say(make_trainer):
     reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), torch.tensor([[0, 0, 10, -1]] * 4), settings)
     reals = trainer.inputs.cut_photographs(reals, photograph.repeat(4, 1, 1, 1))
     _, crops = trainer.objective.cut_reals(reals)
-    found, condition = crops.images, crops.condition
+    found, place = crops.images, reals.super_resolution.crop
     assert found.shape == (4, 3, SIDE, SIDE)
-    assert_close(condition.patches.scale, reals.patches.scale / SCALE)
-    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-5, rtol=0)
-    assert bool(
-        ((condition.patches.centre - reals.patches.centre).abs() <= 0.5 * reals.patches.scale[:, None] + 1e-6).all()
-    )
+    assert_close(place.scale, reals.patches.scale / SCALE)
+    inner = place.centre.abs() + place.scale[:, None] < 1 - 1 / (SCALE * SIDE)  # the outermost half pixel is the edge's
+    expected = patch_grid(place, SIDE).permute(0, 3, 1, 2)
+    assert bool(inner.all(1).any())
+    assert_close(found[:, :2][inner], expected[inner], atol=1e-5, rtol=0)
+    assert bool(((place.centre - reals.patches.centre).abs() <= 0.5 * reals.patches.scale[:, None] + 1e-6).all())
+    assert torch.equal(crops.condition.features, trainer.discriminator.shape.describe(reals.views, place).features)
 
 
 def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_trainer, batches, photographs):
@@ -446,7 +449,7 @@ def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_tra
     assert_close(
         patches.images, crop_images(functional.avg_pool2d(images, SCALE), reals.patches, SIDE), atol=1e-6, rtol=0
     )
-    assert patches.condition.patches is reals.patches
+    assert patches.condition is reals.condition
     (whole,) = trainer.objective.cut_reals(cut(replace(reals, patches=Patches.whole(4)), images))
     assert_close(whole.images, functional.avg_pool2d(images, SCALE), atol=1e-6, rtol=0)
 
@@ -479,8 +482,11 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
     corner = corners_of(fakes.super_resolution)
     assert torch.equal(fine_fake, torch.stack([image[i, :, y : y + 16, x : x + 16] for i, (x, y) in enumerate(corner)]))
     assert torch.equal(fake, low)
-    assert_close(said_fine.patches.scale, said_low.patches.scale / SCALE)
-    assert_close(said_real.patches.scale, reals.patches.scale / SCALE)
+    for fine, low_condition in (
+        (said_fine, said_low),
+        (said_real, reals.condition),
+    ):  # the scale's logarithm comes first
+        assert_close(fine.features[:, 0], low_condition.features[:, 0] - math.log2(SCALE))
 
     with torch.no_grad():
         on_real, on_fine_real, on_fake, on_fine_fake = (forward(*call) for call in calls)
@@ -515,7 +521,7 @@ def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
     with torch.no_grad():
         image, _ = trainer.objective.super_resolve(low.rgb, fakes.super_resolution.latents, fakes.patches)
         inputs = fakes.super_resolution
-        crops = trainer.objective._label_crops(image, fakes.views, inputs, inputs.augment)
+        crops = trainer.objective._label_crops(image, inputs, inputs.augment)
         logits, _ = trainer.discriminator(crops.images, crops.condition)
     found = super_resolution_statistics(trainer, fakes, low)["loss_sr"]
     assert_close(found.detach(), functional.softplus(-logits).mean())
