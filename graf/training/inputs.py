@@ -190,7 +190,7 @@ class InputSampler:
         )
 
     def draw_reals(self, draws: Draws, labels: Tensor, settings: StepSettings) -> RealInputs:
-        """Inputs of real patches of photographs with labels (B, 4), still without the patches, on the CPU."""
+        """Inputs of real patches of photographs with labels (B, 4), still without their pixels, on the CPU."""
         numbers = _draw_numbers(draws, "real")
         views, patches = self.pose_sampler.views_of_labels(labels, numbers["view"]), self._place(numbers, settings)
         return RealInputs(
