@@ -262,7 +262,7 @@ class GANObjective:
             terms["loss_g_photometric"] = (photometric, losses.squared_distance(render.rgb, reals.images) * is_shown)
         if self.settings.opacity:
             terms["loss_g_opacity"] = (self.settings.opacity, render.opacity.mean((1, 2, 3)) * is_shown)
-        if self.generator.cameras is not None:  # every image weighs the whole penalty, so that micro-batches add up to it
+        if self.generator.cameras is not None:  # a whole one for every image, so that micro-batches add up
             terms["loss_g_cameras"] = (1.0, self.generator.cameras.penalty().expand(len(render)))
         settings = self.settings.super_resolution
         if settings is not None and settings.supervise_generator and fakes.super_resolution is not None:
