@@ -14,7 +14,6 @@ from torch.nn import functional
 from graf.app import builders
 from graf.app.memory_estimator import imagine_dataset
 from graf.config import CONFIG_FOLDER, Config, load_config
-from graf.geometry.rays import Patches
 from graf.models.discriminator import PatchCondition
 
 CPU = torch.device("cpu")
@@ -142,6 +141,6 @@ class PlainLoop:
     def _discriminate(self, patches: Tensor) -> Tensor:
         count = len(patches)
         nothing = torch.zeros(count, device=self.device)
-        condition = PatchCondition(nothing.long(), nothing, nothing, Patches.whole(count, self.device))
+        condition = PatchCondition(nothing.long(), nothing[:, None].expand(-1, self.discriminator.shape.num_features))
         logits, _ = self.discriminator(patches, condition)
         return logits

@@ -127,7 +127,8 @@ def subdivide_patches(patches: Patches, size: int, factor: int, corner: Tensor) 
 
 def patch_grid(patches: Patches, size: int) -> Tensor:
     """Image-plane coordinates (B, size, size, 2), x then y, of the pixel centres of patches of size x size pixels."""
-    cells = torch.arange(1, 2 * size, 2, device=patches.scale.device, dtype=patches.scale.dtype) / size - 1
+    edge = 1 - 1 / size
+    cells = torch.linspace(-edge, edge, size, device=patches.scale.device, dtype=patches.scale.dtype)
     x, y = (patches.centre[:, None] + patches.scale[:, None, None] * cells[:, None]).unbind(-1)
     return torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
 
@@ -148,6 +149,21 @@ def crop_images(images: Tensor, patches: Patches, size: int, interpolation: str 
     """
     grid = patch_grid(patches, size).to(images.dtype)
     return functional.grid_sample(images, grid, mode=interpolation, padding_mode="border", align_corners=False)
+
+
+def crop_pixels(images: Tensor, pixels: Tensor) -> Tensor:
+    """Crops (B, C, h, w) of images (B, C, H, W), made of pixels (B, h, w) with these numbers, counted row by row."""
+    numbers = pixels.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, numbers).unflatten(2, pixels.shape[1:])
+
+
+def number_pixels(corner: Tensor, size: int, width: int) -> Tensor:
+    """Numbers (B, size, size), for :func:`crop_pixels`, of square crops of images with `width` pixels in a row.
+
+    corner: (B, 2) = (x, y), the crop's first pixel.
+    """
+    inside = torch.arange(size, device=corner.device)
+    return (corner[:, 1] * width + corner[:, 0])[:, None, None] + width * inside[:, None] + inside
 
 
 @dataclass(frozen=True)

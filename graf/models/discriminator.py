@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from graf.base.tensors import TensorBatch
 from graf.geometry.rays import Patches
+from graf.geometry.views import Views
 from graf.runtime.amp import at_least_float32, float32_region
 
 PATCH_SIZES = (16, 32, 64, 128, 256)
@@ -46,6 +47,31 @@ class DiscriminatorShape:
     azimuth_harmonics: int = 6
     condition_maps: int = 0
     label_groups: Sequence[int] = ()
+
+    @property
+    def num_features(self) -> int:
+        """How many numbers a condition has besides the class."""
+        return 3 + (2 * self.azimuth_harmonics + 4 if self.condition_pose else 0)
+
+    def describe(self, views: Views, patches: Patches) -> PatchCondition:
+        """What the discriminator is told of patches of views."""
+        parts = [torch.log2(patches.scale)[:, None], patches.centre]
+        if self.condition_pose:
+            harmonics = torch.arange(1, self.azimuth_harmonics + 1, device=views.u.device)
+            azimuth = 2 * math.pi * views.u[:, None] * harmonics
+            polar = math.pi * views.v[:, None] * torch.arange(1, 3, device=views.v.device)
+            parts += [azimuth.sin(), azimuth.cos(), polar.sin(), polar.cos()]
+        return PatchCondition(views.class_idx, torch.cat(parts, dim=-1))
+
+
+@dataclass(frozen=True)
+class PatchCondition(TensorBatch):
+    """What the discriminator is told of patches: class_idx (B,) int64, and features (B, num_features) of azimuth and
+    height, where poses are known, and of the patches' scale and centre.
+    """
+
+    class_idx: Tensor
+    features: Tensor
 
 
 class SpectralNorm(nn.Module):
@@ -115,7 +141,7 @@ class PatchDiscriminator(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.decision = nn.Linear(features, 1)
         self.class_embedding = nn.Embedding(shape.num_classes, 32)
-        described = 32 + self._num_place_features()
+        described = 32 + shape.num_features
         self.condition = nn.Sequential(nn.Linear(described, 128), nn.LeakyReLU(0.2), nn.Linear(128, features))
         self.maps = nn.Linear(described, shape.condition_maps) if shape.condition_maps else None
         self.label_head = nn.Linear(features, sum(shape.label_groups)) if shape.label_groups else None
@@ -130,7 +156,7 @@ class PatchDiscriminator(nn.Module):
         patches: (B, 3, size, size) in [-1, 1].
         """
         with float32_region(patches.device.type):
-            described = self._describe(condition)
+            described = torch.cat([self.class_embedding(condition.class_idx), condition.features], dim=1)
             if self.maps is not None:
                 maps = self.maps(described)[:, :, None, None].expand(-1, -1, *patches.shape[2:])
                 patches = torch.cat([patches, maps.to(patches.dtype)], dim=1)
@@ -147,29 +173,3 @@ class PatchDiscriminator(nn.Module):
                 for parametrization in module:
                     if isinstance(parametrization, SpectralNorm):
                         parametrization.advance(module.original)
-
-    def _num_place_features(self) -> int:
-        return 3 + (2 * self.shape.azimuth_harmonics + 4 if self.shape.condition_pose else 0)
-
-    def _describe(self, condition: PatchCondition) -> Tensor:
-        parts = [
-            self.class_embedding(condition.class_idx),
-            torch.log2(condition.patches.scale)[:, None],
-            condition.patches.centre,
-        ]
-        if self.shape.condition_pose:
-            harmonics = torch.arange(1, self.shape.azimuth_harmonics + 1, device=condition.u.device)
-            azimuth = 2 * math.pi * condition.u[:, None] * harmonics
-            polar = math.pi * condition.v[:, None] * torch.arange(1, 3, device=condition.v.device)
-            parts += [azimuth.sin(), azimuth.cos(), polar.sin(), polar.cos()]
-        return torch.cat(parts, dim=-1)
-
-
-@dataclass(frozen=True)
-class PatchCondition(TensorBatch):
-    """What the discriminator is told of patches: class_idx (B,) int64, azimuth u and height v (B,), and their place."""
-
-    class_idx: Tensor
-    u: Tensor
-    v: Tensor
-    patches: Patches

@@ -1,7 +1,8 @@
-"""What is drawn once before a training step, for all players: codes, views, places of patches, random numbers.
+"""What is drawn once before a training step, for all players: codes, views, patches and their places, random numbers.
 
 Row i of every tensor depends on (seed, iteration, purpose, i) alone, so a step can be repeated, split over
-micro-batches and resumed with equal results. Inputs are drawn on the CPU and go to the device in one copy.
+micro-batches and resumed with equal results. Inputs are drawn on the CPU and go to the device in one copy; there the
+patches of photographs are cut, once.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from graf.base.tensors import TensorBatch, move
 from graf.data.labels import balance_instances
-from graf.geometry.rays import Patches, place_patches
+from graf.geometry.rays import Patches, crop_images, number_pixels, place_patches, subdivide_patches
 from graf.geometry.views import NUM_UNIFORMS as NUM_VIEW_UNIFORMS
 from graf.geometry.views import PoseSampler, Views
-from graf.models.ccsr import LatentMixture
+from graf.models.ccsr import CCSR, LatentMixture
 from graf.models.discriminator import PatchCondition
 from graf.models.generator import draw_latents
 from graf.models.ray_noise import RayNoiseKeys
@@ -31,13 +32,15 @@ from graf.training.augment import NUM_UNIFORMS
 class SuperResolutionInputs(TensorBatch):
     """What super-resolution needs of a batch of patches besides their pixels.
 
-    latents: of their views; crop (B, 2) in [0, 1): where their super-resolution is cropped to D's size; augment: the
-    augmentation's random numbers for these crops. Of generated patches only: neighbours, the views that they have to
-    agree with, and neighbour_latents.
+    latents: of their views; pixels (B, K, K): the numbers of the pixels that D sees of their super-resolution; crop:
+    where these lie; condition: what D is told of them; augment: the augmentation's random numbers for them. Of
+    generated patches only: neighbours, the views that they have to agree with, and neighbour_latents.
     """
 
     latents: LatentMixture
-    crop: Tensor
+    pixels: Tensor
+    crop: Patches
+    condition: PatchCondition
     augment: Tensor
     neighbours: Views | None = None
     neighbour_latents: LatentMixture | None = None
@@ -47,46 +50,41 @@ class SuperResolutionInputs(TensorBatch):
 class FakeInputs(TensorBatch):
     """What a batch of generated patches is made from: codes, views, places and ray noise.
 
-    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; augment_d,
-    augment_g: the augmentation's random numbers in D's step and in G's; super_resolution: None in a step that does not
-    train it.
+    z (B, dim_z): drawn codes; instance (B,): the instance whose own code is taken instead, -1 for none; condition: what
+    D is told of the patches; augment_d, augment_g: the augmentation's random numbers in D's step and in G's;
+    super_resolution: None in a step that does not train it.
     """
 
     z: Tensor
     instance: Tensor
     views: Views
     patches: Patches
+    condition: PatchCondition
     noise: RayNoiseKeys
     augment_d: Tensor
     augment_g: Tensor
     super_resolution: SuperResolutionInputs | None = None
 
-    @property
-    def condition(self) -> PatchCondition:
-        """What the discriminator is told about these patches."""
-        return describe_patches(self.views, self.patches)
-
 
 @dataclass(frozen=True)
 class RealInputs(TensorBatch):
-    """A batch of photographs (B, 3, H, W), their views, which patches of them to show, and random numbers.
+    """Patches of photographs, their views and places, and random numbers.
 
-    augment: the augmentation's; mix (B,): the place between real and fake of WGAN-GP; mirrored (B,): bool, photographs
-    to mirror, None for none; super_resolution: as in :class:`FakeInputs`.
+    images (B, 3, K, K): at the resolution of renders; condition: what D is told of them; augment: the augmentation's;
+    mix (B,): the place between real and fake of WGAN-GP; mirrored (B,): bool, photographs to mirror, None for none;
+    super_resolution: as in :class:`FakeInputs`; fine (B, 3, s K, s K): the patches at its resolution, None where that
+    is None.
     """
 
     images: Tensor
     views: Views
     patches: Patches
+    condition: PatchCondition
     augment: Tensor
     mix: Tensor
     mirrored: Tensor | None = None
     super_resolution: SuperResolutionInputs | None = None
-
-    @property
-    def condition(self) -> PatchCondition:
-        """What the discriminator is told about these patches."""
-        return describe_patches(self.views, self.patches)
+    fine: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,6 @@ class StepInputs(TensorBatch):
         return self.fakes_g if self.fakes_d is None else self.fakes_d
 
 
-def describe_patches(views: Views, patches: Patches) -> PatchCondition:
-    """What the discriminator is told about patches of views."""
-    return PatchCondition(views.class_idx, views.u, views.v, patches)
-
-
 @dataclass(frozen=True)
 class StepSettings:
     """One iteration of the schedules: patch scales, density noise (std), whether super-resolution is trained."""
@@ -126,25 +119,29 @@ class StepSettings:
 class InputSampler:
     """Draws a step's inputs. uniform_z: z uniform in [-1, 1] instead of normal; hflip: mirror photographs at random.
 
-    place: patches from uniform random numbers (B, 3) and the smallest and largest scale; match_views: generated patches
-    take views and places of the photographs' patches, so that D compares like with like, and half of them, as far as
-    there are known instances, an instance's code.
+    patch_size: K; describe: what D is told of patches of views; interpolation: how patches of photographs are read
+    between pixels, as in crop_images; place: patches from uniform random numbers (B, 3) and the smallest and largest
+    scale; match_views: generated patches take views and places of the photographs' patches, so that D compares like
+    with like, and half of them, as far as there are known instances, an instance's code.
 
-    mix_latents: which view latents the label angles (B,) stand for, None without super-resolution; agreement_degrees:
-    between a view and the neighbour it has to agree with, None where that is not asked.
+    ccsr: None without super-resolution; agreement_degrees: between a view and the neighbour it has to agree with, None
+    where that is not asked.
     """
 
     pose_sampler: PoseSampler
     dim_z: int
+    patch_size: int
+    describe: Callable[[Views, Patches], PatchCondition]
     uniform_z: bool
     jitter: bool
     importance: bool
     hflip: bool
     share_fakes: bool
     device: torch.device
+    interpolation: str = "bilinear"
     place: Callable[[Tensor, float, float], Patches] = place_patches
     match_views: bool = False
-    mix_latents: Callable[[Tensor], LatentMixture] | None = None
+    ccsr: CCSR | None = None
     agreement_degrees: float | None = None
 
     def draw(
@@ -160,7 +157,7 @@ class InputSampler:
         fakes_g = self.draw_fakes(draws, "g", settings, matched)
         fakes_d = None if self.share_fakes else self.draw_fakes(draws, "d", settings, matched)
         inputs = move_in_one_copy(StepInputs(reals, fakes_g, fakes_d, batch_size), self.device)
-        return replace(inputs, reals=self.add_photographs(inputs.reals, images))
+        return replace(inputs, reals=self.cut_photographs(inputs.reals, images))
 
     def draw_fakes(
         self, draws: Draws, purpose: str, settings: StepSettings, matched: RealInputs | None = None
@@ -178,6 +175,7 @@ class InputSampler:
             instance=torch.where(is_drawn, -1, views.labels[:, 3]),
             views=views,
             patches=patches,
+            condition=self.describe(views, patches) if matched is None else matched.condition,
             noise=RayNoiseKeys(
                 jitter=draws.keys(f"{purpose}/jitter") if self.jitter else None,
                 importance_jitter=draws.keys(f"{purpose}/importance") if self.jitter and self.importance else None,
@@ -186,29 +184,38 @@ class InputSampler:
             ),
             augment_d=numbers["augment_d"],
             augment_g=numbers["augment_g"],
-            super_resolution=self._prepare_super_resolution(numbers, views, settings, with_neighbours=purpose == "g"),
+            super_resolution=self._prepare_super_resolution(
+                numbers, views, patches, settings, with_neighbours=purpose == "g"
+            ),
         )
 
     def draw_reals(self, draws: Draws, labels: Tensor, settings: StepSettings) -> RealInputs:
-        """Inputs of real patches of photographs with labels (B, 4), still without the photographs, on the CPU."""
+        """Inputs of real patches of photographs with labels (B, 4), still without their pixels, on the CPU."""
         numbers = _draw_numbers(draws, "real")
-        views = self.pose_sampler.views_of_labels(labels, numbers["view"])
+        views, patches = self.pose_sampler.views_of_labels(labels, numbers["view"]), self._place(numbers, settings)
         return RealInputs(
             images=torch.empty(len(labels), 0),
             views=views,
-            patches=self._place(numbers, settings),
+            patches=patches,
+            condition=self.describe(views, patches),
             augment=numbers["augment_d"],
             mix=numbers["mix"][:, 0],
             mirrored=numbers["mirror"][:, 0] < 0.5 if self.hflip else None,
-            super_resolution=self._prepare_super_resolution(numbers, views, settings, with_neighbours=False),
+            super_resolution=self._prepare_super_resolution(numbers, views, patches, settings, with_neighbours=False),
         )
 
-    def add_photographs(self, reals: RealInputs, images: Tensor) -> RealInputs:
-        """The same inputs with their photographs, which are moved to the device."""
+    @torch.no_grad()
+    def cut_photographs(self, reals: RealInputs, images: Tensor) -> RealInputs:
+        """The same inputs with patches of photographs (B, 3, H, W), which are moved to the device."""
         images = move(images, self.device)
         if reals.mirrored is not None:
             images = torch.where(reals.mirrored[:, None, None, None], images.flip(3), images)
-        return replace(reals, images=images)
+        fine = None
+        if self.ccsr is not None:
+            if reals.super_resolution is not None:
+                fine = crop_images(images, reals.patches, self.ccsr.scale * self.patch_size, self.interpolation)
+            images = self.ccsr.down(images)
+        return replace(reals, images=crop_images(images, reals.patches, self.patch_size, self.interpolation), fine=fine)
 
     @cached_property
     def _instance_share(self) -> float:
@@ -222,18 +229,28 @@ class InputSampler:
         return self.place(numbers["patch"], settings.min_scale, settings.max_scale)
 
     def _prepare_super_resolution(
-        self, numbers: dict[str, Tensor], views: Views, settings: StepSettings, with_neighbours: bool
+        self,
+        numbers: dict[str, Tensor],
+        views: Views,
+        patches: Patches,
+        settings: StepSettings,
+        with_neighbours: bool,
     ) -> SuperResolutionInputs | None:
-        if self.mix_latents is None or not settings.super_resolve:
+        if self.ccsr is None or not settings.super_resolve:
             return None
+        size, scale = self.patch_size, self.ccsr.scale
+        corner = torch.floor(numbers["crop"] * (size * (scale - 1) + 1)).long()
+        crop = subdivide_patches(patches, size, scale, corner)
         neighbours = neighbour_latents = None
         if self.agreement_degrees is not None and with_neighbours:
             side = torch.where(numbers["side"][:, 0] < 0.5, -1.0, 1.0)
             neighbours = views.turn(self.agreement_degrees * side)
-            neighbour_latents = self.mix_latents(neighbours.labels[:, 2])
+            neighbour_latents = self.ccsr.latents.mix(neighbours.labels[:, 2])
         return SuperResolutionInputs(
-            latents=self.mix_latents(views.labels[:, 2]),
-            crop=numbers["crop"],
+            latents=self.ccsr.latents.mix(views.labels[:, 2]),
+            pixels=number_pixels(corner, size, size * scale),
+            crop=crop,
+            condition=self.describe(views, crop),
             augment=numbers["augment_sr"],
             neighbours=neighbours,
             neighbour_latents=neighbour_latents,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,24 @@ def r1_penalty(logits: Tensor, real: Tensor, scaler: Scaler) -> Tensor:
 def gradient_penalty(logits: Tensor, mixed: Tensor, scaler: Scaler) -> Tensor:
     """WGAN-GP (Gulrajani et al., NeurIPS 2017): (||grad_x D(x)|| - 1)^2 per image (B,), x between real and fake."""
     return (torch.sqrt(input_gradient_norms(logits, mixed, scaler) + 1e-12) - 1).square()
+
+
+def squared_distance(images: Tensor, others: Tensor) -> Tensor:
+    """The mean squared difference of images (B, C, H, W): (B,)."""
+    return functional.mse_loss(images, others, reduction="none").mean((1, 2, 3))
+
+
+def add_up(terms: Mapping[str, tuple[float, Tensor]], batch_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of terms, and each of them without its weight.
+
+    terms: weight and values of the images (B,) by name, which are added up and divided by the size of the whole batch.
+    """
+    sums = torch.stack([values for _, values in terms.values()]).sum(1) / batch_size  # one reduction for all
+    statistics = dict(zip(terms, sums.unbind(), strict=True))
+    loss = torch.zeros(())
+    for name, (weight, _) in terms.items():
+        loss = torch.add(loss, statistics[name], alpha=weight)
+    return loss, statistics
 
 
 class MCE_Loss(nn.Module):

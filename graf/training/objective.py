@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graf.base.tensors import TensorBatch
-from graf.geometry.rays import Patches, RayCaster, crop_images, subdivide_patches
+from graf.geometry.rays import Patches, RayCaster, crop_pixels
 from graf.geometry.views import Views
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView, warp_between
@@ -24,7 +24,7 @@ from graf.models.generator import Generator
 from graf.runtime.amp import Precision, Scaler, float32_region
 from graf.training import losses
 from graf.training.augment import Augmentation, augment_patches
-from graf.training.inputs import FakeInputs, RealInputs, SuperResolutionInputs, describe_patches
+from graf.training.inputs import FakeInputs, RealInputs, SuperResolutionInputs
 from graf.training.perceptual import PerceptualDistance
 
 Statistics = dict[str, Tensor]
@@ -96,19 +96,15 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class LabelledPatches(TensorBatch):
-    """Patches (B, 3, K, K), what they are said to show, and the random numbers of their augmentation."""
+    """Patches (B, 3, K, K) as D sees them, augmented, and what they are said to show."""
 
     images: Tensor
     condition: PatchCondition
-    augment: Tensor
 
 
 @dataclass(frozen=True)
 class GANObjective:
-    """The losses of networks under settings; `ccsr` is None without super-resolution.
-
-    interpolation: how patches of photographs are read between pixels, as in crop_images.
-    """
+    """The losses of networks under settings; `ccsr` is None without super-resolution."""
 
     generator: Generator
     discriminator: PatchDiscriminator
@@ -118,7 +114,6 @@ class GANObjective:
     patch_size: int
     precision: Precision
     class_criterion: losses.MCE_Loss
-    interpolation: str = "bilinear"
     perceptual: PerceptualDistance | None = None
 
     def penalty_is_due(self, iteration: int) -> bool:
@@ -164,56 +159,53 @@ class GANObjective:
 
     def cut_reals(self, reals: RealInputs) -> list[LabelledPatches]:
         """Patches of photographs at the generator's resolution and, with super-resolution, high-resolution crops."""
-        found = [LabelledPatches(self._cut_at_render_size(reals), reals.condition, reals.augment)]
+        found = [self._label(reals.images, reals.condition, reals.augment)]
         if reals.super_resolution is not None:
-            _, places = self._place_crops(reals.patches, reals.super_resolution)
-            crops = crop_images(reals.images, places, self.patch_size, self.interpolation)
-            found.append(LabelledPatches(crops, describe_patches(reals.views, places), reals.augment))
+            assert reals.fine is not None
+            found.append(self._label_crops(reals.fine, reals.super_resolution, reals.augment))
         return found
 
     def cut_fakes(self, fakes: FakeInputs, render: Tensor) -> list[LabelledPatches]:
         """Generated patches for D and, with super-resolution, crops of their super-resolution; without a graph."""
         render = render.detach()
-        found = [LabelledPatches(render, fakes.condition, fakes.augment_d)]
-        if fakes.super_resolution is not None:
+        found, inputs = [self._label(render, fakes.condition, fakes.augment_d)], fakes.super_resolution
+        if inputs is not None:
             with torch.no_grad():
-                image, _ = self.super_resolve(render, fakes.super_resolution.latents, fakes.patches)
-            found.append(self._crop_super_resolved(image, fakes, fakes.super_resolution))
+                image, _ = self.super_resolve(render, inputs.latents, fakes.patches)
+            found.append(self._label_crops(image, inputs, inputs.augment))
         return found
 
     def discriminator_loss(
         self, reals: list[LabelledPatches], fakes: list[LabelledPatches], views: Views, batch_size: int
     ) -> tuple[Tensor, Statistics]:
         """D's loss on real and generated patches, with super-resolution at both resolutions; views: of the reals."""
-        statistics: Statistics = {}
-        for suffix, real, fake in zip(("", "_sr"), reals, fakes, strict=False):
-            # one pass over both: layers of a few small patches cost more to call than to compute
-            logits, label_logits = self._discriminate(LabelledPatches.cat([real, fake]))
-            real_logits, fake_logits = logits.chunk(2)
-            real_loss = losses.discriminator_real_loss(self.settings.gan_type, real_logits)
-            fake_loss = losses.discriminator_fake_loss(self.settings.gan_type, fake_logits)
-            _add(statistics, "loss_d", (real_loss.sum() + fake_loss.sum()) / batch_size)
-            shares = torch.sigmoid(logits.detach()).view(2, -1).sum(1) / batch_size
-            statistics[f"d_real{suffix}"], statistics[f"d_fake{suffix}"] = shares.unbind()
-            if label_logits is not None:
-                _add(statistics, "loss_d_class", self._class_loss(label_logits[: len(views)], views).sum() / batch_size)
-        loss = statistics["loss_d"]
-        if "loss_d_class" in statistics:
+        # one pass over all: layers of a few small patches cost more to call than to compute
+        logits, label_logits = self._discriminate(LabelledPatches.cat([*reals, *fakes]))
+        real_logits, fake_logits = logits.chunk(2)
+        real_loss = losses.discriminator_real_loss(self.settings.gan_type, real_logits)
+        fake_loss = losses.discriminator_fake_loss(self.settings.gan_type, fake_logits)
+        loss = (real_loss + fake_loss).sum() / batch_size
+        names = [f"{name}{suffix}" for name in ("d_real", "d_fake") for suffix in ("", "_sr")[: len(reals)]]
+        shares = torch.sigmoid(logits.detach()).view(len(names), -1).sum(1) / batch_size
+        statistics = {"loss_d": loss, **dict(zip(names, shares.unbind(), strict=True))}
+        if label_logits is not None:
+            labels = views.labels.repeat(len(reals), 1)
+            statistics["loss_d_class"] = self._class_loss(label_logits[: len(labels)], labels).sum() / batch_size
             loss = loss + self.settings.class_loss * statistics["loss_d_class"]
         return loss, statistics
 
     def penalty_loss(
-        self, reals: list[LabelledPatches], mix: Tensor, render: Tensor, batch_size: int, scaler: Scaler
+        self, patches: list[LabelledPatches], reals: RealInputs, render: Tensor, batch_size: int, scaler: Scaler
     ) -> tuple[Tensor, Statistics]:
         """The gradient penalty on D (R1 or WGAN-GP) at its augmented input, at both resolutions.
 
-        mix, render: WGAN-GP's places (B,) between real and generated patches, and the latter.
+        patches: what :meth:`cut_reals` made of `reals`; render: the generated patches that WGAN-GP mixes with them.
         """
-        penalty = self._penalise(reals[0], mix, render.detach(), scaler)
-        for real in reals[1:]:
-            penalty = penalty + self._share_of_crops * self._penalise(real, mix, render.detach(), scaler)
-        statistics = {"penalty": penalty.sum() / batch_size}
-        return self.settings.reg_param * self.settings.reg_every * statistics["penalty"], statistics
+        penalties = self._penalise(LabelledPatches.cat(patches), reals, render.detach(), scaler)
+        penalty, *of_crops = (penalties.view(len(patches), -1).sum(1) / batch_size).unbind()
+        for other in of_crops:
+            penalty = penalty + self._share_of_crops * other
+        return self.settings.reg_param * self.settings.reg_every * penalty, {"penalty": penalty}
 
     @property
     def _share_of_crops(self) -> float:
@@ -227,20 +219,19 @@ class GANObjective:
 
     def _discriminate(self, patches: LabelledPatches) -> tuple[Tensor, Tensor | None]:
         with self.precision.autocast():
-            images = augment_patches(patches.images, self.settings.augmentation, patches.augment)
-            logits: tuple[Tensor, Tensor | None] = self.discriminator(images, patches.condition)
+            logits: tuple[Tensor, Tensor | None] = self.discriminator(patches.images, patches.condition)
             return logits
 
-    def _penalise(self, real: LabelledPatches, mix: Tensor, fake: Tensor, scaler: Scaler) -> Tensor:
+    def _penalise(self, patches: LabelledPatches, reals: RealInputs, fake: Tensor, scaler: Scaler) -> Tensor:
         # Half precision would drown the second derivatives, hence float32 outside autocast.
         with float32_region(fake.device.type):
-            inputs = augment_patches(real.images, self.settings.augmentation, real.augment)
+            inputs = patches.images
             if self.settings.reg_type == "wgangp":
-                share = mix[:, None, None, None]
-                other = augment_patches(fake, self.settings.augmentation, real.augment)
-                inputs = share * inputs + (1 - share) * other
+                share = reals.mix[:, None, None, None]
+                other = (1 - share) * augment_patches(fake, self.settings.augmentation, reals.augment)
+                inputs = torch.cat([share * part + other for part in inputs.split(len(share))])
             inputs = inputs.detach().requires_grad_(True)
-            logits, _ = self.discriminator(inputs, real.condition)
+            logits, _ = self.discriminator(inputs, patches.condition)
             penalise = losses.gradient_penalty if self.settings.reg_type == "wgangp" else losses.r1_penalty
             return penalise(logits, inputs, scaler)
 
@@ -258,43 +249,33 @@ class GANObjective:
         background's colour gives way and the object, which photographs hold, stays; with learned cameras their distance
         to the given ones; with supervision that of a finer render to super-resolution.
         """
-        logits, label_logits = self._discriminate(LabelledPatches(render.rgb, fakes.condition, fakes.augment_g))
-        statistics = {"loss_g": losses.generator_loss(self.settings.gan_type, logits).sum() / batch_size}
-        loss = statistics["loss_g"]
+        logits, label_logits = self._discriminate(self._label(render.rgb, fakes.condition, fakes.augment_g))
+        terms = {"loss_g": (1.0, losses.generator_loss(self.settings.gan_type, logits))}
         if label_logits is not None:
-            statistics["loss_g_class"] = self._class_loss(label_logits, fakes.views).sum() / batch_size
-            loss = loss + self.settings.class_loss * statistics["loss_g_class"]
+            terms["loss_g_class"] = (self.settings.class_loss, self._class_loss(label_logits, fakes.views.labels))
         is_shown = self._is_shown(fakes)
         if self.generator.instances is not None:
             codes = self.generator.codes(torch.zeros_like(fakes.z), fakes.instance)
-            statistics["loss_g_prior"] = codes.square().mean(1).sum() / batch_size
-            loss = loss + self.settings.instance_prior * statistics["loss_g_prior"]
+            terms["loss_g_prior"] = (self.settings.instance_prior, codes.square().mean(1))
         photometric = self.settings.photometric_weight(iteration)
         if photometric:
-            distance = (render.rgb - self._cut_at_render_size(reals)).square().mean((1, 2, 3))
-            statistics["loss_g_photometric"] = (distance * is_shown).sum() / batch_size
-            loss = loss + photometric * statistics["loss_g_photometric"]
+            terms["loss_g_photometric"] = (photometric, losses.squared_distance(render.rgb, reals.images) * is_shown)
         if self.settings.opacity:
-            opacity = render.opacity.mean((1, 2, 3))
-            statistics["loss_g_opacity"] = (opacity * is_shown).sum() / batch_size
-            loss = loss + self.settings.opacity * statistics["loss_g_opacity"]
-        if self.generator.cameras is not None:
-            statistics["loss_g_cameras"] = self.generator.cameras.penalty() * (len(render) / batch_size)
-            loss = loss + statistics["loss_g_cameras"]
+            terms["loss_g_opacity"] = (self.settings.opacity, render.opacity.mean((1, 2, 3)) * is_shown)
+        if self.generator.cameras is not None:  # a whole one for every image, so that micro-batches add up
+            terms["loss_g_cameras"] = (1.0, self.generator.cameras.penalty().expand(len(render)))
         settings = self.settings.super_resolution
         if settings is not None and settings.supervise_generator and fakes.super_resolution is not None:
             distance = self._supervise(fakes, fakes.super_resolution, render.rgb.detach())
-            statistics["loss_g_supervision"] = distance.sum() / batch_size
-            loss = loss + settings.supervise_generator * statistics["loss_g_supervision"]
-        return loss, statistics
+            terms["loss_g_supervision"] = (settings.supervise_generator, distance)
+        return losses.add_up(terms, batch_size)
 
     def _supervise(self, fakes: FakeInputs, inputs: SuperResolutionInputs, render: Tensor) -> Tensor:
         """Super-NeRF's joint optimisation: detached SR crops are targets of the field rendered at their resolution."""
         with torch.no_grad():
             image, _ = self.super_resolve(render, inputs.latents, fakes.patches)
-        target = self._crop_super_resolved(image, fakes, inputs)
-        finer = self.render_patches(replace(fakes, patches=target.condition.patches))
-        return (finer.rgb - target.images).square().mean((1, 2, 3))
+        finer = self.render_patches(replace(fakes, patches=inputs.crop))
+        return losses.squared_distance(finer.rgb, crop_pixels(image, inputs.pixels))
 
     # ------------------------------------------------------------------------------------------------ super-resolution
 
@@ -319,10 +300,10 @@ class GANObjective:
         assert inputs is not None
         image, unprojected = self.super_resolve(render.rgb, inputs.latents, fakes.patches)
         with float32_region(image.device.type):
-            distance = (self.ccsr.down(unprojected) - render.rgb).square().mean((1, 2, 3))
+            distance = losses.squared_distance(self.ccsr.down(unprojected), render.rgb)
         terms = {"loss_sr_consistency": (settings.consistency_weight(iteration), distance)}
         if settings.adversarial:
-            logits, _ = self._discriminate(self._crop_super_resolved(image, fakes, inputs))
+            logits, _ = self._discriminate(self._label_crops(image, inputs, inputs.augment))
             terms["loss_sr"] = (settings.adversarial, losses.generator_loss(self.settings.gan_type, logits))
         if neighbours is not None:
             disagreement = self._disagreement(fakes, inputs, render, image, neighbours)
@@ -330,21 +311,20 @@ class GANObjective:
         if settings.photographs:
             terms["loss_sr_photographs"] = (settings.photographs, self._restoration_error(reals))
         if settings.photometric:
-            distance = (image - self._cut_at_full_size(reals)).square().mean((1, 2, 3))
+            assert reals.fine is not None
+            distance = losses.squared_distance(image, reals.fine)
             terms["loss_sr_photometric"] = (settings.photometric, distance * self._is_shown(fakes))
         if self.perceptual is not None:
             terms["loss_sr_perceptual"] = (settings.perceptual, self.perceptual(image, render.rgb))
-        statistics = {name: value.sum() / batch_size for name, (_, value) in terms.items()}
-        loss = sum((weight * statistics[name] for name, (weight, _) in terms.items()), torch.zeros(()))
-        return loss, statistics
+        return losses.add_up(terms, batch_size)
 
     def _restoration_error(self, reals: RealInputs) -> Tensor:
         """Mean |SR(down(x)) - x| per patch x of photographs at high resolution: what GAN training alone leaves open."""
         assert self.ccsr is not None
         assert reals.super_resolution is not None
-        truth = self._cut_at_full_size(reals)
-        image, _ = self.super_resolve(self.ccsr.down(truth), reals.super_resolution.latents, reals.patches)
-        return (image - truth).abs().mean((1, 2, 3))
+        assert reals.fine is not None
+        image, _ = self.super_resolve(self.ccsr.down(reals.fine), reals.super_resolution.latents, reals.patches)
+        return (image - reals.fine).abs().mean((1, 2, 3))
 
     def _disagreement(
         self, fakes: FakeInputs, inputs: SuperResolutionInputs, render: Render, image: Tensor, neighbours: Render
@@ -380,41 +360,18 @@ class GANObjective:
             return torch.ones_like(fakes.instance, dtype=torch.bool)
         return fakes.instance >= 0
 
-    def _cut_at_full_size(self, reals: RealInputs) -> Tensor:
-        """Patches (B, 3, s K, s K) of photographs at the resolution of super-resolution."""
-        assert self.ccsr is not None
-        return crop_images(reals.images, reals.patches, self.ccsr.scale * self.patch_size, self.interpolation)
+    def _label(self, images: Tensor, condition: PatchCondition, uniforms: Tensor) -> LabelledPatches:
+        """Patches for D, augmented with random numbers `uniforms`."""
+        return LabelledPatches(augment_patches(images, self.settings.augmentation, uniforms), condition)
 
-    def _cut_at_render_size(self, reals: RealInputs) -> Tensor:
-        """Patches (B, 3, K, K) of photographs at the resolution of renders."""
-        images = reals.images if self.ccsr is None else self.ccsr.down(reals.images)
-        return crop_images(images, reals.patches, self.patch_size, self.interpolation)
+    def _label_crops(self, images: Tensor, inputs: SuperResolutionInputs, uniforms: Tensor) -> LabelledPatches:
+        """Crops of D's size (B, 3, K, K) out of patches (B, 3, s K, s K), for D."""
+        return self._label(crop_pixels(images, inputs.pixels), inputs.condition, uniforms)
 
-    def _place_crops(self, patches: Patches, inputs: SuperResolutionInputs) -> tuple[Tensor, Patches]:
-        """First pixels (B, 2) of crops of D's size in patches of s times that size, and where those crops lie."""
-        assert self.ccsr is not None
-        size, scale = self.patch_size, self.ccsr.scale
-        corner = torch.floor(inputs.crop * (size * (scale - 1) + 1)).long()
-        return corner, subdivide_patches(patches, size, scale, corner)
-
-    def _crop_super_resolved(self, image: Tensor, fakes: FakeInputs, inputs: SuperResolutionInputs) -> LabelledPatches:
-        """Crops of D's size (B, 3, K, K) out of SR patches (B, 3, s K, s K), and what they show."""
-        corner, patches = self._place_crops(fakes.patches, inputs)
-        inside = torch.arange(self.patch_size, device=image.device)
-        rows, columns = corner[:, 1, None] + inside, corner[:, 0, None] + inside
-        batch = torch.arange(len(image), device=image.device)[:, None, None, None]
-        channels = torch.arange(image.shape[1], device=image.device)[None, :, None, None]
-        crops = image[batch, channels, rows[:, None, :, None], columns[:, None, None, :]]
-        return LabelledPatches(crops, describe_patches(fakes.views, patches), inputs.augment)
-
-    def _class_loss(self, logits: Tensor, views: Views) -> Tensor:
-        """Cross-entropy of class and, where poses are known, height and azimuth bin: (B,)."""
-        columns = [views.labels[:, 0]]
+    def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of class and, where poses are known, height and azimuth bin of labels (B, 4): (B,)."""
+        columns = [labels[:, 0]]
         if self.discriminator.shape.condition_pose:
             num_views = self.settings.num_views
-            columns += [views.labels[:, 1], torch.remainder((views.labels[:, 2] * num_views + 180) // 360, num_views)]
+            columns += [labels[:, 1], torch.remainder((labels[:, 2] * num_views + 180) // 360, num_views)]
         return self.class_criterion(logits, torch.stack(columns, dim=1))
-
-
-def _add(statistics: Statistics, name: str, value: Tensor) -> None:
-    statistics[name] = statistics[name] + value if name in statistics else value

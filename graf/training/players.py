@@ -123,9 +123,8 @@ class Player:
         owned = {id(parameter) for parameter in self.parameters if parameter.grad is not None}
         named = [name for name, parameter in self.network.named_parameters() if id(parameter) in owned]
         gradients = [f"the norm of the gradient of {self.name}.{name}" for name in named]
-        losses = torch.stack([value.to(norm) for value in terms.values()])
-        last = [norm[None]] if inf is None else [norm[None], inf[None].to(norm)]
-        numbers = torch.cat([losses, norms, *last])
+        last = [norm] if inf is None else [norm, inf.to(norm)]
+        numbers = torch.stack([*(value.to(norm) for value in terms.values()), *norms, *last])
         return Update(iteration, (*terms, *gradients, f"grad_norm_{self.suffix}"), numbers)
 
     def judge(self, update: Update, numbers: Sequence[float]) -> None:

@@ -180,21 +180,23 @@ class Trainer:
             patch_size=config.ray_sampler.patch_size,
             precision=precision,
             class_criterion=MCE_Loss(discriminator.shape.label_groups),
-            interpolation=config.ray_sampler.interpolation,
             perceptual=load_perceptual_distance(device) if ccsr is not None and config.ccsr.perceptual else None,
         )
         self.inputs = InputSampler(
             pose_sampler=pose_sampler,
             dim_z=generator.dim_z,
+            patch_size=config.ray_sampler.patch_size,
+            describe=discriminator.shape.describe,
             uniform_z=config.z_dist.type == "uniform",
             jitter=config.nerf.jitter,
             importance=generator.sampling.importance > 0,
             hflip=config.discriminator.hflip,
             share_fakes=training.share_fakes,
             device=device,
+            interpolation=config.ray_sampler.interpolation,
             place=_choose_placement(config),
             match_views=training.match_views,
-            mix_latents=None if ccsr is None else ccsr.latents.mix,
+            ccsr=ccsr,
             agreement_degrees=self.objective.agreement_degrees,
         )
         self.use(memory)
@@ -412,7 +414,7 @@ class Trainer:
             del loss, more, fake_patches
             if objective.penalty_is_due(self.progress.iteration):
                 with self.phase("r1"):
-                    loss, more = objective.penalty_loss(real_patches, reals.mix, render, batch_size, self.d.scaler)
+                    loss, more = objective.penalty_loss(real_patches, reals, render, batch_size, self.d.scaler)
                     self.d.backward(loss)
                     _accumulate(statistics, more)
                     del loss, more

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from graf.geometry.rays import Patches
+from graf.geometry.views import Cameras, Views
 from graf.models.discriminator import (
     PATCH_SIZES,
     DiscriminatorShape,
@@ -20,11 +21,14 @@ from graf.models.discriminator import (
 SHAPE = DiscriminatorShape(size=16, ndf=8, num_classes=3)
 
 
-def draw_condition(batch: int = 2, dtype: torch.dtype = torch.float32) -> PatchCondition:
+def draw_views(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Views, Patches]:
     patches = Patches(0.25 + 0.5 * torch.rand(batch, dtype=dtype), 0.2 * torch.rand(batch, 2, dtype=dtype))
-    return PatchCondition(
-        torch.arange(batch) % 3, torch.rand(batch, dtype=dtype), torch.rand(batch, dtype=dtype), patches
-    )
+    u, v = torch.rand(2, batch, dtype=dtype)
+    return Cameras(3.0, (0.3, 0.5)).views_at(torch.arange(batch) % 3, u, v), patches
+
+
+def draw_condition(batch: int = 2, dtype: torch.dtype = torch.float32) -> PatchCondition:
+    return SHAPE.describe(*draw_views(batch, dtype))
 
 
 @pytest.mark.parametrize("size", PATCH_SIZES)
@@ -64,25 +68,24 @@ def test_the_label_head_does_not_see_the_condition():
     assert torch.equal(first[1], second[1])
 
 
-def altered(condition: PatchCondition, part: str) -> PatchCondition:
-    patches = condition.patches
+def altered(views: Views, patches: Patches, part: str) -> tuple[Views, Patches]:
     if part == "class_idx":
-        return replace(condition, class_idx=(condition.class_idx + 1) % 3)
+        return replace(views, class_idx=(views.class_idx + 1) % 3), patches
     if part in ("u", "v"):
-        return replace(condition, **{part: 1 - getattr(condition, part)})
+        return replace(views, **{part: 1 - getattr(views, part)}), patches
     if part == "scale":
-        return replace(condition, patches=Patches(patches.scale / 2, patches.centre))
+        return views, Patches(patches.scale / 2, patches.centre)
     shift = torch.tensor([0.1, 0.0] if part == "x" else [0.0, 0.1])
-    return replace(condition, patches=Patches(patches.scale, patches.centre + shift))
+    return views, Patches(patches.scale, patches.centre + shift)
 
 
 @pytest.mark.parametrize("part", ["class_idx", "u", "v", "scale", "x", "y"])
 @pytest.mark.parametrize("condition_pose", [True, False])
 def test_the_decision_depends_on_every_known_part_of_the_condition_and_on_no_other(part, condition_pose):
-    discriminator = PatchDiscriminator(replace(SHAPE, condition_pose=condition_pose))
-    patches, condition = torch.randn(2, 3, 16, 16), draw_condition()
-    logits, _ = discriminator(patches, condition)
-    other, _ = discriminator(patches, altered(condition, part))
+    shape = replace(SHAPE, condition_pose=condition_pose)
+    discriminator, patches, shown = PatchDiscriminator(shape), torch.randn(2, 3, 16, 16), draw_views()
+    logits, _ = discriminator(patches, shape.describe(*shown))
+    other, _ = discriminator(patches, shape.describe(*altered(*shown, part)))
     if part in ("u", "v") and not condition_pose:
         assert torch.equal(logits, other)
     else:
@@ -91,18 +94,18 @@ def test_the_decision_depends_on_every_known_part_of_the_condition_and_on_no_oth
 
 def test_azimuth_is_periodic():
     discriminator = PatchDiscriminator(SHAPE).double()
-    patches, condition = torch.randn(2, 3, 16, 16, dtype=torch.float64), draw_condition(dtype=torch.float64)
-    turned = replace(condition, u=condition.u + 1)
-    assert_close(discriminator(patches, condition)[0], discriminator(patches, turned)[0], atol=1e-10, rtol=0)
+    patches, (views, places) = torch.randn(2, 3, 16, 16, dtype=torch.float64), draw_views(dtype=torch.float64)
+    here, turned = (SHAPE.describe(replace(views, u=views.u + turn), places) for turn in range(2))
+    assert_close(discriminator(patches, here)[0], discriminator(patches, turned)[0], atol=1e-10, rtol=0)
 
 
 def test_the_decision_is_psi_plus_the_projection():
     discriminator = PatchDiscriminator(SHAPE)
-    patches, condition = torch.randn(2, 3, 16, 16), draw_condition()
-    features = discriminator.trunk(patches)
-    scale, harmonics = condition.patches.scale, torch.arange(1, 7)
-    azimuth, polar = 2 * torch.pi * condition.u[:, None] * harmonics, torch.pi * condition.v[:, None] * harmonics[:2]
-    parts = [discriminator.class_embedding(condition.class_idx), scale.log2()[:, None], condition.patches.centre]
+    patches, (views, places) = torch.randn(2, 3, 16, 16), draw_views()
+    features, condition = discriminator.trunk(patches), SHAPE.describe(views, places)
+    scale, harmonics = places.scale, torch.arange(1, 7)
+    azimuth, polar = 2 * torch.pi * views.u[:, None] * harmonics, torch.pi * views.v[:, None] * harmonics[:2]
+    parts = [discriminator.class_embedding(views.class_idx), scale.log2()[:, None], places.centre]
     described = torch.cat([*parts, azimuth.sin(), azimuth.cos(), polar.sin(), polar.cos()], 1)
     projected = torch.einsum("bf,bf->b", discriminator.condition(described), features) / 16**0.5
     assert_close(discriminator(patches, condition)[0], discriminator.decision(features)[:, 0] + projected)

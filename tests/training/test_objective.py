@@ -60,7 +60,7 @@ def test_the_losses_of_the_discriminator_are_its_weighted_statistics(case, itera
     assert_close(loss, terms["loss_d"] + 2.5 * terms["loss_d_class"])
     assert objective.penalty_is_due(iteration)
     assert not objective.penalty_is_due(iteration + 1)
-    loss, terms = objective.penalty_loss(reals, inputs.reals.mix, render, 3, OFF)
+    loss, terms = objective.penalty_loss(reals, inputs.reals, render, 3, OFF)
     assert terms.keys() == {"penalty"}
     assert terms["penalty"] > 0
     assert_close(loss, 7 * 3 * terms["penalty"])
@@ -146,7 +146,7 @@ def test_terms_of_parts_add_up_to_those_of_the_batch(case):
         fakes, reals = part.fakes_g, objective.cut_reals(part.reals)
         render = objective.render_patches(fakes)
         _, found = objective.discriminator_loss(reals, objective.cut_fakes(fakes, render.rgb), part.reals.views, 3)
-        found |= objective.penalty_loss(reals, part.reals.mix, render.rgb, 3, OFF)[1]
+        found |= objective.penalty_loss(reals, part.reals, render.rgb, 3, OFF)[1]
         found |= objective.generator_loss(fakes, render, part.reals, 3, 0)[1]
         if trainer.ccsr is not None:
             neighbours = objective.render_neighbours(fakes)

@@ -106,7 +106,9 @@ def test_a_step_with_published_settings_is_a_step_of_the_published_loop(name, tm
     cells = (2 * torch.arange(16) + 1) / 16 - 1
     grid = torch.stack(torch.meshgrid(cells, cells, indexing="xy"), -1)[None] * cut.scale[:, None, None, None]
     grid = grid + cut.centre[:, None, None]
-    real = functional.grid_sample(inputs.reals.images, grid, padding_mode="border", align_corners=False)
+    mirrored = inputs.reals.mirrored if config.discriminator.hflip else torch.zeros(3, dtype=torch.bool)
+    photos = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    real = functional.grid_sample(photos, grid, padding_mode="border", align_corners=False)
     real.requires_grad_()
     logits = discriminator(real, inputs.reals.condition)[0]
     (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)

@@ -342,19 +342,39 @@ def test_a_step_draws_and_copies_everything_once_and_waits_for_nothing_but_loss_
     assert set(statistics) < set(scalars)
 
 
-#: most launches of a step outside of networks and rendering; the terms of super-resolution are images' warps and crops
-MOST_LAUNCHES = {"plain": 60, "importance samples and noise": 60, "deferred chunks": 60, "tri-planes and cameras": 80}
+#: what configs/default.yaml switches on; super-resolution takes part in every second step of it
+DEFAULT = (
+    *("nerf.field=triplane", "nerf.planes=synthesis", "nerf.plane_resolution=16", "nerf.plane_channels=4"),
+    *("nerf.decoder_width=8", "nerf.colour_components=3", "nerf.N_importance=4", "z_dist.dim_appearance=4"),
+    *("data.synthetic.instances=3", "data.synthetic.known_instances=1", "training.instance_prior=0.02"),
+    *("training.match_views=true", "training.photometric=20", "training.opacity=0.3", "ray_sampler.snap=true"),
+    *("training.share_fakes=true", "training.optimizer=adam", "discriminator.norm=none"),
+    *("discriminator.condition_maps=4", *SUPER_RESOLUTION, "ccsr.photometric=200", "ccsr.adversarial=0.1"),
+)
+#: a case and the most launches of its step, R1 included, outside of networks and rendering; super-resolution has an
+#: optimiser, crops and terms of its own
+MOST_LAUNCHES = {
+    "plain": ((), 60),
+    "importance samples and noise": (CASES["importance samples and noise"], 60),
+    "deferred chunks": (CASES["deferred chunks"], 60),
+    "tri-planes and cameras": (CASES["tri-planes and cameras"], 60),
+    "default": ((*DEFAULT, "ccsr.start_iteration=9"), 60),
+    "default with super-resolution": (DEFAULT, 92),
+}
 
 
-@pytest.mark.parametrize("case", MOST_LAUNCHES)
-def test_a_step_launches_little_outside_of_networks_and_rendering(make_trainer, smoke_config, batches, fuse, case):
-    first, second = batches(2, data=builders.open_photographs(smoke_config(*CASES[case])))
+@pytest.mark.parametrize(("overrides", "most"), MOST_LAUNCHES.values(), ids=MOST_LAUNCHES.keys())
+def test_a_step_launches_little_outside_of_networks_and_rendering(
+    make_trainer, smoke_config, batches, fuse, overrides, most
+):
+    first, second = batches(2, data=builders.open_photographs(smoke_config(*overrides)))
     with PretendedDevice() as device:
-        trainer = make_trainer(*CASES[case])
+        trainer = make_trainer(*overrides)
         trainer.step(*first)
+        trainer.step(*second)  # latents of views that it meets for the first time make their optimiser's state
         device.launches.clear()
         trainer.step(*second)
-    assert 30 < len(device.launches) <= MOST_LAUNCHES[case], count_by_place(device.launches)
+    assert 30 < len(device.launches) <= most, count_by_place(device.launches)
 
 
 # ---------------------------------------------------------------- what is read later

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from graf.app import builders
-from graf.geometry.rays import Patches, crop_images, patch_grid, place_patches
+from graf.geometry.rays import Patches, crop_images, patch_grid
 from graf.geometry.views import PoseSampler
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView, warp_between
@@ -23,7 +23,7 @@ from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.runtime.randomness import Draws
 from graf.training import trainer as trainer_module
-from graf.training.inputs import FakeInputs, RealInputs, StepSettings
+from graf.training.inputs import FakeInputs, RealInputs, StepSettings, SuperResolutionInputs
 from graf.training.perceptual import PerceptualDistance, load_perceptual_distance
 from graf.training.trainer import Trainer
 
@@ -86,7 +86,12 @@ def reals_of(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Re
     iteration = trainer.progress.iteration
     draws = Draws(trainer.config.seed, iteration, range(len(images)))
     reals = trainer.inputs.draw_reals(draws, labels, trainer.settings_at(iteration))
-    return trainer.inputs.add_photographs(reals, images)
+    return trainer.inputs.cut_photographs(reals, images)
+
+
+def corners_of(inputs: SuperResolutionInputs) -> list[tuple[int, int]]:
+    """The first pixels (x, y) of crops of D's size."""
+    return [(first % (SCALE * SIDE), first // (SCALE * SIDE)) for first in inputs.pixels[:, 0, 0].tolist()]
 
 
 def render(trainer: Trainer, fakes: FakeInputs) -> Render:
@@ -288,7 +293,7 @@ def test_supervision_renders_the_crop_finely_and_compares_it_with_the_super_reso
     low = rendered.rgb
     with torch.no_grad():
         fine = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
-    corner = torch.floor(fakes.super_resolution.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
+    corner = corners_of(fakes.super_resolution)
     grid = patch_grid(fakes.patches, SCALE * SIDE)
     crops = torch.stack([fine[i, :, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
     grids = torch.stack([grid[i, y : y + SIDE, x : x + SIDE] for i, (x, y) in enumerate(corner)])
@@ -395,25 +400,24 @@ def test_the_weights_of_the_other_terms_scale_their_gradients(make_trainer, batc
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_super_resolved_crops_are_slices_that_lie_where_they_say(make_trainer, factor):
-    """An image of its own places in the image plane is cropped to the places of the crop's condition."""
-    trainer = make_trainer(f"ccsr.scale={factor}")
-    fakes = fakes_of(trainer, 5)
-    crop = fakes.super_resolution.crop.clone()
-    crop[0], crop[1] = 0, 1 - 2**-24
-    inputs = replace(fakes.super_resolution, crop=crop)
-    fakes = replace(fakes, super_resolution=inputs, patches=place_patches(torch.rand(5, 3), 0.3, 0.9))
-    x, y = patch_grid(fakes.patches, factor * SIDE).unbind(-1)
+    """An image of its own places in the image plane is cropped to the places that D is told."""
+    trainer, count, width = make_trainer(f"ccsr.scale={factor}"), 200, factor * SIDE
+    fakes = fakes_of(trainer, count)
+    x, y = patch_grid(fakes.patches, width).unbind(-1)
     image = torch.stack([x, y, torch.rand_like(x)], 1)
-    crops = trainer.objective._crop_super_resolved(image, fakes, inputs)
-    found, condition = crops.images, crops.condition
-    corner = torch.floor(crop * ((factor - 1) * SIDE + 1)).long()
-    assert corner[:2].tolist() == [[0, 0], [(factor - 1) * SIDE] * 2]
-    for i, (left, top) in enumerate(corner.tolist()):
+    inputs = fakes.super_resolution
+    crops = trainer.objective._label_crops(image, inputs, inputs.augment)
+    found = crops.images
+    corner = [(first % width, first // width) for first in inputs.pixels[:, 0, 0].tolist()]
+    for axis in range(2):
+        assert {place[axis] for place in corner} == set(range((factor - 1) * SIDE + 1))
+    for i, (left, top) in enumerate(corner):
         assert torch.equal(found[i], image[i, :, top : top + SIDE, left : left + SIDE])
-    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-6, rtol=0)
-    assert_close(condition.patches.scale, fakes.patches.scale / factor)
-    assert torch.equal(condition.u, fakes.views.u)
-    assert torch.equal(condition.class_idx, fakes.views.class_idx)
+    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(inputs.crop, SIDE), atol=1e-6, rtol=0)
+    assert_close(inputs.crop.scale, fakes.patches.scale / factor)
+    said = trainer.discriminator.shape.describe(fakes.views, inputs.crop)
+    assert torch.equal(crops.condition.features, said.features)
+    assert torch.equal(crops.condition.class_idx, fakes.views.class_idx)
 
 
 def test_real_crops_show_the_photographs_where_they_say(make_trainer):
@@ -422,16 +426,17 @@ def test_real_crops_show_the_photographs_where_they_say(make_trainer):
     photograph = torch.stack([rows.expand(32, -1), rows[:, None].expand(-1, 32), torch.zeros(32, 32)])
     settings = StepSettings(0.4, 0.9, 0, super_resolve=True)
     reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), torch.tensor([[0, 0, 10, -1]] * 4), settings)
-    reals = trainer.inputs.add_photographs(reals, photograph.repeat(4, 1, 1, 1))
-    reals = replace(reals, patches=Patches(reals.patches.scale, reals.patches.centre.clamp(-0.05, 0.05)))
+    reals = trainer.inputs.cut_photographs(reals, photograph.repeat(4, 1, 1, 1))
     _, crops = trainer.objective.cut_reals(reals)
-    found, condition = crops.images, crops.condition
+    found, place = crops.images, reals.super_resolution.crop
     assert found.shape == (4, 3, SIDE, SIDE)
-    assert_close(condition.patches.scale, reals.patches.scale / SCALE)
-    assert_close(found[:, :2].permute(0, 2, 3, 1), patch_grid(condition.patches, SIDE), atol=1e-5, rtol=0)
-    assert bool(
-        ((condition.patches.centre - reals.patches.centre).abs() <= 0.5 * reals.patches.scale[:, None] + 1e-6).all()
-    )
+    assert_close(place.scale, reals.patches.scale / SCALE)
+    inner = place.centre.abs() + place.scale[:, None] < 1 - 1 / (SCALE * SIDE)  # the outermost half pixel is the edge's
+    expected = patch_grid(place, SIDE).permute(0, 3, 1, 2)
+    assert bool(inner.all(1).any())
+    assert_close(found[:, :2][inner], expected[inner], atol=1e-5, rtol=0)
+    assert bool(((place.centre - reals.patches.centre).abs() <= 0.5 * reals.patches.scale[:, None] + 1e-6).all())
+    assert torch.equal(crops.condition.features, trainer.discriminator.shape.describe(reals.views, place).features)
 
 
 def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_trainer, batches, photographs):
@@ -439,13 +444,13 @@ def test_real_low_resolution_patches_are_block_means_of_the_photographs(make_tra
     ((images, labels),) = batches(1, size=4, data=photographs)
     assert images.shape == (4, 3, 32, 32)
     reals = trainer.inputs.draw_reals(Draws(0, 0, range(4)), labels, StepSettings(0.5, 1.0, 0))
-    reals = trainer.inputs.add_photographs(reals, images)
-    (patches,) = trainer.objective.cut_reals(reals)
+    cut = trainer.inputs.cut_photographs
+    (patches,) = trainer.objective.cut_reals(cut(reals, images))
     assert_close(
         patches.images, crop_images(functional.avg_pool2d(images, SCALE), reals.patches, SIDE), atol=1e-6, rtol=0
     )
-    assert patches.condition.patches is reals.patches
-    (whole,) = trainer.objective.cut_reals(replace(reals, patches=Patches.whole(4)))
+    assert patches.condition is reals.condition
+    (whole,) = trainer.objective.cut_reals(cut(replace(reals, patches=Patches.whole(4)), images))
     assert_close(whole.images, functional.avg_pool2d(images, SCALE), atol=1e-6, rtol=0)
 
 
@@ -468,26 +473,30 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
         )
         cut = trainer.objective.cut_reals(reals)
         loss, terms = trainer.objective.discriminator_loss(cut, trainer.objective.cut_fakes(fakes, low), reals.views, 3)
-    assert [tuple(patches.shape) for patches, _ in calls] == [(6, 3, SIDE, SIDE)] * 2  # real and fake at once
-    calls = [(patches[rows], said[rows]) for patches, said in calls for rows in (slice(3), slice(3, 6))]
-    _, (fake, said_low), (_, said_real), (fine_fake, said_fine) = calls
+    ((patches, said),) = calls  # all at once
+    assert patches.shape == (12, 3, SIDE, SIDE)
+    calls = [(patches[first : first + 3], said[first : first + 3]) for first in range(0, 12, 3)]
+    _, (_, said_real), (fake, said_low), (fine_fake, said_fine) = calls
     with torch.no_grad():
         image = trainer.ccsr(low, fakes.views.labels[:, 2], fakes.patches).image
-    corner = torch.floor(fakes.super_resolution.crop * (SIDE * (SCALE - 1) + 1)).long().tolist()
+    corner = corners_of(fakes.super_resolution)
     assert torch.equal(fine_fake, torch.stack([image[i, :, y : y + 16, x : x + 16] for i, (x, y) in enumerate(corner)]))
     assert torch.equal(fake, low)
-    assert_close(said_fine.patches.scale, said_low.patches.scale / SCALE)
-    assert_close(said_real.patches.scale, reals.patches.scale / SCALE)
+    for fine, low_condition in (
+        (said_fine, said_low),
+        (said_real, reals.condition),
+    ):  # the scale's logarithm comes first
+        assert_close(fine.features[:, 0], low_condition.features[:, 0] - math.log2(SCALE))
 
     with torch.no_grad():
-        on_real, on_fake, on_fine_real, on_fine_fake = (forward(*call) for call in calls)
+        on_real, on_fine_real, on_fake, on_fine_fake = (forward(*call) for call in calls)
     low_loss = functional.softplus(-on_real[0]).mean() + functional.softplus(on_fake[0]).mean()
     fine_loss = functional.softplus(-on_fine_real[0]).mean() + functional.softplus(on_fine_fake[0]).mean()
     assert_close(terms["loss_d"].detach(), low_loss + fine_loss)
     assert_close(terms["d_real"], torch.sigmoid(on_real[0]).mean())
     assert_close(terms["d_real_sr"], torch.sigmoid(on_fine_real[0]).mean())
     assert_close(terms["d_fake_sr"], torch.sigmoid(on_fine_fake[0]).mean())
-    class_loss = sum(trainer.objective._class_loss(on[1], reals.views).mean() for on in (on_real, on_fine_real))
+    class_loss = sum(trainer.objective._class_loss(on[1], labels).mean() for on in (on_real, on_fine_real))
     assert_close(terms["loss_d_class"].detach(), class_loss)
     assert_close(loss.detach(), low_loss + fine_loss + class_loss)
     loss.backward()
@@ -498,8 +507,8 @@ def test_the_discriminators_loss_is_that_of_both_resolutions(make_trainer, batch
         point = patches.detach().clone().requires_grad_(True)
         return torch.autograd.grad(forward(point, said)[0].sum(), point)[0].square().sum() / 3
 
-    expected = r1(*calls[0]) + r1(*calls[2])
-    loss, terms = trainer.objective.penalty_loss(cut, reals.mix, low, 3, trainer.d.scaler)
+    expected = r1(*calls[0]) + r1(*calls[1])
+    loss, terms = trainer.objective.penalty_loss(cut, reals, low, 3, trainer.d.scaler)
     assert_close(terms["penalty"].detach(), expected, rtol=1e-4, atol=1e-7)
     training = trainer.config.training
     assert_close(loss.detach(), training.reg_param * training.reg_every * expected, rtol=1e-4, atol=1e-7)
@@ -511,7 +520,8 @@ def test_ccsr_is_told_by_d_how_real_its_crops_look(make_trainer):
     low = render(trainer, fakes)
     with torch.no_grad():
         image, _ = trainer.objective.super_resolve(low.rgb, fakes.super_resolution.latents, fakes.patches)
-        crops = trainer.objective._crop_super_resolved(image, fakes, fakes.super_resolution)
+        inputs = fakes.super_resolution
+        crops = trainer.objective._label_crops(image, inputs, inputs.augment)
         logits, _ = trainer.discriminator(crops.images, crops.condition)
     found = super_resolution_statistics(trainer, fakes, low)["loss_sr"]
     assert_close(found.detach(), functional.softplus(-logits).mean())
