@@ -181,17 +181,27 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 def capture_autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     """The autocast state of this moment on a device type, as a factory of contexts that enter it again later."""
-    if not _has_autocast(device_type):  # torch refuses to say
+    if not _has_autocast(device_type):
         return nullcontext
+    dtype = _current_autocast(device_type)
+    return lambda: float32_region(device_type) if dtype is None else _autocast(device_type, dtype=dtype)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product with x would be computed at this moment: autocast's where it is on, else x's own."""
+    dtype = _current_autocast(x.device.type) if x.dtype is torch.float32 else None
+    return x.dtype if dtype is None else dtype
+
+
+def _current_autocast(device_type: str) -> torch.dtype | None:
+    """Autocast's dtype on a device type, None where it is off."""
+    if not _has_autocast(device_type):  # torch refuses to say
+        return None
     if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
-        enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    elif device_type == "cpu":
-        enabled, dtype = torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
-    else:
-        enabled, dtype = torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
-    if not enabled:
-        return lambda: float32_region(device_type)
-    return lambda: _autocast(device_type, dtype=dtype)
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 def _torch_amp() -> ModuleType | None:
