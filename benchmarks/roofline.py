@@ -38,7 +38,7 @@ def _count_linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-#: torch's formulas, under the name that they had before 2.2 too, and that of oneDNN's fused layer, for which it has none
+#: torch's formulas, under the name that they had before 2.2 too, and one for oneDNN's fused layer
 _FORMULAS: Mapping[Any, Callable[..., int]] = {
     **(getattr(flop_counter, "flop_registry", None) or vars(flop_counter)["flop_mapping"]),
     getattr(torch.ops.mkldnn, "_linear_pointwise", None): _count_linear,

@@ -25,7 +25,7 @@ from graf.base.tensors import SHARED, TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
 from graf.models.linear_relu import linear_relu
-from graf.runtime.amp import at_least_float32, float32_region
+from graf.runtime.amp import at_least_float32, float32_region, product_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,7 @@ class MLPField(RadianceField):
     def _run_trunk(self, points: Tensor, codes: MLPCodes, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """The last hidden layer (B, N S, width) and the density (B, N, S)."""
         encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).flatten(1, 2)
+        encoded = encoded.to(product_dtype(encoded))  # once for both layers
         hidden = linear_relu(encoded, self.trunk_in.weight, codes.trunk_in)
         for layer in cast(Iterable[nn.Linear], self.trunk):
             if codes.trunk_skip is not None and layer is self._skip_layer:
