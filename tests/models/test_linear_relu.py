@@ -82,7 +82,6 @@ def test_only_inputs_and_output_are_kept_and_only_gradients_that_are_needed_are_
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         found = call(x.detach(), weight, shares.detach(), y.detach(), second)
     assert {tensor.shape for tensor in kept} == {x.shape, weight.shape, y.shape, second.shape, found.shape}
-    products: list[str] = []
     with torch.profiler.profile() as profiler:
         found.sum().backward()
     products = [event.name for event in profiler.events() if event.name == "aten::mm"]
