@@ -13,6 +13,8 @@ from graf.runtime.amp import product_dtype
 
 #: oneDNN's product that adds the bias and takes the ReLU before it writes; private to torch, whose compiler calls it
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+#: what it is asked for instead of a ReLU, which would make zeros out of NaN and hide that training has diverged
+_ACTIVATION = ("leaky_relu", [1e-30])
 
 
 def linear_relu(x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -35,8 +37,8 @@ def _compute(x: Tensor, weight: Tensor, shares: Tensor, y: Tensor | None, second
     # to ask an exported program would fix the number of its shares
     is_bias = not _is_exporting() and shares.numel() == shares.shape[-1]
     if is_bias and x.device.type == "cpu" and _is_fused(dtype):
-        activation = "relu" if y is None else "none"
-        output: Tensor = _LINEAR_POINTWISE(x, weight, shares.flatten(), activation, [], "")  # type: ignore[misc]
+        activation = _ACTIVATION if y is None else ("none", [])
+        output: Tensor = _LINEAR_POINTWISE(x, weight, shares.flatten(), *activation, "")  # type: ignore[misc]
         if y is None:
             return output
     elif is_bias:
@@ -60,6 +62,7 @@ def _is_fused(dtype: torch.dtype) -> bool:
 
 
 def _is_exporting() -> bool:
+    """Whether others are to run what is computed now, with operators that they know."""
     return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7, as exports are
 
 

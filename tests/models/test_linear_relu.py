@@ -36,7 +36,7 @@ def test_values_and_all_gradients_are_those_of_the_formula(dtype, tolerance, sha
     exact = [part.detach().double().requires_grad_() for part in inputs]
     found, expected = call(*inputs), compute_plainly(*exact)
     assert found.dtype == dtype
-    assert 0.2 < float((found == 0).double().mean()) < 0.8
+    assert 0.2 < float((expected == 0).double().mean()) < 0.8
     assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     gradients = torch.autograd.grad((found * weights).sum(), inputs)
@@ -51,6 +51,16 @@ def test_without_onednns_layer_the_numbers_are_the_same(monkeypatch, has_second)
     fused = call(*inputs)
     monkeypatch.setattr(module, "_is_fused", lambda dtype: False)
     assert_close(call(*inputs), fused, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_second", [False, True])
+def test_what_is_not_a_number_stays_so(has_second, dtype):
+    inputs = [part.detach() for part in draw((1, 1, 1), dtype, has_second)]
+    inputs[0][1, 2, 3, 0] = torch.nan
+    found = call(*inputs).isnan()
+    assert found[1, 2, 3].all()
+    assert found.sum() == 8
 
 
 @pytest.mark.parametrize("shares", SHARES)
