@@ -32,10 +32,17 @@ SIDE = 2048
 COPIED = 256 * 2**20
 #: calls that a GPU is given before anybody waits for it
 QUEUED = 50
-#: torch's formulas, under the name that they had before 2.2 too
-_FORMULAS: Mapping[Any, Callable[..., int]] = (
-    getattr(flop_counter, "flop_registry", None) or vars(flop_counter)["flop_mapping"]
-)
+
+
+def _count_linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+#: torch's formulas, under the name that they had before 2.2 too, and one for oneDNN's fused layer
+_FORMULAS: Mapping[Any, Callable[..., int]] = {
+    **(getattr(flop_counter, "flop_registry", None) or vars(flop_counter)["flop_mapping"]),
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None): _count_linear,
+}
 _WRITE_ONLY = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_, torch.ops.aten.normal_}
 _ALLOCATIONS = {
     torch.ops.aten.empty,

@@ -41,7 +41,7 @@ MEASURED = (
     *("training.sample_every=0", "training.monitoring=[]", "data.synthetic.count=288"),
 )
 #: what the published model needs least memory with, and on a CPU least time: what is in use stays in its caches
-SMALL_PARTS = ("training.micro_batch_size=1", "training.memory_strategy=checkpoint", "training.chunk=512")
+SMALL_PARTS = ("training.micro_batch_size=1", "training.memory_strategy=checkpoint", "training.chunk=128")
 NARROW = ("nerf.netwidth=32", "nerf.netdepth=4", "nerf.N_samples=8", "training.batch_size=2")
 WHOLE_IMAGES = ("ray_sampler.min_scale=1", "ray_sampler.max_scale=1", AMP)
 

@@ -11,6 +11,7 @@ from benchmarks import stepping, throughput
 from benchmarks.roofline import Limits, LimitsMeter, WorkMeter, count_bytes
 from benchmarks.throughput import Measured
 from graf.config import load_config
+from graf.models.linear_relu import linear_relu
 from graf.runtime import operator_classes
 from graf.runtime.profiling import REST, TimeSplit
 
@@ -32,6 +33,19 @@ def test_a_linear_layer_costs_one_product_forwards_and_two_backwards():
     with WorkMeter() as backwards:
         result.backward(torch.ones_like(result))
     assert dict(backwards.operations) == {"float32": 2 * (2 * ROWS * INPUTS * OUTPUTS)}
+
+
+@pytest.mark.parametrize("has_second", [False, True])
+def test_a_layer_with_its_relu_costs_the_same_products(has_second):
+    leaves = [torch.randn(size, requires_grad=True) for size in ((ROWS, INPUTS), (OUTPUTS, INPUTS), (1, OUTPUTS))]
+    again = (leaves[0], leaves[1]) if has_second else None
+    for dtype, mode in (("float32", torch.no_grad()), ("bfloat16", torch.autocast("cpu", torch.bfloat16))):
+        with WorkMeter() as meter, mode:
+            result = linear_relu(*leaves, again)
+        assert dict(meter.operations) == {dtype: (1 + has_second) * 2 * ROWS * INPUTS * OUTPUTS}
+    with WorkMeter() as meter:
+        result.sum().backward()
+    assert dict(meter.operations) == {"bfloat16": (1 + has_second) * 2 * (2 * ROWS * INPUTS * OUTPUTS)}
 
 
 def test_a_convolution_costs_its_products_and_its_backward_pass_twice_as_much():

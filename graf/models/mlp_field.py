@@ -13,6 +13,7 @@ through the camera alone, otherwise the field could paint each view separately a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,7 +24,8 @@ from torch.nn import functional
 from graf.base.tensors import SHARED, TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
-from graf.runtime.amp import at_least_float32, float32_region
+from graf.models.linear_relu import linear_relu
+from graf.runtime.amp import at_least_float32, float32_region, product_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +45,6 @@ class MLPShape(FieldShape):
     def skip(self) -> int | None:
         """Index of the layer whose input is joined by the encoded point and shape code again."""
         return self.depth // 2 + 1 if self.depth >= 4 else None
-
-
-def _linear_plus(x: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-    """W x + share, in the dtype of W x; `share` (B, 1, out) comes from the same layer's other columns."""
-    product = functional.linear(x, weight)
-    return product.add_(share.to(product.dtype))  # in place: a sum of its own would be one more activation
 
 
 @dataclass(frozen=True)
@@ -131,12 +127,11 @@ class MLPField(RadianceField):
         points: (B, N, S, 3); directions: (B, N, 3), unit length; noise: (B, N, S), added to the raw density.
         """
         hidden, density = self._run_trunk(points, codes, noise)
-        colour = functional.linear(hidden, codes.view_weight).view(*points.shape[:3], -1)
         per_ray = codes.view
         if self.shape.use_viewdirs:
             encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
-            per_ray = _linear_plus(encoded_directions, self.view_directions.weight, per_ray)
-        colour = torch.relu_(colour.add_(per_ray[:, :, None].to(colour.dtype)))
+            per_ray = per_ray + functional.linear(encoded_directions, self.view_directions.weight)
+        colour = linear_relu(hidden.view(*points.shape[:3], -1), codes.view_weight, per_ray[:, :, None])
         return torch.tanh(at_least_float32(self.rgb(colour))), density
 
     def density(self, points: Tensor, codes: MLPCodes) -> Tensor:
@@ -145,19 +140,15 @@ class MLPField(RadianceField):
 
     def _run_trunk(self, points: Tensor, codes: MLPCodes, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """The last hidden layer (B, N S, width) and the density (B, N, S)."""
-        batch, num_rays, num_samples, _ = points.shape
-        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).reshape(
-            batch, num_rays * num_samples, -1
-        )
-        hidden = torch.relu_(_linear_plus(encoded, self.trunk_in.weight, codes.trunk_in))
-        for layer in self.trunk:
+        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).flatten(1, 2)
+        encoded = encoded.to(product_dtype(encoded))  # once for both layers
+        hidden = linear_relu(encoded, self.trunk_in.weight, codes.trunk_in)
+        for layer in cast(Iterable[nn.Linear], self.trunk):
             if codes.trunk_skip is not None and layer is self._skip_layer:
-                again = _linear_plus(encoded, self.trunk_skip.weight, codes.trunk_skip)
-                hidden = torch.relu_(functional.linear(hidden, self._skip_layer.weight).add_(again))
-                del again
+                hidden = linear_relu(hidden, layer.weight, codes.trunk_skip, (encoded, self.trunk_skip.weight))
             else:
-                hidden = torch.relu_(layer(hidden))
-        raw = at_least_float32(self.raw_density(hidden)).view(batch, num_rays, num_samples)
+                hidden = linear_relu(hidden, layer.weight, layer.bias[None, None])
+        raw = at_least_float32(self.raw_density(hidden)).view(points.shape[:3])
         return hidden, self.shape.density(raw, points, noise)
 
     @property

@@ -18,11 +18,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from graf.base.tensors import TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
+from graf.models.linear_relu import linear_relu
 from graf.runtime.amp import at_least_float32, float32_region
 
 #: gamma = FREQUENCY + FREQUENCY_RANGE times what the mapping network says (pi-GAN's published code)
@@ -115,12 +115,11 @@ class SirenField(RadianceField):
     ) -> tuple[Tensor, Tensor]:
         """As the protocol says; float64 for float64 points and weights."""
         hidden, density = self._run_trunk(points, codes, noise)
-        colour = functional.linear(hidden, self.view.weight).view(*points.shape[:3], -1)
         per_ray = codes.view
         if self.shape.use_viewdirs:
             encoded = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
             per_ray = per_ray + self.view_directions(encoded)
-        colour = torch.relu_(colour.add_(per_ray[:, :, None].to(colour.dtype)))
+        colour = linear_relu(hidden.view(*points.shape[:3], -1), self.view.weight, per_ray[:, :, None])
         return torch.tanh(at_least_float32(self.rgb(colour))), density
 
     def density(self, points: Tensor, codes: SirenCodes) -> Tensor:

@@ -28,7 +28,7 @@ CLASSES = (
 
 #: operators that torch does not call pointwise, without the "_" of those in place and the "_backward" of gradients
 _NAMES = {
-    MATRIX_PRODUCT: "mm addmm bmm baddbmm addbmm matmul linear dot mv addmv ger outer _scaled_mm",
+    MATRIX_PRODUCT: "mm addmm bmm baddbmm addbmm matmul linear _linear_pointwise dot mv addmv ger outer _scaled_mm",
     GATHER: """grid_sampler grid_sampler_2d grid_sampler_3d cudnn_grid_sampler index _unsafe_index index_put
         _index_put_impl index_add index_select index_copy index_fill gather scatter scatter_add take take_along_dim
         embedding embedding_dense sort argsort topk searchsorted bucketize nonzero masked_select unique2 roll flip""",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
+from graf.models import mlp_field
 from graf.models.density import DensityLaw
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.mlp_field import MLPField, MLPShape
@@ -185,6 +186,36 @@ def test_codes_made_of_their_own_tensors_are_the_same_codes(depth):
     codes = field.prepare(z, class_idx)
     again = codes.with_tensors(tuple(tensor.clone() for tensor in codes.tensors()))
     assert_close(field(points, directions, again), field(points, directions, codes))
+
+
+def plain_layer(x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    return torch.relu(functional.linear(x, weight) + shares + (0 if again is None else functional.linear(*again)))
+
+
+def learn(steps: int) -> list[float]:
+    """The losses of fitting a small field to random colours and densities, in float64."""
+    torch.manual_seed(0)
+    shape = replace(SMALL, depth=4, density=SOFT)
+    field = MLPField(shape).double()
+    points, directions, z, class_idx = draw_inputs(shape)
+    colours, densities = torch.rand(points.shape).double(), torch.rand(points.shape[:3]).double()
+    optimizer, losses = torch.optim.Adam(field.parameters(), lr=1e-2), []
+    for _ in range(steps):
+        rgb, density = field(points, directions, field.prepare(z, class_idx))
+        loss = (rgb - colours).square().mean() + (density - densities).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_fifty_steps_learn_what_layers_left_to_autograd_learn(monkeypatch):
+    found = learn(50)
+    monkeypatch.setattr(mlp_field, "linear_relu", plain_layer)
+    expected = learn(50)
+    assert expected[-1] < 0.5 * expected[0]
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------- positional encoding

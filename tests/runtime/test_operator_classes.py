@@ -36,6 +36,7 @@ def test_an_operator_is_of_its_class(kind, names):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
+        (classes.MATRIX_PRODUCT, "mkldnn::_linear_pointwise"),
         (classes.OVERHEAD, "autograd::engine::evaluate_function: MulBackward0"),
         (classes.OVERHEAD, "AddmmBackward0"),
         (classes.OVERHEAD, "torch::autograd::AccumulateGrad"),
