@@ -59,9 +59,9 @@ NUM_VALIDATION = 48
 PIXEL_SHARE = 0.05
 #: of the true pictures that renders are compared with: no more memory than for one of 64 x 64
 TRUE_PIXELS_AT_ONCE = 4096
-#: numbers of a field's widest layer that are computed at once: on a CPU as many as caches hold, on a GPU so many that
-#: launching what computes them takes no time beside it
-CPU_NUMBERS_AT_ONCE, GPU_NUMBERS_AT_ONCE = 2**23, 2**26
+#: Numbers of a field's widest layer that are computed at once. On a CPU as many as caches hold, of tri-planes more, whose
+#: every chunk adds up a gradient of whole planes; on a GPU so many that launching what computes them takes no time.
+CPU_NUMBERS_AT_ONCE, CPU_NUMBERS_AT_ONCE_OF_PLANES, GPU_NUMBERS_AT_ONCE = 2**21, 2**23, 2**26
 
 
 @dataclass(frozen=True)
@@ -413,9 +413,11 @@ def build_memory_settings(config: Config, device_type: str = "cpu") -> MemorySet
 
 def choose_chunk(config: Config, device_type: str) -> int:
     """Rays that are rendered at once where nobody has said how many: a power of two, the fewer the wider the field."""
-    nerf = config.nerf
-    width = nerf.decoder_width if nerf.field == "triplane" else nerf.netwidth
-    numbers = CPU_NUMBERS_AT_ONCE if device_type == "cpu" else GPU_NUMBERS_AT_ONCE
+    nerf, numbers = config.nerf, GPU_NUMBERS_AT_ONCE
+    has_planes = nerf.field == "triplane"
+    if device_type == "cpu":
+        numbers = CPU_NUMBERS_AT_ONCE_OF_PLANES if has_planes else CPU_NUMBERS_AT_ONCE
+    width = nerf.decoder_width if has_planes else nerf.netwidth
     rays = numbers // (width * max(nerf.N_samples, nerf.N_importance))
     return max(SMALLEST_CHUNK, 2 ** int(math.log2(max(rays, 1))))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graf.runtime.amp import product_dtype
+from graf.runtime.torch_release import is_exporting
 
 #: oneDNN's product that adds the bias and takes the ReLU before it writes; private to torch, whose compiler calls it
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -35,7 +36,7 @@ def _compute(x: Tensor, weight: Tensor, shares: Tensor, y: Tensor | None, second
     dtype = product_dtype(x)
     x, weight, shares = x.to(dtype), weight.to(dtype), shares.to(dtype)
     # to ask an exported program would fix the number of its shares
-    is_bias = not _is_exporting() and shares.numel() == shares.shape[-1]
+    is_bias = not is_exporting() and shares.numel() == shares.shape[-1]
     if is_bias and x.device.type == "cpu" and _is_fused(dtype):
         activation = _ACTIVATION if y is None else ("none", [])
         output: Tensor = _LINEAR_POINTWISE(x, weight, shares.flatten(), *activation, "")  # type: ignore[misc]
@@ -59,11 +60,6 @@ def _is_fused(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32
-
-
-def _is_exporting() -> bool:
-    """Whether others are to run what is computed now, with operators that they know."""
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7, as exports are
 
 
 class _LinearReLU(torch.autograd.Function):

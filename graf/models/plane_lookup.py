@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graf.runtime.amp import float32_region
+from graf.runtime.torch_release import is_exporting
 
 #: the coordinates that the three planes are spanned by: (x, y), (x, z), (y, z)
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
@@ -34,16 +35,12 @@ def sample_planes(planes: Tensor, places: Tensor) -> Tensor:
     """
     with float32_region(planes.device.type):
         # learned cameras and normals ask for gradients of places, exported programs for operators that others know
-        if planes.device.type != "cpu" or places.requires_grad or _is_exporting():
+        if planes.device.type != "cpu" or places.requires_grad or is_exporting():
             return _sample_by_channel(planes, places)
         batch, _, channels, resolution, _ = planes.shape
         rows = planes.permute(0, 3, 4, 1, 2).reshape(-1, channels)
         features: Tensor = _SampleByRow.apply(rows, places, resolution)
         return features.view(batch, -1, channels)
-
-
-def _is_exporting() -> bool:
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7, as exports are
 
 
 def _sample_by_channel(planes: Tensor, places: Tensor) -> Tensor:

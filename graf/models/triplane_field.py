@@ -24,6 +24,7 @@ from torch.nn import functional
 from graf.base.tensors import TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
+from graf.models.plane_decoder import decode
 from graf.models.plane_lookup import sample_planes
 from graf.models.plane_sources import PlaneShape, PlaneSynthesis, PlaneTable
 from graf.runtime.amp import at_least_float32, float32_region
@@ -120,7 +121,7 @@ class TriplaneField(RadianceField):
     ) -> tuple[Tensor, Tensor]:
         """As the protocol says; float64 for float64 points and weights."""
         batch, rays, samples, _ = points.shape
-        outputs = torch.baddbmm(codes.head_bias, self._hide(points, codes), codes.head.mT)
+        outputs = self._decode(points, codes, codes.head, codes.head_bias)
         raw = at_least_float32(outputs[..., 0]).view(batch, rays, samples)
         colours = outputs[..., 1:]
         if self.shape.use_viewdirs:
@@ -132,13 +133,13 @@ class TriplaneField(RadianceField):
 
     def density(self, points: Tensor, codes: TriplaneCodes) -> Tensor:
         """The density (B, N, S) of points (B, N, S, 3), without computing colours."""
-        raw = torch.baddbmm(codes.head_bias[..., :1], self._hide(points, codes), codes.head[:, :1].mT)
+        raw = self._decode(points, codes, codes.head[:, :1], codes.head_bias[..., :1])
         return self.shape.density(at_least_float32(raw).view(points.shape[:3]), points)
 
-    def _hide(self, points: Tensor, codes: TriplaneCodes) -> Tensor:
-        """The hidden layer (B, N S, width)."""
+    def _decode(self, points: Tensor, codes: TriplaneCodes, head: Tensor, head_bias: Tensor) -> Tensor:
+        """What rows of the head say of points (B, N, S, 3): (B, N S, rows)."""
         features = sample_planes(codes.planes, points.flatten(1, 2) / self.shape.extent)
-        return torch.relu_(torch.baddbmm(codes.bias, features, codes.weight.mT))
+        return decode(features, codes.weight, codes.bias, head, head_bias)
 
 
 def _stack_head(density: Tensor, colours: Tensor, batch: int) -> Tensor:

@@ -69,3 +69,8 @@ def require_trust(path: Path | str, trust: bool, option: str = "--trust") -> Non
         f"{path}: is not from a run folder, and {hole}; update torch to {newest[0]}.{newest[1]} or newer, have it "
         f"exported to {SAFE_SUFFIX}, which is safe with every torch, or pass {option} if you know who made it"
     )
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing, so that others run the result, with operators that they know."""
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7, as exports are

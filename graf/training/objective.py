@@ -298,18 +298,30 @@ class GANObjective:
         settings, inputs = self.settings.super_resolution, fakes.super_resolution
         assert settings is not None
         assert inputs is not None
-        image, unprojected = self.super_resolve(render.rgb, inputs.latents, fakes.patches)
+        sources = [(render.rgb, inputs.latents, fakes.patches)]
+        if settings.photographs:
+            assert reals.super_resolution is not None
+            assert reals.fine is not None
+            sources.append((self.ccsr.down(reals.fine), reals.super_resolution.latents, reals.patches))
+        if neighbours is not None:
+            assert inputs.neighbour_latents is not None
+            sources.append((neighbours.rgb, inputs.neighbour_latents, fakes.patches))
+        images, mixtures, places = zip(*sources, strict=True)
+        resolved, unprojected = self.super_resolve(  # one pass over all, as in D's loss
+            torch.cat(images), LatentMixture.cat(mixtures), Patches.cat(places)
+        )
+        image, *others = resolved.split(len(render))
         with float32_region(image.device.type):
-            distance = losses.squared_distance(self.ccsr.down(unprojected), render.rgb)
+            distance = losses.squared_distance(self.ccsr.down(unprojected[: len(render)]), render.rgb)
         terms = {"loss_sr_consistency": (settings.consistency_weight(iteration), distance)}
         if settings.adversarial:
             logits, _ = self._discriminate(self._label_crops(image, inputs, inputs.augment))
             terms["loss_sr"] = (settings.adversarial, losses.generator_loss(self.settings.gan_type, logits))
         if neighbours is not None:
-            disagreement = self._disagreement(fakes, inputs, render, image, neighbours)
+            disagreement = self._disagreement(fakes, render, image, neighbours, others[-1])
             terms["loss_sr_agreement"] = (settings.agreement, disagreement)
-        if settings.photographs:
-            terms["loss_sr_photographs"] = (settings.photographs, self._restoration_error(reals))
+        if settings.photographs:  # SR(down(x)) of photographs x: what GAN training alone leaves open
+            terms["loss_sr_photographs"] = (settings.photographs, (others[0] - reals.fine).abs().mean((1, 2, 3)))
         if settings.photometric:
             assert reals.fine is not None
             distance = losses.squared_distance(image, reals.fine)
@@ -318,25 +330,17 @@ class GANObjective:
             terms["loss_sr_perceptual"] = (settings.perceptual, self.perceptual(image, render.rgb))
         return losses.add_up(terms, batch_size)
 
-    def _restoration_error(self, reals: RealInputs) -> Tensor:
-        """Mean |SR(down(x)) - x| per patch x of photographs at high resolution: what GAN training alone leaves open."""
-        assert self.ccsr is not None
-        assert reals.super_resolution is not None
-        assert reals.fine is not None
-        image, _ = self.super_resolve(self.ccsr.down(reals.fine), reals.super_resolution.latents, reals.patches)
-        return (image - reals.fine).abs().mean((1, 2, 3))
-
     def _disagreement(
-        self, fakes: FakeInputs, inputs: SuperResolutionInputs, render: Render, image: Tensor, neighbours: Render
+        self, fakes: FakeInputs, render: Render, image: Tensor, neighbours: Render, neighbour_image: Tensor
     ) -> Tensor:
         """How much more two neighbouring views disagree, by super-resolution, where both see the same surface.
 
         Mean per image of max(0, |A - warp(B)| - |a - warp(b)|) with A, B super-resolved and a, b upsampled renders.
         Below what the renders themselves disagree by nothing is asked: only blur could get there.
         """
+        inputs = fakes.super_resolution
+        assert inputs is not None
         assert inputs.neighbours is not None
-        assert inputs.neighbour_latents is not None
-        neighbour_image, _ = self.super_resolve(neighbours.rgb, inputs.neighbour_latents, fakes.patches)
         view = self._surface(image, render, fakes.views, fakes.patches)
         neighbour = self._surface(neighbour_image, neighbours, inputs.neighbours, fakes.patches)
         warped, mask = warp_between(view, neighbour, self.caster.intrinsics)

@@ -29,7 +29,7 @@ from graf.runtime.amp import Precision, at_least_float32, scale_of
 from graf.runtime.checkpoint import Stateful
 from graf.runtime.distributed import Processes
 from graf.runtime.logs import info_once
-from graf.runtime.memory import retry_smaller
+from graf.runtime.memory import retry_smaller, spare_long_lived_objects
 from graf.runtime.memory_profiler import MemoryProfiler
 from graf.runtime.memory_settings import MemorySettings
 from graf.runtime.phase_timer import make_timer
@@ -259,17 +259,21 @@ class Trainer:
         Hooks get every statistic's latest value: some are not computed in every step. Where something raises, `in_step`
         tells whether the state is that of half a step, or whole and worth saving.
         """
-        while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
-            started = time.monotonic()
-            with self.timer.phase("data"):
-                batch = self.processes.together(lambda: next(batches))  # the arguments of a step
-            self.in_step = True
-            self.latest |= self.step(*batch)
-            self._check_equality()
-            self.in_step = False
-            self.progress.seconds += time.monotonic() - started
-            for hook in hooks:
-                hook(self, self.latest)
+        with spare_long_lived_objects():
+            while self.progress.iteration < self.config.training.max_iterations and self.stop_reason is None:
+                self._run_once(batches, hooks)
+
+    def _run_once(self, batches: Iterator[tuple[Any, ...]], hooks: Sequence[Hook]) -> None:
+        started = time.monotonic()
+        with self.timer.phase("data"):
+            batch = self.processes.together(lambda: next(batches))  # the arguments of a step
+        self.in_step = True
+        self.latest |= self.step(*batch)
+        self._check_equality()
+        self.in_step = False
+        self.progress.seconds += time.monotonic() - started
+        for hook in hooks:
+            hook(self, self.latest)
 
     def step(self, images: Tensor, labels: Tensor, batch_size: int | None = None) -> Statistics:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 4).
