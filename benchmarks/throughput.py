@@ -28,7 +28,6 @@ from graf.base.files import write_atomically
 from graf.config import Config, load_config
 from graf.runtime import operator_classes
 from graf.runtime.device import configure_backends, pick_device
-from graf.runtime.memory import prepare_allocator
 from graf.runtime.profiling import StepProfiler, TimeSplit
 from graf.runtime.regions import LOGGING
 
@@ -360,7 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, metavar="FILE", help="a saved run that stands beside this one")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys that count for all rows")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-    prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)
     earlier, before = read(options.before) if options.before else (None, {})

@@ -59,8 +59,8 @@ NUM_VALIDATION = 48
 PIXEL_SHARE = 0.05
 #: of the true pictures that renders are compared with: no more memory than for one of 64 x 64
 TRUE_PIXELS_AT_ONCE = 4096
-#: Numbers of a field's widest layer that are computed at once. On a CPU as many as caches hold, of tri-planes more, whose
-#: every chunk adds up a gradient of whole planes; on a GPU so many that launching what computes them takes no time.
+#: Numbers of a field's widest layer that are computed at once. On a CPU as many as caches hold, of tri-planes more, of
+#: which every chunk adds up a gradient of whole planes; on a GPU so many that launching what computes them is cheap.
 CPU_NUMBERS_AT_ONCE, CPU_NUMBERS_AT_ONCE_OF_PLANES, GPU_NUMBERS_AT_ONCE = 2**21, 2**23, 2**26
 
 

@@ -127,16 +127,20 @@ def subdivide_patches(patches: Patches, size: int, factor: int, corner: Tensor) 
 
 def patch_grid(patches: Patches, size: int) -> Tensor:
     """Image-plane coordinates (B, size, size, 2), x then y, of the pixel centres of patches of size x size pixels."""
-    edge = 1 - 1 / size
-    cells = torch.linspace(-edge, edge, size, device=patches.scale.device, dtype=patches.scale.dtype)
+    cells = _centres(size, patches.scale.device, patches.scale.dtype)
     x, y = (patches.centre[:, None] + patches.scale[:, None, None] * cells[:, None]).unbind(-1)
     return torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1)
 
 
+def _centres(count: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The middles (count,) of equal cells of [-1, 1]."""
+    edge = 1 - 1 / count
+    return torch.linspace(-edge, edge, count, device=device, dtype=dtype)
+
+
 def pixel_grid(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Image-plane coordinates (batch, height, width, 2) of all pixel centres of a whole image."""
-    x = (2 * torch.arange(width, device=device, dtype=torch.float32) + 1) / width - 1
-    y = (2 * torch.arange(height, device=device, dtype=torch.float32) + 1) / height - 1
+    x, y = _centres(width, device), _centres(height, device)
     grid = torch.stack([x[None, :].expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
     return grid[None].expand(batch, -1, -1, -1)
 

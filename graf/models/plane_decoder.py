@@ -33,8 +33,8 @@ def _compute(*parts: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Decode(torch.autograd.Function):
-    """autograd's own layers would turn the hidden one over for the gradient of the head, and copy a gradient to mask it,
-    which takes a third of their backward pass.
+    """autograd's own layers would turn the hidden one over for the gradient of the head and copy another to mask it,
+    which is a third of their backward pass.
     """
 
     @staticmethod

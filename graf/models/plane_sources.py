@@ -47,8 +47,7 @@ class PlaneTable(nn.Module):
         super().__init__()
         size = shape.resolution
         std = INITIAL_STD * STORED_SHARE
-        stored = std * torch.randn(shape.num_classes, 3, shape.channels, size, size)
-        self.stored = nn.Parameter(arrange_planes(stored))  # indexing and optimisers keep the order in memory
+        self.stored = nn.Parameter(std * torch.randn(shape.num_classes, 3, shape.channels, size, size))
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
         return arrange_planes(self.stored[class_idx] / STORED_SHARE)

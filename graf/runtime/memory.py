@@ -5,15 +5,12 @@ All amounts are MiB (2^20 bytes).
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +25,6 @@ from graf.runtime.torch_release import torch_release
 Result = TypeVar("Result")
 
 MIB = 2**20
-#: what glibc's mallopt is told by these numbers: how much freed memory it keeps, from which size on it never keeps any
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 _OUT_OF_MEMORY_MESSAGES = (
     "out of memory",  # "CUDA error: out of memory", "MPS backend out of memory"
@@ -53,25 +48,15 @@ def release_cache(device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _find_release(device: torch.device) -> Callable[[], Any] | None:
-    """What gives a device's cache back; None where there is none, or torch has no way, as of MPS once."""
-    if device.type == "cpu":
-        library = _find_glibc()
-        return None if library is None else partial(library.malloc_trim, 0)
+def _find_release(device: torch.device) -> Callable[[], None] | None:
+    """What gives a device's cache back; None where there is none, as on a CPU, or torch has no way, as of MPS once."""
     kind = getattr(torch, device.type, None) if device.type in ("cuda", "mps") else None
     return getattr(kind, "empty_cache", None)
 
 
 def name_cache_release(device: torch.device) -> str:
     """What :func:`release_cache` does on a device besides collecting garbage."""
-    if _find_release(device) is None:
-        return "nothing to give back"
-    return "malloc_trim" if device.type == "cpu" else f"torch.{device.type}.empty_cache"
-
-
-def _find_glibc() -> ctypes.CDLL | None:
-    """The C library of this process where it is glibc, whose allocator can be told what to keep."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    return "nothing to give back" if _find_release(device) is None else f"torch.{device.type}.empty_cache"
 
 
 class CacheRelease:
@@ -109,17 +94,10 @@ def spare_long_lived_objects() -> Iterator[None]:
 
 
 def prepare_allocator() -> None:
-    """Ask allocators for what suits steps that repeat each other, unless the user has set anything.
+    """Ask CUDA's allocator for expandable segments, which do not fragment, unless the user has set anything.
 
-    CUDA's for expandable segments, which do not fragment; must run before CUDA starts. The variable was renamed in
-    torch 2.9; before 2.1 CUDA does not start with that word. glibc's to keep freed memory: it gives large blocks back
-    to the system at once, which clears every page again when the next step asks for it, a twentieth of a CPU's step.
+    Must run before CUDA starts. The variable was renamed in torch 2.9; before 2.1 CUDA does not start with that word.
     """
-    library = _find_glibc()
-    if library is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        # some versions of glibc take 32 MiB at most
-        library.mallopt(_MMAP_THRESHOLD, 2**30) or library.mallopt(_MMAP_THRESHOLD, 2**25)
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     can_expand = sys.platform == "linux" and torch_release() >= (2, 1)
     if can_expand and not any(name in os.environ for name in names):

@@ -6,9 +6,6 @@ import builtins
 import gc
 import logging
 import mmap
-import os
-import platform
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -18,7 +15,14 @@ import pytest
 import torch
 
 from graf.runtime import control_groups, logs, memory
-from graf.runtime.memory import CacheRelease, is_out_of_memory, read_memory, release_cache, reset_peak
+from graf.runtime.memory import (
+    CacheRelease,
+    is_out_of_memory,
+    read_memory,
+    release_cache,
+    reset_peak,
+    spare_long_lived_objects,
+)
 from graf.runtime.phase_timer import make_timer
 
 CPU = torch.device("cpu")
@@ -222,39 +226,19 @@ def test_expandable_segments_are_asked_for_unless_the_user_has_set_anything(
     assert environment == already | expected
 
 
-PAGES = """
-import resource, torch
-from graf.runtime.memory import MIB, prepare_allocator, release_cache
+def test_what_lived_before_is_not_searched_for_garbage_and_what_comes_after_is() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
 
-def count_pages():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def read_resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / MIB
-
-{prepare}
-torch.zeros(24 * MIB), torch.zeros(8 * MIB)
-before = count_pages()
-for _ in range(4):
-    torch.zeros(24 * MIB), torch.zeros(8 * MIB)
-kept = read_resident()
-release_cache(torch.device("cpu"))
-print(count_pages() - before, kept - read_resident())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
-def test_what_a_step_has_freed_is_kept_for_the_next_one_and_given_back_when_asked_for() -> None:
-    def run(prepare: str) -> tuple[float, float]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-        command = [sys.executable, "-c", PAGES.format(prepare=prepare)]
-        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        pages, given_back = text.split()
-        return int(pages), float(given_back)
-
-    pages, given_back = run("prepare_allocator()")
-    assert pages < 0.1 * run("")[0]
-    assert given_back > 64, "MiB of the 128 that were kept"
+    before, own = weakref.ref(Cycle()), None
+    with spare_long_lived_objects():
+        own = weakref.ref(Cycle())
+        gc.collect()
+        assert own() is None
+        assert before() is not None
+    gc.collect()
+    assert before() is None
 
 
 def test_where_there_is_no_allocation_history_it_is_said_and_nothing_written(

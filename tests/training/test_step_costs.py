@@ -359,7 +359,7 @@ MOST_LAUNCHES = {
     "deferred chunks": (CASES["deferred chunks"], 60),
     "tri-planes and cameras": (CASES["tri-planes and cameras"], 60),
     "default": ((*DEFAULT, "ccsr.start_iteration=9"), 60),
-    "default with super-resolution": (DEFAULT, 92),
+    "default with super-resolution": (DEFAULT, 95),
 }
 
 

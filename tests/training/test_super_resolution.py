@@ -662,7 +662,7 @@ def test_what_the_renders_themselves_disagree_by_is_not_asked_of_super_resolutio
     assert agreement(objective, fakes) == 0
     # Detail in one view alone counts; where it happens to make the views agree, nothing is credited.
     image = bicubic[0] + 0.3 * torch.randn_like(bicubic[0])
-    added = objective._disagreement(fakes, fakes.super_resolution, here, image, there)
+    added = objective._disagreement(fakes, here, image, there, bicubic[1])
     assert (added >= disagreement(image, bicubic[1]) - disagreement(*bicubic) - 1e-6).all()
     assert (added > 0.1).all()
 
@@ -685,12 +685,11 @@ def test_disagreement_teaches_the_latents_of_both_views(make_scene, turn):
 def test_what_only_one_view_sees_is_not_compared(make_scene):
     objective, fakes = make_scene(marble)
     low = objective.render_patches(fakes)
-    image = (
-        objective.super_resolve(low.rgb, fakes.super_resolution.latents, fakes.patches)[0].detach().requires_grad_(True)
-    )
-    objective._disagreement(
-        fakes, fakes.super_resolution, low, image, objective.render_neighbours(fakes)
-    ).sum().backward()
+    there, inputs = objective.render_neighbours(fakes), fakes.super_resolution
+    image, _ = objective.super_resolve(low.rgb, inputs.latents, fakes.patches)
+    other, _ = objective.super_resolve(there.rgb, inputs.neighbour_latents, fakes.patches)
+    image = image.detach().requires_grad_(True)
+    objective._disagreement(fakes, low, image, there, other).sum().backward()
     compared = (image.grad != 0).any(1)
     assert compared.flatten(1).any(dim=1).all()
     seen = functional.interpolate(low.opacity, scale_factor=SCALE, mode="nearest")[:, 0] > 0
