@@ -382,7 +382,7 @@ def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = 
     planner, batch = StepPlanner(config), config.training.batch_size
     smallest = min(settings.chunk for settings in candidate_settings(config))
     low = planner.predict(MemorySettings(1, "checkpoint", smallest)).peak
-    high = planner.predict(MemorySettings(batch, "dense", 4096)).peak
+    high = planner.predict(builders.build_memory_settings(config)).peak
     trials = []
     for index in range(count):
         budget = round(1.02 * low * (high / low) ** (index / max(count - 1, 1)))

@@ -37,8 +37,14 @@ RESAMPLING: dict[Any, Callable[..., tuple[int, ...]]] = {
     torch.ops.aten.upsample_bicubic2d.default: lambda images, size, *_: (*images.shape[:2], *size),
 }
 
-#: operations whose results lie in memory as the device's library wants it, which FakeTensorMode finds out
-BY_DEVICE = {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
+#: operations whose results, or their places in memory, are as the device's library wants them, which FakeTensorMode
+#: finds out
+BY_DEVICE = {
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+    torch.ops.aten._embedding_bag.default,
+    torch.ops.aten._embedding_bag_forward_only.default,
+}
 
 
 class PredictionError(UserError):
@@ -179,7 +185,7 @@ def _ask_meta(func: Any, args: Any, kwargs: Mapping[str, Any], tensors: Sequence
     before = [_describe(twin, []) for twin in twins]
     try:
         outputs = func(*own_args, **own_kwargs)
-    except (NotImplementedError, RuntimeError):
+    except Exception:  # whatever a release of torch says of it, FakeTensorMode is asked next
         return None
     if before != [_describe(twin, []) for twin in twins]:
         return None

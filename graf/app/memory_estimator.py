@@ -8,6 +8,8 @@ since code branches on them. rehearsal.py runs the step, memory_planner.py choos
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.fake_tensors import FakeTensorModes
+from graf.app.fake_tensors import FakeTensorMeter, FakeTensorModes
 from graf.app.rehearsal import (
     FakeNoise,
     FewChunks,
@@ -40,6 +42,7 @@ from graf.geometry.rays import Patches
 from graf.geometry.views import PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView
+from graf.models.plane_lookup import look_up_as_on
 from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import count_bytes
 from graf.runtime.memory_settings import MemorySettings
@@ -98,12 +101,17 @@ class StepPlanner:
         self.pose_sampler = PoseSampler(labels, cameras, ranges=None if self.dataset_info.poses_known else ranges)
         with self.modes.building():
             self.trainer = self._build_trainer()
-        with self.modes.running() as meter:
+        with self._running() as meter:
             meter.track(*self.trainer.owners)
             leave_gradients(self.trainer.players)
             for player in self.trainer.players:  # optimisers get their states in their first step
                 player.optimizer.step()
             drop_gradients(self.trainer.players)
+
+    @contextmanager
+    def _running(self) -> Iterator[FakeTensorMeter]:
+        with look_up_as_on(self.device_type), self.modes.running() as meter:
+            yield meter
 
     def _build_trainer(self) -> RehearsedTrainer:
         trainer = builders.build_trainer(
@@ -127,7 +135,7 @@ class StepPlanner:
         key = replace(settings, chunk=min(settings.chunk, rays))  # larger ones render alike
         if key not in self._steps:
             sampler, numbers = self.pose_sampler, torch.arange(self.config.training.batch_size)
-            with self.modes.running() as meter:
+            with self._running() as meter:
                 self._steps[key] = self.trainer.rehearse(meter, key, sampler.views.labels[numbers % len(sampler)])
         more = self._predict_between(settings) if between else {}
         return Plan(settings, self._steps[key] | more)
@@ -138,7 +146,7 @@ class StepPlanner:
         if self.config.training.fid_every:
             tasks["score"] = (("score", 0), self._score)
         self.trainer.use(settings)
-        with self.modes.running() as meter:
+        with self._running() as meter:
             leave_gradients(self.trainer.players)
             for name, (key, task) in tasks.items():
                 if key not in self._between:

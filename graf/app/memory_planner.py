@@ -76,7 +76,7 @@ def candidate_settings(config: Config, device_type: str = "cpu") -> list[MemoryS
     sizes = range(training.batch_size, 0, -1) if training.micro_batch_size == "auto" else [own.micro_batch_size]
     strategies = STRATEGIES if training.memory_strategy == "auto" else (own.strategy,)
     chunks = [own.chunk]
-    while training.chunk == "auto" and chunks[-1] > SMALLEST_CHUNK:  # 4096, 3072, 2048, 1536, ...
+    while training.chunk == "auto" and chunks[-1] > SMALLEST_CHUNK:  # halves, and three quarters between them
         chunks.append(chunks[-1] * 3 // 4 if chunks[-1] & (chunks[-1] - 1) == 0 else chunks[-1] * 2 // 3)
     found = [MemorySettings(size, strategy, chunk) for strategy in strategies for size in sizes for chunk in chunks]
     return sorted(found, key=lambda settings: relative_cost(config, settings))
@@ -137,7 +137,8 @@ class _Search:
         return with_margin(peak, self.planner.device_type)
 
     def _fit(self, strategy: str) -> dict[str, Tensor]:
-        candidates = [settings for settings in candidate_settings(self.planner.config) if settings.strategy == strategy]
+        every = candidate_settings(self.planner.config, self.planner.device_type)
+        candidates = [settings for settings in every if settings.strategy == strategy]
         sizes = sorted({settings.micro_batch_size for settings in candidates})
         chunks = sorted({settings.chunk for settings in candidates})
         middle = sizes[(len(sizes) - 1) // 2]  # the whole batch is special with share_fakes

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graf.app import builders
 from graf.app.builders import DatasetInfo
+from graf.app.loading import read_words
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
 from graf.base.files import replace_file
 from graf.config import Config
@@ -73,8 +76,11 @@ def check_photographs(
     logger.info("%s; they are accepted", text)
 
 
-def keeps_sizes(config: Config, meta: Mapping[str, Any]) -> bool:
-    """Whether nothing that decides the sizes of a step has changed since the checkpoint."""
+def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether nothing that decides the sizes of a step has changed since the checkpoint, nor the kind of device."""
+    described = read_words(meta, "machine").get("device", device.type)  # "cuda:0 (...)"
+    if described.split()[0].split(":")[0] != device.type:
+        return False
     before, now = meta["config"], config.model_dump(mode="json")
     return all(
         before.get(section, {}).get(key) == now[section][key] for section, keys in SIZE_KEYS.items() for key in keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 from contextlib import ExitStack
@@ -197,6 +198,7 @@ class TrainingRun:
             save, between = self._build_hooks(log, request, started)
             if profile is not None and processes.is_first:
                 between.append(stack.enter_context(ProfileHook(trainer, self.folder, profile)))
+            gc.collect()  # what planning and resuming have left, before it is spared with all that is needed
             try:
                 processes.together(request.leave_if_asked)
                 for hook in between:
@@ -330,7 +332,7 @@ def open_run(
         if processes.is_first:
             resuming.bring_best(file, folder, trainer)
         has_sizes = bool(checkpoint["objects"]["limits"])  # older formats have none
-        keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta) and not plan_again
+        keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta, device) and not plan_again
         if not keeps_sizes:
             resuming.forget_sizes(config, trainer)
         elif trainer.memory != builders.build_memory_settings(config, device.type):

@@ -323,8 +323,8 @@ class TrainingConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(
         "auto",
-        description="rays rendered at once, over all images of the batch; auto: by the field's width as many as a "
-        "CPU's caches hold, or a GPU's launches want, or what fits memory_budget",
+        description="rays rendered at once, over all images of the batch; auto: as many as a CPU's caches hold or a "
+        "GPU's launches want, by the field's width and samples, or fewer that fit memory_budget",
     )
     micro_batch_size: Literal["auto"] | PositiveInt = Field(
         "auto", description="images on the device at once; auto: as many as fit"

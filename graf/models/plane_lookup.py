@@ -6,6 +6,9 @@ a GPU is good at, reads every channel of every corner by itself. Both give the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,13 +18,24 @@ from torch.nn import functional
 from graf.runtime.amp import float32_region
 from graf.runtime.torch_release import is_exporting
 
+_stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
 #: the coordinates that the three planes are spanned by: (x, y), (x, z), (y, z)
 PLANE_AXES = ((0, 1), (0, 2), (1, 2))
 
 
+@contextmanager
+def look_up_as_on(device_type: str) -> Iterator[None]:
+    """Inside, planes on a CPU are looked up as on another device: a plan for that one is made on a CPU."""
+    before = _stand_in.set(device_type)
+    try:
+        yield
+    finally:
+        _stand_in.reset(before)
+
+
 def arrange_planes(planes: Tensor) -> Tensor:
     """The same planes (B, 3, C, R, R), in memory as :func:`sample_planes` reads them fastest on their device."""
-    if planes.device.type != "cpu":
+    if not _reads_rows(planes):
         return planes.contiguous()
     return planes.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
 
@@ -35,12 +49,16 @@ def sample_planes(planes: Tensor, places: Tensor) -> Tensor:
     """
     with float32_region(planes.device.type):
         # learned cameras and normals ask for gradients of places, exported programs for operators that others know
-        if planes.device.type != "cpu" or places.requires_grad or is_exporting():
+        if not _reads_rows(planes) or places.requires_grad or is_exporting():
             return _sample_by_channel(planes, places)
         batch, _, channels, resolution, _ = planes.shape
         rows = planes.permute(0, 3, 4, 1, 2).reshape(-1, channels)
         features: Tensor = _SampleByRow.apply(rows, places, resolution)
         return features.view(batch, -1, channels)
+
+
+def _reads_rows(planes: Tensor) -> bool:
+    return (_stand_in.get() or planes.device.type) == "cpu"
 
 
 def _sample_by_channel(planes: Tensor, places: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ class PlaneSynthesis(nn.Module):
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
         dtype = product_dtype(shape_code)
+        if dtype is torch.float16:  # sums over scaled channels could be too large for it
+            dtype = torch.float32
         with float32_region(shape_code.device.type):
             style = self.mapping(torch.cat([shape_code, self.class_embedding(class_idx)], dim=1))
             hidden = for_convolution(self.constant, dtype).expand(style.shape[0], -1, -1, -1)

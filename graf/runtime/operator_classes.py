@@ -31,7 +31,8 @@ _NAMES = {
     MATRIX_PRODUCT: "mm addmm bmm baddbmm addbmm matmul linear _linear_pointwise dot mv addmv ger outer _scaled_mm",
     GATHER: """grid_sampler grid_sampler_2d grid_sampler_3d cudnn_grid_sampler index _unsafe_index index_put
         _index_put_impl index_add index_select index_copy index_fill gather scatter scatter_add take take_along_dim
-        embedding embedding_dense sort argsort topk searchsorted bucketize nonzero masked_select unique2 roll flip""",
+        embedding embedding_dense embedding_bag _embedding_bag _embedding_bag_forward_only
+        sort argsort topk searchsorted bucketize nonzero masked_select unique2 roll flip""",
     REDUCTION: """sum mean prod max min amax amin argmax argmin any all cumsum cumprod norm linalg_vector_norm equal
         logsumexp softmax _softmax _softmax_backward_data log_softmax _log_softmax _log_softmax_backward_data nll_loss
         nll_loss_nd nll_loss_forward std var var_mean std_mean batch_norm instance_norm layer_norm

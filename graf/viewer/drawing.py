@@ -33,8 +33,8 @@ SURFACE = 0.5
 #: samples per ray of quick pictures at most, in equal bins inside the object's box: they differ from full pictures as
 #: little as 24 in the whole sphere, and take half of the time of those
 QUICK_SAMPLES = 20
-#: Rays rendered at once by a viewer. Chunks of training (512) are made for a backward pass; without one, a picture of
-#: 128 x 128 takes a fourth of the time in chunks of 4096 (two cores).
+#: Rays rendered at once by a viewer, whatever the chunks of training are, which are made for a backward pass: without
+#: one, a picture of 128 x 128 takes a fourth of the time in chunks of 4096 that it takes in those of 512 (two cores).
 CHUNK = 4096
 
 

@@ -5,6 +5,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from graf.app import builders
+from graf.app.memory_estimator import StepPlanner
+from graf.config import load_config
 from graf.models import plane_lookup
 from graf.models.plane_lookup import arrange_planes, sample_planes
 
@@ -64,3 +67,19 @@ def test_what_is_not_a_number_reads_no_memory_that_is_not_the_planes():
     assert torch.isnan(features[0, 0]).all()
     assert torch.isfinite(features[1:]).all()
     assert torch.isfinite(gradient[1:]).all()
+
+
+def test_a_plan_for_another_device_looks_planes_up_as_there(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("rows are read on a CPU alone")
+
+    planes, places = draw(8)
+    expected = sample_planes(planes, places)
+    monkeypatch.setattr(plane_lookup._SampleByRow, "apply", refuse)
+    with plane_lookup.look_up_as_on("cuda"):
+        assert arrange_planes(planes).is_contiguous()
+        assert_close(sample_planes(planes, places), expected, atol=1e-12, rtol=1e-12)
+        config = load_config("smoke", ["nerf.field=triplane"])
+    StepPlanner(config, device_type="cuda").predict(builders.build_memory_settings(config, "cuda"), between=False)
+    with pytest.raises(AssertionError, match="on a CPU alone"):
+        StepPlanner(config).predict(builders.build_memory_settings(config), between=False)

@@ -16,6 +16,7 @@ from graf.runtime.operator_classes import classify
         (classes.MATRIX_PRODUCT, "_slow_conv2d_forward conv2d"),
         (classes.GATHER, "grid_sampler_2d grid_sampler_2d_backward index _index_put_impl_ gather scatter_add_ sort"),
         (classes.GATHER, "embedding_dense_backward upsample_bilinear2d upsample_nearest2d_backward searchsorted"),
+        (classes.GATHER, "embedding_bag _embedding_bag _embedding_bag_forward_only"),
         (classes.ELEMENTWISE, "add add_ mul threshold_backward relu_ leaky_relu leaky_relu_backward tanh exp softplus"),
         (classes.ELEMENTWISE, "softplus_backward where lerp_ _foreach_add_ _foreach_lerp_ erfinv_ clamp_min pow"),
         (

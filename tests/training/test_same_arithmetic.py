@@ -66,10 +66,8 @@ class Float64Inputs:
 
 def learn(trainer: Trainer, batches: Any) -> list[dict[str, float]]:
     """The losses of every step."""
-    for module in [
-        *(player.network for player in trainer.players),
-        *(item.module for item in trainer.averages.values()),
-    ]:
+    averages = [average.module for average in trainer.averages.values()]
+    for module in [*(player.network for player in trainer.players), *averages]:
         module.double()
     trainer.inputs = Float64Inputs(trainer.inputs)  # type: ignore[assignment]
     curves = []

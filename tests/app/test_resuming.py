@@ -1,0 +1,42 @@
+"""When the sizes of a checkpoint are kept: where nothing that decides them has changed, nor the kind of device."""
+
+import pytest
+import torch
+
+from graf.app import builders
+from graf.app.resuming import keeps_sizes
+from graf.config import load_config
+
+
+@pytest.mark.parametrize(
+    ("described", "device", "kept"),
+    [
+        ("cpu (a processor, 2 threads)", "cpu", True),
+        ("cuda:1 (a card, 8.0 GiB)", "cuda:0", True),
+        ("cpu (a processor, 2 threads)", "cuda:0", False),
+        ("cuda:0 (a card, 8.0 GiB)", "cpu", False),
+        (None, "cpu", True),  # of a format that did not say
+    ],
+)
+def test_sizes_go_with_the_kind_of_device(described, device, kept):
+    config = load_config("smoke")
+    meta = {"config": config.model_dump(mode="json")}
+    if described is not None:
+        meta["machine"] = {"device": described}
+    assert keeps_sizes(config, meta, torch.device(device)) == kept
+    assert not keeps_sizes(load_config("smoke", ["training.batch_size=3"]), meta, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("keys", "on_cpu", "on_gpu"),
+    [
+        (("nerf.netwidth=256", "nerf.N_samples=64"), 128, 4096),
+        (("nerf.field=triplane", "nerf.decoder_width=64", "nerf.N_samples=12", "nerf.N_importance=12"), 8192, 65536),
+        (("nerf.netwidth=4096", "nerf.N_samples=64"), 64, 256),
+        (("training.chunk=300",), 300, 300),
+    ],
+)
+def test_as_many_rays_are_rendered_at_once_as_caches_or_launches_want(keys, on_cpu, on_gpu):
+    config = load_config("smoke", [*keys])
+    found = [builders.build_memory_settings(config, device).chunk for device in ("cpu", "cuda")]
+    assert found == [on_cpu, on_gpu]
