@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graf.runtime.amp import product_dtype
-from graf.runtime.torch_release import is_exporting
+from graf.runtime.torch_release import is_exporting, torch_release
 
 #: oneDNN's product that adds the bias and takes the ReLU before it writes; private to torch, whose compiler calls it
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -55,8 +55,11 @@ def _compute(x: Tensor, weight: Tensor, shares: Tensor, y: Tensor | None, second
 
 @cache
 def _is_fused(dtype: torch.dtype) -> bool:
-    """Whether this processor and torch have oneDNN's product for a dtype."""
-    if _LINEAR_POINTWISE is None or not torch.backends.mkldnn.is_available():
+    """Whether this processor and torch have oneDNN's product for a dtype.
+
+    It is tried on torch 2.14 and newer; with torch 2.1.2 a long run of it has corrupted memory.
+    """
+    if torch_release() < (2, 14) or _LINEAR_POINTWISE is None or not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -33,8 +33,8 @@ def _compute(*parts: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Decode(torch.autograd.Function):
-    """autograd's own layers would turn the hidden one over for the gradient of the head and copy another to mask it,
-    which is a third of their backward pass.
+    """autograd's own layers would turn the hidden one over for the gradient of the head,
+    which is a quarter of their backward pass.
     """
 
     @staticmethod
@@ -49,8 +49,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         features, weight, hidden, head = ctx.saved_tensors
         of_head, of_head_bias = gradient.mT @ hidden, gradient.sum(1, keepdim=True)
-        inner = gradient @ head
-        torch.ops.aten.threshold_backward.grad_input(inner, hidden, 0, grad_input=inner)
+        inner = torch.ops.aten.threshold_backward(gradient @ head, hidden, 0)
         of_weight, of_bias = inner.mT @ features, inner.sum(1, keepdim=True)
         found = (inner @ weight, of_weight, of_bias, of_head, of_head_bias)
         return tuple(part.to(dtype) for part, dtype in zip(found, ctx.dtypes, strict=True))
