@@ -356,7 +356,7 @@ def compare_predictions(names: Sequence[str]) -> list[list[str]]:
     rows = []
     for name in names:
         config = load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, *CONFIGS[name]])
-        settings = builders.build_memory_settings(config)
+        settings = builders.build_memory_settings(config, "cpu")
         predicted = StepPlanner(config).predict(settings, between=False).peak
         measured = measure_step(config, settings).peak
         rows.append([name, f"{predicted / MIB:.2f}", f"{measured / MIB:.2f}", f"{predicted / measured - 1:+.2%}"])
@@ -380,9 +380,9 @@ def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = 
     keys = [*SMALL, *BUDGETED[name], *overrides]
     config = load_config(CONFIG_FOLDER / "smoke.yaml", keys)
     planner, batch = StepPlanner(config), config.training.batch_size
-    smallest = min(settings.chunk for settings in candidate_settings(config))
+    smallest = min(settings.chunk for settings in candidate_settings(config, "cpu"))
     low = planner.predict(MemorySettings(1, "checkpoint", smallest)).peak
-    high = planner.predict(builders.build_memory_settings(config)).peak
+    high = planner.predict(builders.build_memory_settings(config, "cpu")).peak
     trials = []
     for index in range(count):
         budget = round(1.02 * low * (high / low) ** (index / max(count - 1, 1)))

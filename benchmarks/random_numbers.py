@@ -28,7 +28,7 @@ SMALL_ROWS = {"fakes": (256, 4, 3, 7, 7, 7, 2, 1), "photographs": (4, 3, 7, 2, 1
 def draw_by_counter(config: Config) -> None:
     """One step: codes and uniform numbers of D's and G's fakes and of photographs, noise of each chunk of rays."""
     draws, nerf, rays = Draws(0, 1, range(config.training.batch_size)), config.nerf, config.ray_sampler.N_samples
-    step = max(1, builders.build_memory_settings(config).chunk // config.training.batch_size)
+    step = max(1, builders.build_memory_settings(config, "cpu").chunk // config.training.batch_size)
     draws.uniform("real", sum(USES.values()))
     for player in players_of(config):
         draws.normal(f"{player}/z", config.z_dist.dim)

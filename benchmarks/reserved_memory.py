@@ -48,7 +48,7 @@ def choose_budgets(keys: Sequence[str], count: int) -> list[int]:
     file, *overrides = keys
     config = load_config(file, [*overrides, *ALWAYS])
     planner, batch = StepPlanner(config, device_type="cuda"), config.training.batch_size
-    smallest = min(settings.chunk for settings in candidate_settings(config))
+    smallest = min(settings.chunk for settings in candidate_settings(config, "cuda"))
     needs = [MemorySettings(1, "checkpoint", smallest), MemorySettings(batch, "dense", 4096)]
     low, high = (with_margin(planner.predict(settings).peak, "cuda") / MIB for settings in needs)
     usable = read_usable_memory(pick_device("cuda"))

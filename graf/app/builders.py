@@ -397,11 +397,11 @@ def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
         generator = Generator(
             field, sampling, background, learn_background, num_instances=num_instances, cameras=cameras
         )
-    generator.use(build_memory_settings(config))
+    generator.use(build_memory_settings(config, "cpu"))  # who moves it elsewhere says so again
     return generator
 
 
-def build_memory_settings(config: Config, device_type: str = "cpu") -> MemorySettings:
+def build_memory_settings(config: Config, device_type: str) -> MemorySettings:
     """How a step fits into memory as configured; `auto` stands for what it means without a budget."""
     training = config.training
     return MemorySettings(

@@ -70,7 +70,7 @@ def relative_cost(config: Config, settings: MemorySettings) -> float:
     return work * passes
 
 
-def candidate_settings(config: Config, device_type: str = "cpu") -> list[MemorySettings]:
+def candidate_settings(config: Config, device_type: str) -> list[MemorySettings]:
     """Everything that a budget may choose from, cheapest first: only what is `auto` varies."""
     training, own = config.training, builders.build_memory_settings(config, device_type)
     sizes = range(training.batch_size, 0, -1) if training.micro_batch_size == "auto" else [own.micro_batch_size]

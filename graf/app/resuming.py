@@ -79,7 +79,7 @@ def check_photographs(
 def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device) -> bool:
     """Whether nothing that decides the sizes of a step has changed since the checkpoint, nor the kind of device."""
     described = read_words(meta, "machine").get("device", device.type)  # "cuda:0 (...)"
-    if described.split()[0].split(":")[0] != device.type:
+    if described.partition(" ")[0].partition(":")[0] != device.type:
         return False
     before, now = meta["config"], config.model_dump(mode="json")
     return all(

@@ -14,8 +14,8 @@ from graf.runtime.torch_release import is_exporting, torch_release
 
 #: oneDNN's product that adds the bias and takes the ReLU before it writes; private to torch, whose compiler calls it
 _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-#: what it is asked for instead of a ReLU, which would make zeros out of NaN and hide that training has diverged; of
-#: -inf, too, nothing but the sign of a zero is lost elsewhere, and here it stays, to be seen
+#: what it is asked for instead of its ReLU, which would make zeros out of NaN and hide that training has diverged;
+#: -inf stays too, which a ReLU makes 0
 _ACTIVATION = ("leaky_relu", [1e-30])
 
 

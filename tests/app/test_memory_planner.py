@@ -43,7 +43,7 @@ def small(*overrides: str) -> Config:
 )
 def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(name):
     config = small(*benchmark.CONFIGS[name])
-    settings = builders.build_memory_settings(config)
+    settings = builders.build_memory_settings(config, "cpu")
     predicted = StepPlanner(config).predict(settings, between=False)
     measured = benchmark.measure_step(config, settings).plan
     assert predicted.peak == pytest.approx(measured.peak, rel=0.05)
@@ -54,7 +54,7 @@ def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(name):
 def test_the_parts_of_a_peak_are_the_sizes_of_networks_optimisers_and_average():
     config = small("training.optimizer=adam")
     step = StepPlanner(config)
-    phases = step.predict(builders.build_memory_settings(config)).phases
+    phases = step.predict(builders.build_memory_settings(config, "cpu")).phases
     generator = sum(p.numel() for p in step.trainer.generator.parameters())
     discriminator = sum(p.numel() for p in step.trainer.discriminator.parameters())
     buffers = sum(b.numel() for b in step.trainer.generator.buffers())
@@ -125,7 +125,7 @@ def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
 
 def test_sampling_and_scoring_are_planned_without_inception_weights():
     config = small("training.fid_every=5", "evaluation.feature_extractor=inception")
-    phases = StepPlanner(config).predict(builders.build_memory_settings(config)).phases
+    phases = StepPlanner(config).predict(builders.build_memory_settings(config, "cpu")).phases
     assert {"sample", "score"} <= set(phases)
     assert phases["score"].peak > 4 * 20e6  # Inception has more than 20 million weights
 
@@ -133,7 +133,7 @@ def test_sampling_and_scoring_are_planned_without_inception_weights():
 def test_photographs_and_a_gpu_are_not_needed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_config(CONFIGS / "coil100.yaml", ["training.device=cuda", "training.fid_every=0"])
-    assert StepPlanner(config).predict(builders.build_memory_settings(config)).peak > 0
+    assert StepPlanner(config).predict(builders.build_memory_settings(config, "cpu")).peak > 0
 
 
 def test_a_budget_is_kept_and_used():
@@ -148,7 +148,7 @@ def test_a_budget_is_kept_and_used():
 
 def test_without_need_the_budget_changes_nothing():
     config = small("training.batch_size=4")
-    assert choose_settings(StepPlanner(config), 2**34).settings == builders.build_memory_settings(config)
+    assert choose_settings(StepPlanner(config), 2**34).settings == builders.build_memory_settings(config, "cpu")
 
 
 def test_only_keys_left_at_auto_are_chosen():
@@ -177,8 +177,8 @@ def test_a_gpu_budget_leaves_room_for_what_is_not_seen():
 
 def test_recomputation_splitting_and_small_chunks_cost_time():
     config = small("training.batch_size=8")
-    cost = {s: memory_planner.relative_cost(config, s) for s in memory_planner.candidate_settings(config)}
-    chunk = builders.build_memory_settings(config).chunk
+    cost = {s: memory_planner.relative_cost(config, s) for s in memory_planner.candidate_settings(config, "cpu")}
+    chunk = builders.build_memory_settings(config, "cpu").chunk
     assert list(cost.values()) == sorted(cost.values())
     assert cost[MemorySettings(8, "dense", chunk)] == min(cost.values())
     assert (
@@ -213,7 +213,7 @@ def test_auto_asks_the_device_and_takes_most(monkeypatch):
 def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypatch, caplog, capsys, run_program):
     monkeypatch.setattr(fake_tensors, "FakeTensorMode", None)
     config = small("training.memory_budget=1GiB")
-    memory = builders.build_memory_settings(config)
+    memory = builders.build_memory_settings(config, "cpu")
     processes = Processes()
     objective = SimpleNamespace(precision=Precision("cpu", None))
     trainer = SimpleNamespace(processes=processes, device=torch.device("cpu"), objective=objective, memory=memory)

@@ -16,6 +16,7 @@ from graf.config import load_config
         ("cpu (a processor, 2 threads)", "cuda:0", False),
         ("cuda:0 (a card, 8.0 GiB)", "cpu", False),
         (None, "cpu", True),  # of a format that did not say
+        ("", "cpu", False),
     ],
 )
 def test_sizes_go_with_the_kind_of_device(described, device, kept):

@@ -82,4 +82,4 @@ def test_a_plan_for_another_device_looks_planes_up_as_there(monkeypatch):
         config = load_config("smoke", ["nerf.field=triplane"])
     StepPlanner(config, device_type="cuda").predict(builders.build_memory_settings(config, "cuda"), between=False)
     with pytest.raises(AssertionError, match="on a CPU alone"):
-        StepPlanner(config).predict(builders.build_memory_settings(config), between=False)
+        StepPlanner(config).predict(builders.build_memory_settings(config, "cpu"), between=False)

@@ -58,7 +58,7 @@ def make_trainer(smoke_config: Callable[..., Config], photographs: PhotoDataset)
                     nn.init.normal_(view, std=0.1)
         return Trainer(
             config,
-            builders.build_memory_settings(config),
+            builders.build_memory_settings(config, "cpu"),
             builders.build_generator(config, dataset_info),
             builders.build_discriminator(config, dataset_info),
             builders.build_caster(config, dataset_info),
