@@ -25,7 +25,8 @@ from graf.evaluation.fidelity import TensorImages, score_images
 from graf.evaluation.pictures import to_uint8
 from graf.evaluation.scoring import ValidationTask
 from graf.runtime.amp import choose_precision
-from graf.runtime.device import pick_device
+from graf.runtime.device import configure_backends, pick_device
+from graf.runtime.memory import prepare_allocator
 from graf.training.trainer import Trainer
 
 CURVE = RESULTS.parent / "quality.png"
@@ -97,6 +98,8 @@ class Mark:
 def build(config: Config) -> tuple[Trainer, ValidationTask, ValidationTask]:
     """A trainer, and its renders against the validation split and against the test split."""
     device = pick_device(config.training.device)
+    prepare_allocator()
+    configure_backends(device)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     photographs = builders.open_photographs(config)
     dataset_info = builders.describe_dataset(config, photographs)

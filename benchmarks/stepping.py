@@ -24,9 +24,10 @@ from graf.config import Config
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import wait_for
+from graf.runtime.host_allocator import free_as_usual
 from graf.runtime.live_tensors import LiveTensorMeter
 from graf.runtime.logs import RunLog
-from graf.runtime.memory import MIB, CacheRelease, read_memory, reset_peak
+from graf.runtime.memory import MIB, CacheRelease, prepare_allocator, read_memory, reset_peak
 from graf.training.trainer import CAMERAS_EVERY, Hook, Trainer
 
 
@@ -70,6 +71,7 @@ class Program:
 
     def run(self, steps: int, after_step: Callable[[], None], log: bool = False) -> None:
         """Train for some steps, and call `after_step` after each of them; log: write a line of the log before that."""
+        prepare_allocator()
         left = steps
 
         def count(trainer: Trainer, statistics: dict[str, Tensor]) -> None:
@@ -102,6 +104,7 @@ class PublishedProgram:
 
     def run(self, steps: int, after_step: Callable[[], None], log: bool = False) -> None:
         """Train for some steps, and call `after_step` after each of them; it keeps no log."""
+        free_as_usual()
         for _ in range(steps):
             self._loop.step()
             after_step()

@@ -24,6 +24,7 @@ from graf.config import Config, load_config
 from graf.data.datasets import PhotoDataset
 from graf.runtime.amp import choose_precision
 from graf.runtime.device import configure_backends, pick_device
+from graf.runtime.memory import prepare_allocator
 from graf.runtime.threads import count_usable_cpus
 from graf.training.trainer import Trainer
 
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where is trained, as training.device (default: %(default)s)")
     options = parser.parse_args(arguments)
     device, cores = pick_device(options.device), count_usable_cpus()
+    prepare_allocator()
     configure_backends(device)
     cases = [("in memory", 0), *(("in files", workers) for workers in WORKERS if workers <= cores)]
     speeds: dict[tuple[str, int, int], float] = {}

@@ -312,7 +312,7 @@ def tell(
         "those that do so. Of peak, of "
         "bandwidth: the share of the step that they would take at these limits; caches serve what is beyond 100%. "
         "Peaks are of live tensors, on a GPU of what its allocator has given out. x plain: of the published loop's "
-        "step, timed in alternation.",
+        "step, timed in alternation; it alone gives memory back as it frees it, as glibc does by itself.",
         "",
         "Phases, in shares of the step by torch's profiler. `render` is the one that D and G share, where they do; "
         "else it is a part of d and g:",

@@ -292,10 +292,14 @@ def probe_dtype(machine: Machine) -> Answer:
 
 def probe_bfloat16(machine: Machine) -> Answer:
     """Whether the device multiplies bfloat16 in hardware."""
-    from graf.runtime.amp import has_native_bfloat16
+    from graf.runtime.amp import has_native_bfloat16, measure_bfloat16_gain
 
-    is_native = has_native_bfloat16(machine.device)
-    return (OK if is_native else NOTE), "yes" if is_native else f"not on {machine.device}", ""
+    if not has_native_bfloat16(machine.device):
+        return NOTE, f"not on {machine.device}", ""
+    if machine.device.type != "cpu":
+        return OK, "yes", ""
+    gain = measure_bfloat16_gain()
+    return (OK if gain >= 1 else NOTE), f"yes, {gain:.1f} times as fast as float32", ""
 
 
 def probe_compile(machine: Machine) -> Answer:

@@ -88,7 +88,8 @@ class _SampleByRow(torch.autograd.Function):
         cells, across, down = _find_cells(places, resolution)
         indices = _by_point([cells + step for step in _corner_steps(resolution)])
         weights = _by_point(_corner_weights(across, down))
-        return functional.embedding_bag(indices, rows, mode="sum", per_sample_weights=weights)
+        # detached: of weights that ask for gradients it would find what only its own backward pass needs
+        return functional.embedding_bag(indices, rows.detach(), mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -99,14 +100,15 @@ class _SampleByRow(torch.autograd.Function):
         """
         (places,) = ctx.saved_tensors
         cells, across, down = (found.flatten() for found in _find_cells(places, ctx.resolution))
-        cells, order = torch.sort(cells)
+        order = _sort(cells, ctx.num_rows)
         counts = torch.zeros(ctx.num_rows, dtype=torch.int64).scatter_add_(0, cells.long(), torch.ones_like(order))
         starts = torch.cumsum(counts, 0) - counts
         points = order.remainder(len(gradient))
+        across, down = across.index_select(0, order), down.index_select(0, order)
         gradient = gradient.contiguous()
         steps = _corner_steps(ctx.resolution)
         total = gradient.new_zeros(ctx.num_rows + steps[-1], gradient.shape[1])
-        for step, weights in zip(steps, _corner_weights(across[order], down[order]), strict=True):
+        for step, weights in zip(steps, _corner_weights(across, down), strict=True):
             total[step : step + ctx.num_rows] += functional.embedding_bag(
                 points, gradient, starts, mode="sum", per_sample_weights=weights
             )
@@ -130,6 +132,13 @@ def _find_cells(places: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor
     ]
     x, y = zip(*PLANE_AXES, strict=True)
     return torch.stack(cells), share[list(x)], share[list(y)]
+
+
+def _sort(cells: Tensor, num_rows: int) -> Tensor:
+    """The order in which cells, numbers below num_rows, ascend: found in two thirds of the time where 16 bits do."""
+    if num_rows <= 2**16:
+        cells = cells.sub(2**15).to(torch.int16)
+    return torch.sort(cells).indices
 
 
 def _corner_steps(resolution: int) -> tuple[int, int, int, int]:

@@ -50,7 +50,12 @@ class PlaneTable(nn.Module):
         self.stored = nn.Parameter(std * torch.randn(shape.num_classes, 3, shape.channels, size, size))
 
     def forward(self, shape_code: Tensor, class_idx: Tensor) -> Tensor:
-        return arrange_planes(self.stored[class_idx] / STORED_SHARE)
+        return arrange_planes(self.stored_planes(class_idx) * (1 / STORED_SHARE))
+
+    def stored_planes(self, class_idx: Tensor) -> Tensor:
+        """The classes' planes (B, 3, channels, resolution, resolution) at the share at which they are stored."""
+        # not stored[class_idx], whose backward pass adds number by number and takes ten times as long
+        return functional.embedding(class_idx, self.stored.flatten(1)).unflatten(1, self.stored.shape[1:])
 
 
 class PlaneSynthesis(nn.Module):
@@ -98,8 +103,9 @@ class PlaneSynthesis(nn.Module):
                     hidden = functional.interpolate(hidden, size=(side, side), mode="bilinear")
                 hidden = functional.leaky_relu_(layer(hidden, style), 0.2)
             made = functional.conv2d(hidden, (self.output / math.sqrt(self.shape.width)).to(dtype))
-            shared = self.table(shape_code, class_idx)
-            return shared + made.to(shared.dtype).view(shared.shape)
+            shared = self.table.stored_planes(class_idx)
+            # what is made lies in memory as planes are looked up on a CPU, and the sum with it
+            return arrange_planes(made.to(shared.dtype).view(shared.shape).add(shared, alpha=1 / STORED_SHARE))
 
 
 class ScaledLinear(nn.Linear):

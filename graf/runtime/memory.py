@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from graf.base.errors import UserError
+from graf.runtime import host_allocator
 from graf.runtime.control_groups import ControlGroup, find_groups
 from graf.runtime.logs import info_once, logger
 from graf.runtime.phase_timer import PhaseTimer
@@ -49,14 +50,18 @@ def release_cache(device: torch.device) -> float:
 
 
 def _find_release(device: torch.device) -> Callable[[], None] | None:
-    """What gives a device's cache back; None where there is none, as on a CPU, or torch has no way, as of MPS once."""
+    """What gives a device's cache back; None where there is none, or no way, as of MPS in an old torch."""
+    if device.type == "cpu":
+        return host_allocator.find_release()
     kind = getattr(torch, device.type, None) if device.type in ("cuda", "mps") else None
     return getattr(kind, "empty_cache", None)
 
 
 def name_cache_release(device: torch.device) -> str:
     """What :func:`release_cache` does on a device besides collecting garbage."""
-    return "nothing to give back" if _find_release(device) is None else f"torch.{device.type}.empty_cache"
+    if _find_release(device) is None:
+        return "nothing to give back"
+    return "malloc_trim" if device.type == "cpu" else f"torch.{device.type}.empty_cache"
 
 
 class CacheRelease:
@@ -94,10 +99,12 @@ def spare_long_lived_objects() -> Iterator[None]:
 
 
 def prepare_allocator() -> None:
-    """Ask CUDA's allocator for expandable segments, which do not fragment, unless the user has set anything.
+    """Have the host's allocator keep what is freed, and ask CUDA's for expandable segments, which do not fragment.
 
-    Must run before CUDA starts. The variable was renamed in torch 2.9; before 2.1 CUDA does not start with that word.
+    Where the user has set anything for one of them, that stands. Must run before CUDA starts. The variable was renamed
+    in torch 2.9; before 2.1 CUDA does not start with that word.
     """
+    host_allocator.keep_freed_memory()
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     can_expand = sys.platform == "linux" and torch_release() >= (2, 1)
     if can_expand and not any(name in os.environ for name in names):

@@ -32,8 +32,9 @@ def fresh_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_said", set())
 
 
-def pretend_native_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+def pretend_native_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool, gain: float = 2.0) -> None:
     monkeypatch.setattr(amp, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(amp, "measure_bfloat16_gain", lambda: gain)
 
 
 @pytest.mark.parametrize("amp_dtype", ["auto", "float16", "bfloat16"])
@@ -45,6 +46,42 @@ def test_cpu_never_runs_float16_and_runs_bfloat16_only_where_native(
     precision = choose_precision(True, amp_dtype, CPU)
     assert precision == Precision("cpu", torch.bfloat16 if native else None)
     assert not precision.make_scaler().is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("amp_dtype", "gain", "expected"),
+    [("auto", 1.1, torch.bfloat16), ("auto", 0.9, None), ("float16", 0.9, None), ("bfloat16", 0.9, torch.bfloat16)],
+)
+def test_a_cpu_that_multiplies_bfloat16_slower_runs_float32_unless_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    amp_dtype: str,
+    gain: float,
+    expected: torch.dtype | None,
+) -> None:
+    pretend_native_bfloat16(monkeypatch, True, gain)
+    for _ in range(2):
+        assert choose_precision(True, amp_dtype, CPU) == Precision("cpu", expected)
+    said = [message for message in caplog.messages if "at 0.90 of its rate in float32" in message]
+    assert len(said) == (expected is None)
+
+
+def test_the_gain_of_bfloat16_is_that_of_a_clock_and_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 3e-3, torch.bfloat16: 1e-3}
+    timed: list[torch.dtype] = []
+
+    def time_product(factor: torch.Tensor) -> float:
+        timed.append(factor.dtype)
+        slow = 50 if len(timed) in (1, 7, 8, 10) else 1  # the start, and what a busy machine does at times
+        return slow * seconds[factor.dtype]
+
+    monkeypatch.setattr(amp, "_time_product", time_product)
+    amp.measure_bfloat16_gain.cache_clear()
+    try:
+        assert amp.measure_bfloat16_gain() == amp.measure_bfloat16_gain() == pytest.approx(3.0)
+    finally:
+        amp.measure_bfloat16_gain.cache_clear()
+    assert timed == [torch.float32, torch.bfloat16] * 10
 
 
 def test_each_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -108,9 +108,9 @@ def test_a_control_group_and_those_around_it_bound_what_is_usable(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is restarted through /proc")
 def test_a_restarted_peak_forgets_the_earlier_one_or_says_that_it_cannot(caplog: pytest.LogCaptureFixture) -> None:
-    block = np.ones(128 * memory.MIB // 8)
-    peak = read_memory(CPU)["peak_rss"]
-    del block
+    with mmap.mmap(-1, 128 * memory.MIB) as block:  # not the allocator's, which may keep what is freed
+        block.write(bytes(128 * memory.MIB))
+        peak = read_memory(CPU)["peak_rss"]
     with caplog.at_level(logging.INFO, "graf"):
         reset_peak(CPU)
     assert read_memory(CPU)["peak_rss"] < peak - 64 or "cannot be restarted" in caplog.text

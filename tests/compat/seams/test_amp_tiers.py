@@ -49,7 +49,7 @@ def test_autocast_on_the_cpu_is_torch_amps_or_none(
     monkeypatch.setattr(amp, "has_native_bfloat16", lambda device: True)
     leave_tier(tier)
     for _ in range(2):
-        precision = choose_precision(True, "auto", CPU)
+        precision = choose_precision(True, "bfloat16", CPU)
     with precision.autocast():
         assert product_dtype() is (torch.bfloat16 if tier == "torch.amp" else torch.float32)
     if tier == "torch.amp":
