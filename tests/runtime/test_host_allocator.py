@@ -10,7 +10,7 @@ import pytest
 
 from graf.runtime import host_allocator
 
-#: allocates and frees 48 MiB ten times, more than glibc would keep by itself, and prints pages that Linux had to clear
+#: allocates and frees 48 MiB twenty times, more than glibc would keep by itself, and prints pages that Linux had to clear
 _PROGRAM = """
 import resource, sys, torch
 from graf.runtime import host_allocator
@@ -26,10 +26,10 @@ if sys.argv[1] != "leave":
 if sys.argv[1] == "undo":
     host_allocator.free_as_usual()
 size = 12 * 2**20
-for _ in range(5):  # the heap finds its size
+for _ in range(20):  # the heap finds its size
     torch.ones(size)
 before = count_faults()
-for _ in range(10):
+for _ in range(20):
     torch.ones(size)
 faults, held = count_faults() - before, resident()
 host_allocator.find_release()()
@@ -59,11 +59,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_kept_memory_is_not_cleared_again_and_can_be_given_back(environment: dict[str, str]) -> None:
     pages = 48 * 2**20 // 4096
     faults, given_back = run_program("keep", environment)
-    assert faults < 2 * pages, "of ten times as many"
+    assert faults < 5 * pages, "of twenty times as many"
     assert given_back > 0.9 * pages
     for way in ("leave", "undo"):
         faults, given_back = run_program(way, environment)
-        assert faults > 9 * pages, "what this is good for"
+        assert faults > 19 * pages, "what this is good for"
         assert given_back < pages // 10
 
 
