@@ -32,6 +32,7 @@ EVERYTHING = (
         "training.nworkers=1",
         "data.cache_mib=0",
         "training.use_amp=true",
+        "training.amp_dtype=bfloat16",
         "training.micro_batch_size=1",
         "training.optimizer=adam",
     ),

@@ -345,7 +345,8 @@ class TrainingConfig(Section):
     )
     use_amp: bool = Field(False, description="mixed precision where the device gains from it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field(
-        "auto", description="its half-precision type; auto: bfloat16 where the device has it, else float16 on CUDA"
+        "auto",
+        description="its half-precision type; auto: bfloat16 where the device gains from it, else float16 on CUDA",
     )
     gan_type: Literal["standard", "hinge", "wgan"] = Field("standard", description="loss of the game")
     reg_type: Literal["none", "real", "wgangp"] = Field(

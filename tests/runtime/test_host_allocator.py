@@ -10,7 +10,7 @@ import pytest
 
 from graf.runtime import host_allocator
 
-#: allocates and frees 48 MiB twenty times, more than glibc would keep by itself, and prints pages that Linux had to clear
+#: allocates and frees 48 MiB twenty times, more than glibc keeps by itself, and prints pages that Linux had to clear
 _PROGRAM = """
 import resource, sys, torch
 from graf.runtime import host_allocator
