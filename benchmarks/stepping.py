@@ -32,12 +32,17 @@ from graf.training.trainer import CAMERAS_EVERY, Hook, Trainer
 
 
 class Subject(Protocol):
-    """Something that takes steps; period: after how many of them every kind of step has been taken."""
+    """Something that takes steps; period: after how many of them every kind of step has been taken.
+
+    `prepare` is called where another one has taken steps in between.
+    """
 
     batch: int
     period: int
     device: torch.device
     lines: float  # of the log in a step, of those that `run` writes if asked to
+
+    def prepare(self) -> None: ...
 
     def run(self, steps: int, after_step: Callable[[], None], log: bool = False) -> None: ...
 
@@ -69,9 +74,12 @@ class Program:
         log = stack.enter_context(RunLog(folder, total=1, start=0, progress=False))
         self._log = LogHook(log, CacheRelease(config.training.empty_cache, device, self.trainer.timer))
 
+    def prepare(self) -> None:
+        """Memory is managed as by `graf train`."""
+        prepare_allocator()
+
     def run(self, steps: int, after_step: Callable[[], None], log: bool = False) -> None:
         """Train for some steps, and call `after_step` after each of them; log: write a line of the log before that."""
-        prepare_allocator()
         left = steps
 
         def count(trainer: Trainer, statistics: dict[str, Tensor]) -> None:
@@ -102,9 +110,12 @@ class PublishedProgram:
         self.device, self.batch = device, config.training.batch_size
         self._loop = PlainLoop(config, device=device)
 
+    def prepare(self) -> None:
+        """Memory is managed as by a program that asks for nothing else."""
+        free_as_usual()
+
     def run(self, steps: int, after_step: Callable[[], None], log: bool = False) -> None:
         """Train for some steps, and call `after_step` after each of them; it keeps no log."""
-        free_as_usual()
         for _ in range(steps):
             self._loop.step()
             after_step()

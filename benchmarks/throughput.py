@@ -148,10 +148,12 @@ def measure_together(
         clocks = {name: Clock(device) for name in subjects}
         limits = LimitsMeter(device)
         for subject in subjects.values():
+            subject.prepare()
             subject.run(subject.period, do_nothing)
         for _ in range(turns):
             for name, subject in subjects.items():
                 limits.measure()
+                subject.prepare()
                 clocks[name].start()
                 subject.run(subject.period, clocks[name])
         return {
@@ -161,6 +163,7 @@ def measure_together(
 
 def describe(subject: Subject, row: Row, clock: Clock, limits: Limits) -> Measured:
     """What is found of a subject besides its times: work, memory, and a profile."""
+    subject.prepare()
     meter = WorkMeter()
 
     def run_once() -> None:

@@ -299,7 +299,8 @@ def probe_bfloat16(machine: Machine) -> Answer:
     if machine.device.type != "cpu":
         return OK, "yes", ""
     gain = measure_bfloat16_gain()
-    return (OK if gain >= 1 else NOTE), f"yes, {gain:.1f} times as fast as float32", ""
+    hint = "" if gain >= 1 else "mixed precision is float32 here, unless training.amp_dtype=bfloat16"
+    return (NOTE if hint else OK), f"yes, {gain:.2f} times as fast as float32", hint
 
 
 def probe_compile(machine: Machine) -> Answer:

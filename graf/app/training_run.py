@@ -69,11 +69,11 @@ def train(
     training = config.training
     device = pick_device(training.device, launch.local_rank, launch.local_size)
     configure_backends(device, training.deterministic, launch.local_size)
-    precision = choose_precision(training.use_amp, training.amp_dtype, device)
-    logger.info("device: %s, %s", describe_device(device), precision.describe())
-    logger.info("threads: %s", describe_threads(launch.local_size))
     processes = launch.join(device.type, training.process_timeout)
     errors.tells = processes.tells
+    precision = processes.by_first(lambda: choose_precision(training.use_amp, training.amp_dtype, device))
+    logger.info("device: %s, %s", describe_device(device), precision.describe())
+    logger.info("threads: %s", describe_threads(launch.local_size))
     check_launch(processes, config)
 
     folder, checkpoints = processes.by_first(lambda: choose_run_folder(config, resume, trust))

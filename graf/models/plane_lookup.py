@@ -88,7 +88,7 @@ class _SampleByRow(torch.autograd.Function):
         cells, across, down = _find_cells(places, resolution)
         indices = _by_point([cells + step for step in _corner_steps(resolution)])
         weights = _by_point(_corner_weights(across, down))
-        # detached: of weights that ask for gradients it would find what only its own backward pass needs
+        # detached: else torch would also prepare its own backward pass, which the one below replaces
         return functional.embedding_bag(indices, rows.detach(), mode="sum", per_sample_weights=weights)
 
     @staticmethod
@@ -137,7 +137,7 @@ def _find_cells(places: Tensor, resolution: int) -> tuple[Tensor, Tensor, Tensor
 def _sort(cells: Tensor, num_rows: int) -> Tensor:
     """The order in which cells, numbers below num_rows, ascend: found in two thirds of the time where 16 bits do."""
     if num_rows <= 2**16:
-        cells = cells.sub(2**15).to(torch.int16)
+        cells = cells.sub(2**15).to(torch.int16)  # which has a sign
     return torch.sort(cells).indices
 
 

@@ -145,10 +145,9 @@ def _choose_cpu_dtype(amp_dtype: str) -> torch.dtype | None:
         return None
     if amp_dtype == "float16":
         warn_once("amp_dtype=float16: on the CPU it is slower than float32; bfloat16 is used where it gains")
-    gain = 1.0 if amp_dtype == "bfloat16" else measure_bfloat16_gain()
-    if gain < 1:
+    if amp_dtype != "bfloat16" and (gain := measure_bfloat16_gain()) < 1:
         warn_once(
-            f"mixed precision is off: this processor multiplies bfloat16 at {gain:.2f} of its rate in float32; "
+            f"mixed precision is off: this processor multiplies bfloat16 at {gain:.3f} of its rate in float32; "
             "training.amp_dtype=bfloat16 takes it all the same, to save memory"
         )
         return None

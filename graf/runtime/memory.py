@@ -37,20 +37,20 @@ _OUT_OF_MEMORY_MESSAGES = (
 
 
 def release_cache(device: torch.device) -> float:
-    """Collect garbage and give the allocator's cached blocks back to the device; returns the seconds it took.
+    """Collect garbage and give the allocators' cached blocks back to device and host; returns the seconds it took.
 
     Belongs at phase boundaries (after sampling, scoring, a checkpoint): the next step allocates everything anew.
     """
     start = time.perf_counter()
     gc.collect()
-    release = _find_release(device)
-    if release is not None:
-        release()
+    for release in (_find_release(device), host_allocator.find_release()):
+        if release is not None:
+            release()
     return time.perf_counter() - start
 
 
 def _find_release(device: torch.device) -> Callable[[], None] | None:
-    """What gives a device's cache back; None where there is none, or no way, as of MPS in an old torch."""
+    """What gives a device's cache back; None where there is no way, as of MPS in an old torch or without glibc."""
     if device.type == "cpu":
         return host_allocator.find_release()
     kind = getattr(torch, device.type, None) if device.type in ("cuda", "mps") else None
@@ -171,6 +171,9 @@ def read_usable_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         recommend = getattr(getattr(torch, "mps", None), "recommended_max_memory", None)  # torch 2.5
         return None if recommend is None else int(recommend())
+    release = host_allocator.find_release()
+    if release is not None:  # what is kept is free, though the system cannot know
+        release()
     available = _read_amounts("/proc/meminfo").get("MemAvailable")
     return None if available is None else min([available, *_read_control_groups()])
 

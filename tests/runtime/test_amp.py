@@ -62,7 +62,7 @@ def test_a_cpu_that_multiplies_bfloat16_slower_runs_float32_unless_it_is_asked_f
     pretend_native_bfloat16(monkeypatch, True, gain)
     for _ in range(2):
         assert choose_precision(True, amp_dtype, CPU) == Precision("cpu", expected)
-    said = [message for message in caplog.messages if "at 0.90 of its rate in float32" in message]
+    said = [message for message in caplog.messages if "at 0.900 of its rate in float32" in message]
     assert len(said) == (expected is None)
 
 

@@ -222,6 +222,7 @@ def test_expandable_segments_are_asked_for_unless_the_user_has_set_anything(
     environment = dict(already)
     monkeypatch.setattr(memory.os, "environ", environment)
     monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(memory.host_allocator, "keep_freed_memory", lambda: True)
     memory.prepare_allocator()
     assert environment == already | expected
 

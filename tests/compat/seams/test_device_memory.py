@@ -118,6 +118,7 @@ def test_the_allocator_is_asked_under_the_name_of_its_release(
     """CUDA does not start where it finds a word that it does not know."""
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.host_allocator, "keep_freed_memory", lambda: True)
     pretend_release(version)
     prepare_allocator()
     assert os.environ == ({} if variable is None else {variable: "expandable_segments:True"})
