@@ -17,6 +17,7 @@ from graf.base.files import replace_file
 from graf.config import Config
 from graf.data.datasets import PhotoDataset
 from graf.data.errors import DataError
+from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import CheckpointError, read_checkpoint
 from graf.runtime.logs import logger
 from graf.training.trainer import Trainer
@@ -85,6 +86,13 @@ def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device) -
     return all(
         before.get(section, {}).get(key) == now[section][key] for section, keys in SIZE_KEYS.items() for key in keys
     )
+
+
+def describe_precision(meta: Mapping[str, Any], precision: Precision) -> list[str]:
+    """Another precision than the checkpoint's, as another device may choose it: one line; none where it is the same."""
+    now = precision.describe()
+    before = read_words(meta, "machine").get("precision", now)
+    return [] if before == now else [f"computed in: {before} -> {now}"]
 
 
 def forget_sizes(config: Config, trainer: Trainer) -> None:

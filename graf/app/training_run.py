@@ -327,6 +327,7 @@ def open_run(
     if checkpoint is not None and meta is not None and file is not None:
         restore(checkpoint, trainer.state, file)
         changes = describe_changes(meta["config"], config.model_dump(mode="json"))
+        changes += resuming.describe_precision(meta, precision)
         shown = [f"\n  {change}" for change in changes if "refined_cameras" not in change]  # the weights have them
         logger.info("resuming from %s%s", file, "".join(shown))
         if processes.is_first:

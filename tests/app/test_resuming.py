@@ -1,11 +1,12 @@
-"""When the sizes of a checkpoint are kept: where nothing that decides them has changed, nor the kind of device."""
+"""When the sizes of a checkpoint are kept, where nothing that decides them has changed; what is said of another precision."""
 
 import pytest
 import torch
 
 from graf.app import builders
-from graf.app.resuming import keeps_sizes
+from graf.app.resuming import describe_precision, keeps_sizes
 from graf.config import load_config
+from graf.runtime.amp import Precision
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,15 @@ def test_as_many_rays_are_rendered_at_once_as_caches_or_launches_want(keys, on_c
     config = load_config("smoke", [*keys])
     found = [builders.build_memory_settings(config, device).chunk for device in ("cpu", "cuda")]
     assert found == [on_cpu, on_gpu]
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({"precision": "float32"}, []),
+        ({"precision": "bfloat16 autocast"}, ["computed in: bfloat16 autocast -> float32"]),
+        ({}, []),
+    ],
+)
+def test_another_precision_than_the_checkpoints_is_said(machine: dict[str, str], said: list[str]) -> None:
+    assert describe_precision({"machine": machine}, Precision("cpu", None)) == said
