@@ -1,4 +1,4 @@
-"""When the sizes of a checkpoint are kept, where nothing that decides them has changed; what is said of another precision."""
+"""When sizes of a checkpoint are kept: where nothing that decides them has changed; what is said of its precision."""
 
 import pytest
 import torch
