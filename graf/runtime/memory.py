@@ -50,18 +50,18 @@ def release_cache(device: torch.device) -> float:
 
 
 def _find_release(device: torch.device) -> Callable[[], None] | None:
-    """What gives a device's cache back; None where there is no way, as of MPS in an old torch or without glibc."""
-    if device.type == "cpu":
-        return host_allocator.find_release()
+    """What gives a GPU's cache back; None on a CPU, whose allocator is the host's, and on MPS in an old torch."""
     kind = getattr(torch, device.type, None) if device.type in ("cuda", "mps") else None
     return getattr(kind, "empty_cache", None)
 
 
 def name_cache_release(device: torch.device) -> str:
     """What :func:`release_cache` does on a device besides collecting garbage."""
-    if _find_release(device) is None:
-        return "nothing to give back"
-    return "malloc_trim" if device.type == "cpu" else f"torch.{device.type}.empty_cache"
+    releases = {
+        f"torch.{device.type}.empty_cache": _find_release(device),
+        "malloc_trim": host_allocator.find_release(),
+    }
+    return " and ".join(name for name, release in releases.items() if release) or "nothing to give back"
 
 
 class CacheRelease:

@@ -227,6 +227,16 @@ def test_expandable_segments_are_asked_for_unless_the_user_has_set_anything(
     assert environment == already | expected
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_each_allocator_is_asked_once_and_named(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("torch.cuda.empty_cache"))
+    monkeypatch.setattr(memory.host_allocator, "find_release", lambda: lambda: asked.append("malloc_trim"))
+    release_cache(torch.device(kind))
+    assert asked == [*(["torch.cuda.empty_cache"] if kind == "cuda" else []), "malloc_trim"]
+    assert memory.name_cache_release(torch.device(kind)) == " and ".join(asked)
+
+
 def test_what_lived_before_is_not_searched_for_garbage_and_what_comes_after_is() -> None:
     class Cycle:
         def __init__(self) -> None:
