@@ -77,8 +77,12 @@ def check_photographs(
     logger.info("%s; they are accepted", text)
 
 
-def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether nothing that decides the sizes of a step has changed since the checkpoint, nor the kind of device."""
+def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device, precision: Precision) -> bool:
+    """Whether nothing that decides the sizes of a step has changed since the checkpoint, nor kind of device, nor
+    precision.
+    """
+    if describe_precision(meta, precision):
+        return False
     described = read_words(meta, "machine").get("device", device.type)  # "cuda:0 (...)"
     if described.partition(" ")[0].partition(":")[0] != device.type:
         return False

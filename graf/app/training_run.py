@@ -333,7 +333,7 @@ def open_run(
         if processes.is_first:
             resuming.bring_best(file, folder, trainer)
         has_sizes = bool(checkpoint["objects"]["limits"])  # older formats have none
-        keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta, device) and not plan_again
+        keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta, device, precision) and not plan_again
         if not keeps_sizes:
             resuming.forget_sizes(config, trainer)
         elif trainer.memory != builders.build_memory_settings(config, device.type):

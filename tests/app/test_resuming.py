@@ -25,8 +25,9 @@ def test_sizes_go_with_the_kind_of_device(described, device, kept):
     meta = {"config": config.model_dump(mode="json")}
     if described is not None:
         meta["machine"] = {"device": described}
-    assert keeps_sizes(config, meta, torch.device(device)) == kept
-    assert not keeps_sizes(load_config("smoke", ["training.batch_size=3"]), meta, torch.device(device))
+    precision = Precision(device, None)
+    assert keeps_sizes(config, meta, torch.device(device), precision) == kept
+    assert not keeps_sizes(load_config("smoke", ["training.batch_size=3"]), meta, torch.device(device), precision)
 
 
 @pytest.mark.parametrize(
@@ -52,5 +53,10 @@ def test_as_many_rays_are_rendered_at_once_as_caches_or_launches_want(keys, on_c
         ({}, []),
     ],
 )
-def test_another_precision_than_the_checkpoints_is_said(machine: dict[str, str], said: list[str]) -> None:
-    assert describe_precision({"machine": machine}, Precision("cpu", None)) == said
+def test_another_precision_than_the_checkpoints_is_said_and_keeps_no_sizes(
+    machine: dict[str, str], said: list[str]
+) -> None:
+    config, precision = load_config("smoke"), Precision("cpu", None)
+    meta = {"config": config.model_dump(mode="json"), "machine": machine}
+    assert describe_precision(meta, precision) == said
+    assert keeps_sizes(config, meta, torch.device("cpu"), precision) == (not said)
