@@ -1,7 +1,7 @@
 """Predicts the memory of a configuration's step by rehearsing it on tensors without data.
 
 The real networks, optimisers and trainer run one real step on fake tensors, which have shapes and no data
-(torch's FakeTensorMode), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
+(fake_tensors.py), while a LiveTensorMeter counts the bytes that they would hold. Nothing is allocated, so
 neither photographs nor a GPU are needed. Small control tensors (labels, poses, an image's random numbers) are real,
 since code branches on them. rehearsal.py runs the step, memory_planner.py chooses what fits a budget.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.fake_tensors import FakeTensorMeter, FakeTensorModes
+from graf.app.fake_tensors import FakeTensorMeter, build_fake
 from graf.app.rehearsal import (
     FakeNoise,
     FewChunks,
@@ -47,8 +47,9 @@ from graf.runtime.amp import Precision
 from graf.runtime.live_tensors import count_bytes
 from graf.runtime.memory_settings import MemorySettings
 
-#: length of Inception's pooled features
-INCEPTION_DIMENSIONS = 2048
+#: of Inception: length of its pooled features, bytes of its weights, and those that an image of its size needs besides
+#: itself; torchvision's has the same layout, whose import would take longer than all the rest
+INCEPTION_DIMENSIONS, INCEPTION_BYTES, INCEPTION_BYTES_OF_IMAGE = 2048, 95_476_752, 13_829_760
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class StepPlanner:
         ccsr = config.ccsr.model_copy(update={"start_iteration": 0, "perceptual": 0.0, "weights": None})
         self.config = config.model_copy(update={"ccsr": ccsr})
         self.dataset_info = imagine_dataset(config) if dataset_info is None else dataset_info
-        self.modes = FakeTensorModes()
+        self.meter = FakeTensorMeter()
         self._steps: dict[MemorySettings, dict[str, PhasePeak]] = {}
         self._between: dict[tuple[str, int], PhasePeak] = {}
         is_half = config.training.use_amp if precision is None else precision.dtype is not None
@@ -99,7 +100,7 @@ class StepPlanner:
         cameras, data = builders.build_cameras(self.config, self.dataset_info), config.data
         ranges = PoseRanges(data.umin, data.umax, data.vmin, data.vmax, *data.radius_range)
         self.pose_sampler = PoseSampler(labels, cameras, ranges=None if self.dataset_info.poses_known else ranges)
-        with self.modes.building():
+        with build_fake():
             self.trainer = self._build_trainer()
         with self._running() as meter:
             meter.track(*self.trainer.owners)
@@ -110,7 +111,7 @@ class StepPlanner:
 
     @contextmanager
     def _running(self) -> Iterator[FakeTensorMeter]:
-        with look_up_as_on(self.device_type), self.modes.running() as meter:
+        with look_up_as_on(self.device_type), self.meter as meter:
             yield meter
 
     def _build_trainer(self) -> RehearsedTrainer:
@@ -124,9 +125,9 @@ class StepPlanner:
             kind=RehearsedTrainer,
         )
         assert isinstance(trainer, RehearsedTrainer)
-        trainer.inputs = FakeNoise(trainer.inputs, self.modes.fake_mode)  # type: ignore[assignment]
+        trainer.inputs = FakeNoise(trainer.inputs)  # type: ignore[assignment]
         for generator in (trainer.generator, trainer.averaged_networks[0]):
-            generator.make_runner = partial(FewChunks, self.modes.meter, generator)
+            generator.make_runner = partial(FewChunks, self.meter, generator)
         return trainer
 
     def predict(self, settings: MemorySettings, between: bool = True) -> Plan:
@@ -197,16 +198,9 @@ class StepPlanner:
 
     @cached_property
     def _bytes_of_extractor(self) -> int:
-        return count_bytes(self._build_extractor().state_dict().values())
-
-    def _build_extractor(self) -> nn.Module:
-        """The extractor of FID and KID. Inception's layout is torchvision's, of which no weights are needed."""
         if self.config.evaluation.feature_extractor == "offline":
-            return OfflineFeatures()
-        from torchvision.models import inception_v3  # which takes a second to import
-
-        with torch.device("meta"):  # nothing in it needs to be told from real tensors, as fake ones are
-            return inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
+            return count_bytes(OfflineFeatures().state_dict().values())
+        return INCEPTION_BYTES
 
     @property
     def _bytes_rendered(self) -> int:
@@ -263,12 +257,16 @@ class StepPlanner:
         del others
 
     def _extract_features(self) -> None:
+        """One batch; of Inception it is known what the images need, as soon as they have its size."""
         evaluation, side = self.config.evaluation, self.config.photo_size
-        extractor = self._build_extractor()
-        self.modes.meter.track(extractor)
+        images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8)
         with torch.no_grad():
             if evaluation.feature_extractor == "offline":
-                extractor(torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8))
+                extractor = OfflineFeatures()
+                self.meter.track(extractor)
+                extractor(images)
                 return
-            images = torch.empty(evaluation.batch_size, 3, side, side, dtype=torch.uint8, device="meta")
-            extractor(nn.functional.interpolate(images.float(), (299, 299), mode="bilinear"))
+            weights = self._reserve(INCEPTION_BYTES)
+            resized = nn.functional.interpolate(images.float(), (299, 299), mode="bilinear")
+            self.meter.expect(len(resized) * INCEPTION_BYTES_OF_IMAGE)
+            del weights

@@ -17,6 +17,7 @@ from graf.app.memory_estimator import Plan, StepPlanner
 from graf.config import Config, ConfigError, parse_bytes
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
+from graf.runtime.compiler_stand_in import without_compiler
 from graf.runtime.device import pick_device
 from graf.runtime.logs import logger, warn_once
 from graf.runtime.memory import MIB, read_usable_memory
@@ -259,7 +260,8 @@ def print_plan(config: Config) -> None:
     """`python train.py --plan`; the margin is that of training.device, which has to be there for a budget of `auto`."""
     request, text = config.training.device, config.training.memory_budget
     device = pick_device(request) if "auto" in (request, text) else torch.device(request)
-    print(describe_plans(config, device.type, None if text is None else resolve_budget(text, device)))
+    with without_compiler():
+        print(describe_plans(config, device.type, None if text is None else resolve_budget(text, device)))
 
 
 def _describe_alternatives(config: Config, planner: StepPlanner, plan: Plan) -> list[str]:

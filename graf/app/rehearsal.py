@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graf.app.fake_tensors import FakeTensorMode
+from graf.app.fake_tensors import FakeTensor
 from graf.models.generator import Generator
 from graf.runtime.activation_checkpointing import ChunkFunction
 from graf.runtime.live_tensors import LiveTensorMeter, count_bytes, tensors_of
@@ -47,7 +47,6 @@ class FakeNoise:
     """Draws inputs whose ray noise is fake however few rays a chunk has: real numbers among fake ones count twice."""
 
     inputs: InputSampler
-    fake_mode: FakeTensorMode
 
     def draw(self, *arguments: Any) -> StepInputs:
         step = self.inputs.draw(*arguments)
@@ -55,7 +54,7 @@ class FakeNoise:
         return replace(step, fakes_g=self._replace_noise(step.fakes_g), fakes_d=fakes_d)
 
     def _replace_noise(self, fakes: FakeInputs) -> FakeInputs:
-        return replace(fakes, noise=fakes.noise.map(self.fake_mode.from_tensor))
+        return replace(fakes, noise=fakes.noise.map(FakeTensor.like))
 
 
 # ---------------------------------------------------------------------------------------------------- equal chunks

@@ -37,6 +37,11 @@ class LiveTensorMeter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._polled: dict[int, StorageWeakRef] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """That torch's compiler need not be kept out of what follows; to keep it out is to import it, in a second."""
+        return False
+
     @property
     def current(self) -> int:
         """Bytes of what is alive now."""

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.models import inception_v3
 
 from benchmarks import memory as benchmark
 from graf.app import builders, fake_tensors, memory_estimator, memory_planner
-from graf.app.memory_estimator import StepPlanner
+from graf.app.memory_estimator import INCEPTION_BYTES, INCEPTION_BYTES_OF_IMAGE, StepPlanner
 from graf.app.memory_planner import BudgetError, choose_settings
 from graf.config import Config, ConfigError, load_config, parse_bytes
 from graf.runtime.activation_checkpointing import call_chunk
 from graf.runtime.amp import Precision
 from graf.runtime.distributed import Processes
+from graf.runtime.live_tensors import LiveTensorMeter, count_bytes
 from graf.runtime.memory_settings import MemorySettings
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -211,7 +213,10 @@ def test_auto_asks_the_device_and_takes_most(monkeypatch):
 
 
 def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypatch, caplog, capsys, run_program):
-    monkeypatch.setattr(fake_tensors, "FakeTensorMode", None)
+    def refuse(*_):
+        raise TypeError
+
+    monkeypatch.setattr(fake_tensors, "FakeTensor", refuse)
     config = small("training.memory_budget=1GiB")
     memory = builders.build_memory_settings(config, "cpu")
     processes = Processes()
@@ -226,13 +231,26 @@ def test_a_torch_without_fake_tensors_keeps_the_sizes_and_says_so_once(monkeypat
     assert "error: memory cannot be predicted" in capsys.readouterr().err
 
 
-def test_the_rest_of_the_program_does_without_fake_tensors():
+def test_the_layout_of_inception_is_known_without_it():
+    with torch.device("meta"):
+        network = inception_v3(weights=None, aux_logits=False, init_weights=False).eval()
+    assert count_bytes(network.state_dict().values()) == INCEPTION_BYTES
+    for batch in (1, 3):
+        with torch.no_grad(), LiveTensorMeter() as meter:
+            images = torch.empty(batch, 3, 299, 299, device="meta")
+            network(images)
+        assert meter.peak - images.numel() * 4 == pytest.approx(batch * INCEPTION_BYTES_OF_IMAGE, rel=1e-3)
+
+
+def test_the_plan_imports_neither_the_compiler_nor_torchvision():
     program = (
-        "import sys, torch.utils.checkpoint; sys.modules['torch._subclasses.fake_tensor'] = None; "  # 2.6's needs them
-        "import graf.app.training_run; from graf.app import fake_tensors; print(fake_tensors.FakeTensorMode)"
+        "import sys; from graf.app.train_command import main; "
+        "code = main(['--config', 'configs/smoke.yaml', '--plan', 'ccsr.enabled=true', "
+        "'evaluation.feature_extractor=inception']); "
+        "print(code, [name for name in ('torch._dynamo.convert_frame', 'torchvision') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True, text=True)
-    assert done.stdout.strip() == "None", done.stderr
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
 def test_the_plan_is_printed_without_a_run(run_program, capsys, tmp_path):
