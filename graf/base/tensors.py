@@ -40,7 +40,9 @@ class TensorBatch:
         raise TypeError(f"{type(self).__name__} has no field with rows")
 
     def __getitem__(self: Batch, rows: slice | Tensor) -> Batch:
-        """The rows of a slice, or those with the numbers in an int64 tensor."""
+        """The rows of a slice, or those with the numbers in an int64 tensor; the batch itself where a slice has all."""
+        if isinstance(rows, slice) and rows.indices(len(self)) == (0, len(self), 1):
+            return self
         return self._change(lambda value: value[rows], rows_only=True)
 
     def map(self: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -116,6 +116,34 @@ class Collapse(nn.Conv2d):
         return functional.linear(x.flatten(1), self.weight.flatten(1), self.bias)
 
 
+class ConvolutionWithMaps(nn.Conv2d):
+    """A convolution (4 x 4, stride 2) of patches (B, 3, size, size) and of constant maps (B, maps) beside them.
+
+    What becomes of a constant map is the same everywhere but at the rim, where some taps lie outside: nine numbers, of
+    the corners, the edges and the inside. To convolve the maps would take five times as long as the patches.
+    """
+
+    taps: Tensor
+    zones: Tensor
+
+    def __init__(self, num_maps: int, out_channels: int, size: int) -> None:
+        super().__init__(3 + num_maps, out_channels, 4, stride=2, padding=1)
+        inside = torch.tensor([[0.0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])  # which taps are, in each of three zones
+        self.register_buffer("taps", torch.kron(inside, inside).T.contiguous(), persistent=False)
+        zone = torch.ones(size // 2, dtype=torch.long)
+        zone[0], zone[-1] = 0, 2  # of rows as of columns: the first, those between, the last
+        zones = functional.one_hot(3 * zone[:, None] + zone, 9).flatten(0, 1)
+        self.register_buffer("zones", zones.T.float().contiguous(), persistent=False)
+
+    def forward(self, patches: Tensor, maps: Tensor) -> Tensor:  # type: ignore[override]
+        of_patches, of_maps = self.weight.split([3, maps.shape[1]], dim=1)
+        found = functional.conv2d(patches, of_patches, self.bias, self.stride, self.padding)
+        with float32_region(patches.device.type):
+            sums = (of_maps.transpose(0, 1).reshape(-1, 16) @ self.taps).view(maps.shape[1], -1)
+            shares = maps @ sums  # (B, out * 9)
+        return torch.addmm(found.flatten(0, 1).flatten(1), shares.view(-1, 9), self.zones).view(found.shape)
+
+
 class PatchDiscriminator(nn.Module):
     """Logits of patches, given the condition."""
 
@@ -129,10 +157,11 @@ class PatchDiscriminator(nn.Module):
         stages = int(math.log2(shape.size)) - 2
         channels = [min(shape.ndf * 2**stage, shape.max_channels) for stage in range(stages)]
         layers: list[nn.Module] = []
-        for stage, (inside, outside) in enumerate(
-            zip([3 + shape.condition_maps, *channels[:-1]], channels, strict=True)
-        ):
-            layers.append(nn.Conv2d(inside, outside, 4, stride=2, padding=1))
+        for stage, (inside, outside) in enumerate(zip([3, *channels[:-1]], channels, strict=True)):
+            if stage == 0 and shape.condition_maps:
+                layers.append(ConvolutionWithMaps(shape.condition_maps, outside, shape.size))
+            else:
+                layers.append(nn.Conv2d(inside, outside, 4, stride=2, padding=1))
             if shape.norm == "instance" and stage > 0:
                 layers.append(nn.InstanceNorm2d(outside))
             layers.append(nn.LeakyReLU(0.2))
@@ -157,10 +186,12 @@ class PatchDiscriminator(nn.Module):
         """
         with float32_region(patches.device.type):
             described = torch.cat([self.class_embedding(condition.class_idx), condition.features], dim=1)
-            if self.maps is not None:
-                maps = self.maps(described)[:, :, None, None].expand(-1, -1, *patches.shape[2:])
-                patches = torch.cat([patches, maps.to(patches.dtype)], dim=1)
-        features = at_least_float32(self.trunk(patches))
+            maps = () if self.maps is None else (self.maps(described),)
+        first, *others = self.trunk
+        found = first(patches, *maps)
+        for layer in others:
+            found = layer(found)
+        features = at_least_float32(found)
         with float32_region(patches.device.type):
             embedding = self.condition(described)
             logits = self.decision(features)[:, 0] + (embedding * features).sum(-1) / math.sqrt(features.shape[1])
@@ -168,7 +199,7 @@ class PatchDiscriminator(nn.Module):
 
     def advance_spectral_norm(self) -> None:
         """One power iteration of every spectral norm: once per update of the discriminator, before its first pass."""
-        for module in self.modules():
+        for module in self.modules() if self.shape.spectral else ():
             if isinstance(module, parametrize.ParametrizationList):
                 for parametrization in module:
                     if isinstance(parametrization, SpectralNorm):

@@ -174,18 +174,21 @@ def read_usable_memory(device: torch.device) -> int | None:
     release = host_allocator.find_release()
     if release is not None:  # what is kept is free, though the system cannot know
         release()
-    available = _read_amounts("/proc/meminfo").get("MemAvailable")
+    available = _read_amounts("/proc/meminfo", "MemAvailable").get("MemAvailable")
     return None if available is None else min([available, *_read_control_groups()])
 
 
-def _read_amounts(listing: str) -> dict[str, int]:
-    """Bytes by name of the lines `name: number kB` of a file in /proc; empty on macOS, Windows, in some sandboxes."""
+def _read_amounts(listing: str, *names: str) -> dict[str, int]:
+    """Bytes by name of the lines `name: number kB` of a file in /proc; empty on macOS, Windows, in some sandboxes.
+
+    Other lines are passed over: this is read in every phase of a step.
+    """
     try:
         with open(listing, encoding="utf-8") as file:
-            lines = [line.replace(":", " ").split() for line in file]
+            lines = [line.split() for line in file if line.startswith(names)]
     except FileNotFoundError:
         return {}
-    return {line[0]: 1024 * int(line[1]) for line in lines if line[2:] == ["kB"]}
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines}
 
 
 #: files of a group by version: limit and use in bytes, and the line of memory.stat that counts reclaimable file pages
@@ -215,7 +218,7 @@ def _read_group(group: ControlGroup) -> int | None:
 
 
 def _read_process_memory() -> dict[str, float]:
-    amounts = _read_amounts("/proc/self/status")
+    amounts = _read_amounts("/proc/self/status", "VmRSS", "VmHWM")
     if {"VmRSS", "VmHWM"} <= amounts.keys():
         return {"rss": amounts["VmRSS"] / MIB, "peak_rss": amounts["VmHWM"] / MIB}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class Player:
         """The parameters that the optimiser owns."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @cached_property
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of the network, looked for once."""
+        return list(self.network.named_parameters())
+
     def begin(self, iteration: int) -> None:
         """Set the learning rate of this iteration and drop old gradients.
 
@@ -121,7 +127,7 @@ class Player:
     ) -> Update:
         """What the update hangs on: gradients in the order of the optimiser's parameters, and whether it is skipped."""
         owned = {id(parameter) for parameter in self.parameters if parameter.grad is not None}
-        named = [name for name, parameter in self.network.named_parameters() if id(parameter) in owned]
+        named = [name for name, parameter in self.named_parameters if id(parameter) in owned]
         gradients = [f"the norm of the gradient of {self.name}.{name}" for name in named]
         last = [norm] if inf is None else [norm, inf.to(norm)]
         numbers = torch.stack([*(value.to(norm) for value in terms.values()), *norms, *last])

@@ -431,7 +431,7 @@ class Trainer:
         objective, batch_size, statistics = self.objective, inputs.batch_size, Statistics()
         renders: list[Render] = []
         neighbours: list[Render] = []
-        with _frozen(self.discriminator):
+        with _frozen(self.d.parameters):
             for rows in parts:
                 fakes, reals = inputs.fakes_g[rows], inputs.reals[rows]
                 # The shared graph serves one backward pass over the whole batch; after a split each part renders again.
@@ -451,7 +451,7 @@ class Trainer:
     ) -> Statistics:
         assert self.sr is not None
         statistics: Statistics = {}
-        with _frozen(self.discriminator):
+        with _frozen(self.d.parameters):
             for rows in parts:
                 own, fakes, reals = renders[rows], inputs.fakes_g[rows], inputs.reals[rows]
                 loss, more = self.objective.super_resolution_loss(
@@ -578,10 +578,12 @@ def _accumulate(statistics: Statistics, more: Statistics) -> None:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of the module takes a gradient inside."""
-    module.requires_grad_(False)
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No parameter takes a gradient inside."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        module.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)

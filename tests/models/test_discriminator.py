@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
@@ -12,6 +12,7 @@ from graf.geometry.rays import Patches
 from graf.geometry.views import Cameras, Views
 from graf.models.discriminator import (
     PATCH_SIZES,
+    ConvolutionWithMaps,
     DiscriminatorShape,
     PatchCondition,
     PatchDiscriminator,
@@ -45,6 +46,23 @@ def test_the_trunk_halves_down_to_four_by_four_with_bounded_channels():
     convolutions = [layer for layer in discriminator.trunk if isinstance(layer, nn.Conv2d)]
     assert [layer.out_channels for layer in convolutions] == [8, 16, 20, 20, 20, 20]
     assert discriminator.trunk[:-3](torch.randn(1, 3, 128, 128)).shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("size", PATCH_SIZES[:3])
+def test_constant_maps_count_as_input_channels_that_are_convolved(size):
+    layer = ConvolutionWithMaps(5, 4, size).double()
+    patches = torch.randn(3, 3, size, size, dtype=torch.double, requires_grad=True)
+    maps = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
+    inputs = (patches, maps, layer.weight, layer.bias)
+
+    def differentiate(found: Tensor) -> list[Tensor]:
+        """The result, its gradients, and those of the length of the first one, as R1 needs them."""
+        gradients = torch.autograd.grad(found.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(gradients[0].square().sum(), inputs[:3])
+        return [found, *gradients, *second]
+
+    images = torch.cat([patches, maps[:, :, None, None].expand(-1, -1, size, size)], dim=1)
+    assert_close(differentiate(layer(patches, maps)), differentiate(nn.Conv2d.forward(layer, images)))
 
 
 @pytest.mark.parametrize("size", [8, 48, 512])

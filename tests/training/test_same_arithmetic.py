@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graf.models import ccsr, mlp_field, plane_lookup, plane_sources, triplane_field
-from graf.models.discriminator import Collapse
+from graf.models.discriminator import Collapse, ConvolutionWithMaps
 from graf.training.inputs import InputSampler, StepInputs
 from graf.training.trainer import Trainer
 
@@ -23,6 +23,7 @@ PLANES = (
     *("nerf.synthesis_width=4", "nerf.decoder_width=8", "nerf.colour_components=2", "nerf.N_importance=4"),
     *("ray_sampler.snap=true", "training.match_views=true", "training.photometric=20", "training.share_fakes=true"),
     *("training.optimizer=adam", "training.opacity=0.1", "training.instance_prior=0.02"),
+    "discriminator.condition_maps=4",
 )
 CASES = {"tri-planes": (*PLANES, *SUPER_RESOLUTION), "MLP": ()}
 
@@ -43,12 +44,18 @@ def modulate(self: Any, images: Tensor, style: Tensor) -> Tensor:
     return torch.cat(found) + self.bias[:, None, None]
 
 
+def convolve_with_maps(self: Any, patches: Tensor, maps: Tensor) -> Tensor:
+    maps = maps[:, :, None, None].expand(-1, -1, *patches.shape[2:])
+    return nn.Conv2d.forward(self, torch.cat([patches, maps.to(patches.dtype)], dim=1))
+
+
 def write_plainly(patch: pytest.MonkeyPatch) -> None:
     """Replace everything that only makes steps fast."""
     patch.setattr(mlp_field, "linear_relu", linear_relu)
     patch.setattr(triplane_field, "decode", decode)
     patch.setattr(plane_sources.ModulatedConvolution, "forward", modulate)
     patch.setattr(plane_lookup, "is_exporting", lambda: True)  # asks for grid_sample
+    patch.setattr(ConvolutionWithMaps, "forward", convolve_with_maps)
     patch.setattr(Collapse, "forward", lambda self, x: nn.Conv2d.forward(self, x).flatten(1))
     for module in (plane_sources, ccsr):
         patch.setattr(module, "for_convolution", lambda tensor, dtype: tensor.to(dtype))
