@@ -28,7 +28,7 @@ def _compute(*parts: Tensor) -> tuple[Tensor, ...]:
     """The outputs, and what their gradients are made of: features, weight, hidden layer and head in one dtype."""
     dtype = product_dtype(parts[0])
     features, weight, bias, head, head_bias = (part.to(dtype) for part in parts)
-    hidden = torch.relu_(torch.baddbmm(bias, features, weight.mT))
+    hidden = torch.relu_(torch.bmm(features, weight.mT).add_(bias))  # baddbmm would write the bias everywhere before
     return torch.baddbmm(head_bias, hidden, head.mT), features, weight, hidden, head
 
 
@@ -48,8 +48,9 @@ class _Decode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         features, weight, hidden, head = ctx.saved_tensors
-        of_head, of_head_bias = gradient.mT @ hidden, gradient.sum(1, keepdim=True)
+        ones = gradient.new_ones(len(gradient), 1, gradient.shape[1])  # sums over points are products with them
+        of_head, of_head_bias = gradient.mT @ hidden, ones @ gradient
         inner = torch.ops.aten.threshold_backward(gradient @ head, hidden, 0)
-        of_weight, of_bias = inner.mT @ features, inner.sum(1, keepdim=True)
+        of_weight, of_bias = inner.mT @ features, ones @ inner
         found = (inner @ weight, of_weight, of_bias, of_head, of_head_bias)
         return tuple(part.to(dtype) for part, dtype in zip(found, ctx.dtypes, strict=True))
