@@ -106,7 +106,7 @@ class FakeTensorMeter(LiveTensorMeter):
                 return CPU
             if func is aten._local_scalar_dense.default:
                 return True if args[0].dtype is torch.bool else 1
-            if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
+            if _works_in_place(func):
                 return args[0] if func._schema.returns else None  # nothing to fill
         elif not self._is_large(func, args) or _is_meta(args, kwargs):
             return func(*args, **kwargs)
@@ -245,6 +245,12 @@ def _reach(tensor: Tensor) -> int:
     """Elements from the first to the last of a tensor."""
     steps = sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
     return 1 + steps if tensor.numel() else 0
+
+
+def _works_in_place(func: Any) -> bool:
+    """Whether an operation fills its first argument, or the tensors in it, and leaves their layouts as they are."""
+    is_named_so = func._schema.name.endswith("_") and func._schema.is_mutable  # __and__ is not
+    return is_named_so and torch.Tag.inplace_view not in func.tags
 
 
 def _is_meta(args: Any, kwargs: Mapping[str, Any]) -> bool:

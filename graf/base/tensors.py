@@ -34,14 +34,15 @@ class TensorBatch:
     """
 
     def __len__(self) -> int:
-        for _, value, is_shared in self._items():
-            if isinstance(value, (Tensor, TensorBatch)) and not is_shared:
-                return len(value)
-        raise TypeError(f"{type(self).__name__} has no field with rows")
+        count = self._count_rows()
+        if count is None:
+            raise TypeError(f"{type(self).__name__} has no field with rows")
+        return count
 
     def __getitem__(self: Batch, rows: slice | Tensor) -> Batch:
         """The rows of a slice, or those with the numbers in an int64 tensor; the batch itself where a slice has all."""
-        if isinstance(rows, slice) and rows.indices(len(self)) == (0, len(self), 1):
+        count = self._count_rows()
+        if count is None or (isinstance(rows, slice) and rows.indices(count) == (0, count, 1)):
             return self
         return self._change(lambda value: value[rows], rows_only=True)
 
@@ -82,6 +83,16 @@ class TensorBatch:
         """The same batch made of other tensors, in the order of :meth:`tensors`."""
         given = iter(tensors)
         return self.map(lambda _: next(given))
+
+    def _count_rows(self) -> int | None:
+        """None where no field has any, as in a batch of missing numbers."""
+        for _, value, is_shared in self._items():
+            if is_shared or not isinstance(value, (Tensor, TensorBatch)):
+                continue
+            count = len(value) if isinstance(value, Tensor) else value._count_rows()
+            if count is not None:
+                return count
+        return None
 
     def _change(self: Batch, change: Callable[[Any], Any], rows_only: bool = False) -> Batch:
         changes = {

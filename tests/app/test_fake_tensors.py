@@ -27,6 +27,7 @@ def convolve_backward(x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor,
 OPERATIONS = {
     "a view": lambda x: x[:, 1:, ::2].transpose(1, 3),
     "a view of a view": lambda x: x.flatten(2).unsqueeze(1).expand(-1, 4, -1, -1),
+    "bitwise": lambda x: ((x > 0) & (x[:1, :1] > 0), torch.ops.aten.__and__.Tensor(x[:1] > 0, x > 0)),
     "in place": lambda x: x.mul_(2).add_(1),
     "of another type": lambda x: (x > 0, x.to(torch.bfloat16), x.argmax(1)),
     "parts": lambda x: x.split(1, dim=1),

@@ -23,6 +23,11 @@ class Outer(TensorBatch):
     absent: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Missing(TensorBatch):
+    noise: Tensor | None = None
+
+
 def make(count: int = 5) -> Outer:
     return Outer("x", torch.arange(count), Inner(torch.arange(2.0 * count).reshape(count, 2)), torch.ones(7))
 
@@ -36,6 +41,26 @@ def test_parts_have_their_rows_and_the_whole_of_what_has_none():
     assert len(part.whole) == 7
     assert (part.name, part.absent) == ("x", None)
     assert make()[torch.tensor([4, 0])].rows.tolist() == [4, 0]
+
+
+def test_all_rows_are_the_batch_itself():
+    whole = make()
+    assert whole[:] is whole
+    assert whole[0:9] is whole
+    assert len(whole[0:4]) == 4
+    assert whole[torch.arange(5)] is not whole
+
+
+def test_parts_of_a_batch_take_along_what_has_no_rows_at_all():
+    @dataclass(frozen=True)
+    class Holder(TensorBatch):
+        missing: Missing
+        rows: Tensor
+
+    part = Holder(Missing(), torch.arange(5))[1:3]
+    assert part.rows.tolist() == [1, 2]
+    assert part.missing == Missing()
+    assert len(Holder(Missing(), torch.arange(5))) == 5
 
 
 def test_joined_parts_are_the_batch():

@@ -42,6 +42,8 @@ EVERYTHING = (
     *("ccsr.start_iteration=0", "ccsr.every=1"),
 )
 
+#: rays that draw no random numbers at all
+NOISELESS = ("nerf.jitter=false", "nerf.raw_noise_std=0")
 #: another field of layers
 SIREN = ("nerf.field=siren",)
 #: tri-planes, and generated patches that show what the photographs show, with instances' codes
@@ -103,8 +105,8 @@ def gradients_of_a_step(
 @pytest.mark.parametrize("sharing", ["training.share_fakes=false", "training.share_fakes=true"])
 @pytest.mark.parametrize(
     "field",
-    [(), SIREN, TRIPLANE, SYNTHESIS, REFINED],
-    ids=["mlp", "siren", "triplane", "synthesis", "learned cameras"],
+    [(), NOISELESS, SIREN, TRIPLANE, SYNTHESIS, REFINED],
+    ids=["mlp", "no noise", "siren", "triplane", "synthesis", "learned cameras"],
 )
 def test_gradients_of_parts_are_those_of_the_whole_batch(make_trainer, batch, monkeypatch, field, sharing):
     make_trainer = partial(make_trainer, *field)
