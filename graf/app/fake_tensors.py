@@ -177,7 +177,7 @@ class _FakeOutput:
             if self.is_source:
                 return source
             whole = torch.empty(0, dtype=self.dtype, device="meta").set_(source.untyped_storage())
-        return FakeTensor(whole.as_strided(self.shape, self.stride, self.offset))  # set_ cuts the storage in torch 2.1
+        return FakeTensor(whole.as_strided(self.shape, self.stride, self.offset))  # set_ alone cuts the storage in 2.1
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,8 @@ def _ask(func: Any, args: Any, kwargs: Mapping[str, Any]) -> _Answer:
         own_kwargs["device"] = torch.device("meta")
     before = [_describe(twin, []) for twin in twins]
     try:
-        outputs = _RULES[func](*own_args, **own_kwargs) if func in _RULES else NotImplemented
+        rule = _RULES.get(str(func))
+        outputs = NotImplemented if rule is None else rule(*own_args, **own_kwargs)
         if outputs is NotImplemented:
             outputs = func(*own_args, **own_kwargs)
     except Exception as error:
@@ -289,11 +290,12 @@ def _convolve(
 def _convolve_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, *more: Any
 ) -> tuple[Tensor | None, ...]:
-    layout, (needs_x, needs_weight, needs_bias) = _layout_of_convolution(x, weight), more[-1]
+    output_mask = more[-1]
+    layout, (needs_x, needs_weight, needs_bias) = _layout_of_convolution(x, weight), output_mask
     return (
         x.new_empty(x.shape).contiguous(memory_format=layout) if needs_x else None,
         weight.new_empty(weight.shape).contiguous(memory_format=layout) if needs_weight else None,
-        gradient.new_empty(weight.shape[0]) if needs_bias else None,
+        gradient.new_empty(list(bias_sizes or [gradient.shape[1]])) if needs_bias else None,
     )
 
 
@@ -317,22 +319,24 @@ def _sum_bags(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
     padding_idx: int = -1,
-) -> tuple[Tensor, ...]:
+) -> Any:
     """As a CPU sums, which notes the bag of every index in float64 alone."""
+    if mode != 0:  # a mean or a maximum
+        return NotImplemented
     bags = len(offsets) - include_last_offset
     with_bags = len(indices) if weight.dtype is torch.float64 else 0
     sums = weight.new_empty(bags, weight.shape[1])
     return sums, offsets.new_empty(with_bags), offsets.new_empty(len(offsets)), offsets.new_empty(bags)
 
 
-#: what operations return whose results are laid out as a device's library wants them, which meta tensors do not know,
-#: and of some that these take apart, which lasts as long as a hundred others, or do not have in torch 2.1
-_RULES: dict[Any, Callable[..., Any]] = {
-    aten.convolution.default: _convolve,
-    aten.convolution_backward.default: _convolve_backward,
-    aten._embedding_bag_forward_only.default: _sum_bags,
-    aten._foreach_norm.Scalar: lambda tensors, *_: [tensor.new_empty(()) for tensor in tensors],
-    aten.grid_sampler_2d.default: lambda images, grid, *_: _resample(images, grid.shape[1:3]),
-    aten.upsample_bilinear2d.default: lambda images, size, *_: _resample(images, size),
-    aten.upsample_bicubic2d.default: lambda images, size, *_: _resample(images, size),
+#: What operations return, by name. Results of some are laid out as a device's library wants them, which meta tensors do
+#: not know; others meta tensors take apart, which lasts as long as a hundred operations, or do not have in torch 2.1.
+_RULES: dict[str, Callable[..., Any]] = {
+    "aten.convolution.default": _convolve,
+    "aten.convolution_backward.default": _convolve_backward,
+    "aten._embedding_bag_forward_only.default": _sum_bags,
+    "aten._foreach_norm.Scalar": lambda tensors, *_: [tensor.new_empty(()) for tensor in tensors],
+    "aten.grid_sampler_2d.default": lambda images, grid, *_: _resample(images, grid.shape[1:3]),
+    "aten.upsample_bilinear2d.default": lambda images, size, *_: _resample(images, size),
+    "aten.upsample_bicubic2d.default": lambda images, size, *_: _resample(images, size),
 }

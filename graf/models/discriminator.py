@@ -120,7 +120,7 @@ class ConvolutionWithMaps(nn.Conv2d):
     """A convolution (4 x 4, stride 2) of patches (B, 3, size, size) and of constant maps (B, maps) beside them.
 
     What becomes of a constant map is the same everywhere but at the rim, where some taps lie outside: nine numbers, of
-    the corners, the edges and the inside. To convolve the maps would take five times as long as the patches.
+    the corners, the edges and the inside. To convolve 16 maps would take five times as long as the patches.
     """
 
     taps: Tensor

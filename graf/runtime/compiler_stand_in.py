@@ -1,7 +1,8 @@
 """Something in place of torch's compiler, for a while in which nothing is compiled.
 
 torch's optimisers and some of its functions import the compiler, which takes a second, only in order to tell it that
-they are not for compiling. A program that is over in a few seconds can do without.
+they are not for compiling. A program that is over in a few seconds can do without. (What it would have been told inside
+is not told again: who compiles an optimiser's step later in the same program has its bookkeeping compiled too.)
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class Player:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @cached_property
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those of the network, looked for once."""
+    def names_in_network(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter of the network by its name, looked for once."""
         return list(self.network.named_parameters())
 
     def begin(self, iteration: int) -> None:
@@ -127,7 +127,7 @@ class Player:
     ) -> Update:
         """What the update hangs on: gradients in the order of the optimiser's parameters, and whether it is skipped."""
         owned = {id(parameter) for parameter in self.parameters if parameter.grad is not None}
-        named = [name for name, parameter in self.named_parameters if id(parameter) in owned]
+        named = [name for name, parameter in self.names_in_network if id(parameter) in owned]
         gradients = [f"the norm of the gradient of {self.name}.{name}" for name in named]
         last = [norm] if inf is None else [norm, inf.to(norm)]
         numbers = torch.stack([*(value.to(norm) for value in terms.values()), *norms, *last])

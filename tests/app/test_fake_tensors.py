@@ -16,6 +16,14 @@ WEIGHT = torch.ones(5, 3, 3, 3)
 PLANE, PLACES, BAGS = torch.ones(7, 16), torch.zeros(6 * 1024, dtype=torch.long), torch.arange(0, 6 * 1024, 4)
 
 
+def transpose_backward(x: Tensor) -> Tensor:
+    """The gradient of the bias of a transposed convolution."""
+    bias = torch.ones(5).requires_grad_()
+    functional.conv_transpose2d(x, WEIGHT.transpose(0, 1), bias, stride=2).sum().backward()
+    assert bias.grad is not None
+    return bias.grad
+
+
 def convolve_backward(x: Tensor, weight: Tensor, needs_x: bool) -> tuple[Tensor, ...]:
     y = functional.conv2d(x, weight, stride=2, padding=1)
     sizes, pairs = [len(weight)], ([2, 2], [1, 1], [1, 1])
@@ -43,6 +51,7 @@ OPERATIONS = {
         x, WEIGHT.contiguous(memory_format=torch.channels_last)
     ),
     "convolution, transposed": lambda x: functional.conv_transpose2d(x, WEIGHT.transpose(0, 1), stride=2),
+    "gradient of its bias": transpose_backward,
     "gradients of a convolution": lambda x: convolve_backward(x, WEIGHT, True),
     "gradients of its weights": lambda x: convolve_backward(x, WEIGHT, False),
     "gradients, channels last": lambda x: convolve_backward(

@@ -54,6 +54,7 @@ def test_constant_maps_count_as_input_channels_that_are_convolved(size):
     patches = torch.randn(3, 3, size, size, dtype=torch.double, requires_grad=True)
     maps = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
     inputs = (patches, maps, layer.weight, layer.bias)
+    assert set(layer.state_dict()) == {"weight", "bias"}  # as a convolution's, in checkpoints of all ages
 
     def differentiate(found: Tensor) -> list[Tensor]:
         """The result, its gradients, and those of the length of the first one, as R1 needs them."""
