@@ -85,8 +85,8 @@ def test_a_plan_for_another_device_looks_planes_up_as_there(monkeypatch):
         StepPlanner(config).predict(builders.build_memory_settings(config, "cpu"), between=False)
 
 
-@pytest.mark.parametrize("num_rows", [2**16, 2**16 + 1, 300_000])
-def test_cells_are_sorted_whether_or_not_16_bits_hold_them(num_rows: int) -> None:
-    cells = torch.randint(num_rows, (5000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    cells[:2] = torch.tensor([num_rows - 1, 0])
-    assert torch.equal(cells[plane_lookup._sort(cells, num_rows)], cells.sort().values)
+@pytest.mark.parametrize("num_cells", [2**16, 2**16 + 1, 300_000])
+def test_cells_are_sorted_whether_or_not_16_bits_hold_them(num_cells: int) -> None:
+    cells = torch.randint(num_cells, (5000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    cells[:2] = torch.tensor([num_cells - 1, 0])
+    assert torch.equal(cells[plane_lookup._sort(cells, num_cells)], cells.sort().values)
