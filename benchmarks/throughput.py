@@ -282,18 +282,21 @@ def _range(rates: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def draw(path: Path, measured: Mapping[str, Measured], before: Mapping[str, Measured]) -> None:
-    """Where a step's time goes: a bar for each row, relative to that of the earlier run where there is one above it."""
+def make_bars(measured: Mapping[str, Measured], before: Mapping[str, Measured]) -> list[Bar]:
+    """Where an image's time goes: a bar for each row, relative to that of the earlier run where there is one above it.
+
+    An image's and not a step's, since the earlier run may have had batches of another size.
+    """
     bars = []
     for name, row in measured.items():
         earlier = before.get(name)
-        unit = (row if earlier is None else earlier).seconds
+        unit = 1 / (row if earlier is None else earlier).rate
         for label, found in (("before", earlier), ("now" if earlier else "", row)):
             if found is not None:
-                shares = {kind: seconds / unit for kind, seconds in found.classes.items()}
+                shares = {kind: seconds / found.batch / unit for kind, seconds in found.classes.items()}
                 title = row.title if found is (earlier or row) else ""
-                bars.append(Bar(title, f"{label} {1000 * found.seconds:,.0f} ms".strip(), shares))
-    draw_bars(bars, operator_classes.CLASSES, path, "where a step's time goes, by class of operator")
+                bars.append(Bar(title, f"{label} {1000 / found.rate:,.1f} ms".strip(), shares))
+    return bars
 
 
 def tell(
@@ -334,7 +337,7 @@ def tell(
         text += ["", f"Kernels launched, and what the host waits for the device, in a step: {waits}."]
     if earlier is not None:
         text += ["", f"Before: {earlier}, {describe_limits(before) if before else 'no row in common'}."]
-    return "\n".join([*text, "", f"![where a step's time goes]({plot.name})"])
+    return "\n".join([*text, "", f"![where the time of an image goes]({plot.name})"])
 
 
 def name_unclassified(measured: Mapping[str, Measured]) -> str:
@@ -379,7 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save(options.save, measured, device)
             # after every group: whoever runs out of time has what there is
             same, plot = compare(measured, before), options.results.with_name("throughput.png")
-            draw(plot, measured, same)
+            title = "where the time of an image goes, by class of operator"
+            draw_bars(make_bars(measured, same), operator_classes.CLASSES, plot, title)
             text = tell(measured, same, earlier, device, plot)
             write_section("Throughput", "python -m benchmarks.throughput", text, options.results)
     if not measured:

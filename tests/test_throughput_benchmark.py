@@ -177,8 +177,18 @@ def test_an_earlier_run_stands_beside_rows_that_measured_the_same_and_only_those
     assert "| 4.00 | - | - |" in table[3]
     text = throughput.tell(now, same, hardware, CPU, tmp_path / "throughput.png")
     assert f"Before: {hardware}" in text
-    throughput.draw(tmp_path / "throughput.png", now, same)
-    assert (tmp_path / "throughput.png").stat().st_size > 1000
+
+
+def test_bars_are_as_long_as_an_image_takes_beside_the_earlier_run():
+    kind = operator_classes.MATRIX_PRODUCT
+    now = {"toys": measured("toys", 2.0, batch=8), "coil100": measured("coil100", 3.0)}
+    bars = throughput.make_bars(now, {"toys": measured("toys", 4.0)})
+    assert [(bar.title, bar.note) for bar in bars] == [
+        ("toys", "before 1,000.0 ms"),
+        ("", "now 250.0 ms"),
+        ("coil100", "750.0 ms"),
+    ]
+    assert [bar.parts[kind] for bar in bars] == pytest.approx([1.0, 0.25, 1.0])
 
 
 def test_only_the_published_model_stands_beside_the_plain_loop_and_is_timed_with_it():
