@@ -1,6 +1,7 @@
 """Predicted peaks against measured ones, and the choice of settings under a budget."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,12 @@ def test_a_plan_for_this_machine_assumes_the_precision_that_it_has(monkeypatch, 
     with pytest.raises(ZeroDivisionError):
         memory_planner.describe_plans(small("training.use_amp=true"), device_type, None)
     assert found == [slow if expected else None]
+
+
+def test_alternatives_are_as_many_for_large_batches_as_for_small_ones():
+    text = memory_planner.describe_plans(small("training.batch_size=7", "training.fid_every=0"), "cpu", None)
+    sizes = re.findall(r"^micro_batch_size=(\d+) memory_strategy=dense", text, re.MULTILINE)
+    assert sizes == ["7", "3", "1"]
 
 
 def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
