@@ -33,7 +33,7 @@ WORKERS = (0, 1, 2, 4)
 #: data.cache_mib: where the photographs are
 PLACES = {"in memory": 512, "in files": 0}
 ROUNDS, STEPS, LOADED = 2, 5, 60
-#: the default's step as it is after iteration 800, on fewer photographs, which load alike
+#: the default's step as it is after iteration 400, on fewer photographs, which load alike
 KEYS = ("data.synthetic.count=288", "ccsr.start_iteration=0", "training.use_amp=true")
 
 

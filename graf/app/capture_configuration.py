@@ -102,7 +102,7 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -
     if many_objects:
         nerf += ["  planes: synthesis        # several objects of a class", "  colour_components: 9"]
         lines += ["z_dist:", "  dim: 16", "  dim_appearance: 8", "discriminator:", "  augment: {colour: 0}"]
-        lines += ["training:", "  lr_d: 1e-3", "  reg_param: 0.1", "  instance_prior: 0.02"]
+        lines += ["training:", "  reg_param: 0.1", "  instance_prior: 0.02"]
     return "\n".join([*lines, *(["nerf:", *nerf] if nerf else []), ""])
 
 

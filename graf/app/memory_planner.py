@@ -266,7 +266,8 @@ def print_plan(config: Config) -> None:
 
 def _describe_alternatives(config: Config, planner: StepPlanner, plan: Plan) -> list[str]:
     own, size = plan.settings, config.training.batch_size
-    sizes = sorted({size, max(1, size // 2), 1}, reverse=True)  # peaks are about linear in what lies between
+    # peaks are about linear in what lies between
+    sizes = sorted({size, own.micro_batch_size, max(1, size // 2), 1}, reverse=True)
     found = [MemorySettings(part, strategy, own.chunk) for part in sizes for strategy in STRATEGIES]
     found += [MemorySettings(size, "checkpoint", max(SMALLEST_CHUNK, own.chunk // 4))]
     fastest = min(relative_cost(config, settings) for settings in found)

@@ -98,7 +98,7 @@ class _SampleByRow(torch.autograd.Function):
         """Each row's gradient is a weighted sum over the points whose cells it is a corner of: rows are fetched again.
 
         Points are sorted by cell once, which serves all four corners: a corner's rows are the cells, shifted. Every
-        plane is sorted by itself, in half of the time, and all of one plane come before those of the next.
+        plane is sorted by itself, so that 16 bits hold the cells of more images; one plane's come after another's.
         """
         (places,) = ctx.saved_tensors
         cells, across, down = _find_cells(places, ctx.resolution)

@@ -118,10 +118,11 @@ def test_a_plan_for_this_machine_assumes_the_precision_that_it_has(monkeypatch, 
     assert found == [slow if expected else None]
 
 
-def test_alternatives_are_as_many_for_large_batches_as_for_small_ones():
-    text = memory_planner.describe_plans(small("training.batch_size=7", "training.fid_every=0"), "cpu", None)
+def test_alternatives_are_the_batch_half_of_it_one_image_and_what_is_configured():
+    config = small("training.batch_size=16", "training.micro_batch_size=4", "training.fid_every=0")
+    text = memory_planner.describe_plans(config, "cpu", None)
     sizes = re.findall(r"^micro_batch_size=(\d+) memory_strategy=dense", text, re.MULTILINE)
-    assert sizes == ["7", "3", "1"]
+    assert sizes == ["16", "8", "4", "1"]
 
 
 def test_whole_images_are_predicted_in_seconds_and_without_their_memory():
