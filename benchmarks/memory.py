@@ -46,6 +46,8 @@ CURVE = RESULTS.parent / "memory.png"
 #: steps that would hold more than this many MiB, or render more than this many rays, are only predicted
 LARGEST_MIB, LARGEST_RAYS = 9_000, 8_192
 SMALL = ("nerf.netwidth=64", "nerf.netdepth=4", "nerf.N_samples=16", "training.fid_every=0")
+#: gives every point some density; of others "deferred" needs less than is predicted, since it leaves them out
+EVERY_POINT = "nerf.density_bias=20"
 TRIPLANE = ("nerf.field=triplane", "training.match_views=true", "training.photometric=20", "training.opacity=0.1")
 #: with the term that takes renders of neighbouring views
 SUPER_RESOLUTION = ("ccsr.enabled=true", "ccsr.agreement=0.3")
@@ -54,7 +56,7 @@ CONFIGS = {
     "dense": (),
     "dense, 8 chunks": ("training.chunk=64",),
     "checkpoint": ("training.memory_strategy=checkpoint", "training.chunk=64"),
-    "deferred": ("training.memory_strategy=deferred", "training.chunk=64"),
+    "deferred": ("training.memory_strategy=deferred", "training.chunk=64", EVERY_POINT),
     "no R1": ("training.reg_type=none", "training.batch_size=8"),
     "WGAN-GP": ("training.gan_type=wgan", "training.reg_type=wgangp"),
     "6 images in parts of 1": ("training.micro_batch_size=1", "training.batch_size=6"),
@@ -74,6 +76,7 @@ CONFIGS = {
     "sines": ("nerf.field=siren",),
     "sines, parts of 2, deferred": (
         "nerf.field=siren",
+        EVERY_POINT,
         "training.memory_strategy=deferred",
         "training.chunk=100",
         "training.micro_batch_size=2",
@@ -91,6 +94,7 @@ CONFIGS = {
     "CCSR": SUPER_RESOLUTION,
     "CCSR, parts of 2, deferred": (
         *SUPER_RESOLUTION,
+        EVERY_POINT,
         "training.micro_batch_size=2",
         "training.batch_size=6",
         "training.memory_strategy=deferred",
@@ -351,11 +355,16 @@ def _measure_row(
     ]
 
 
+def read_compared(name: str) -> Config:
+    """A configuration of CONFIGS."""
+    return load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, "training.memory_strategy=dense", *CONFIGS[name]])
+
+
 def compare_predictions(names: Sequence[str]) -> list[list[str]]:
     """Rows of predicted and measured peaks."""
     rows = []
     for name in names:
-        config = load_config(CONFIG_FOLDER / "smoke.yaml", [*SMALL, *CONFIGS[name]])
+        config = read_compared(name)
         settings = builders.build_memory_settings(config, "cpu")
         predicted = StepPlanner(config).predict(settings, between=False).peak
         measured = measure_step(config, settings).peak
@@ -377,7 +386,7 @@ class BudgetTrial:
 
 def try_budgets(name: str, count: int = NUM_BUDGETS, overrides: Sequence[str] = ()) -> list[BudgetTrial]:
     """`count` budgets between the smallest and the largest need of a configuration, each given to a run of train.py."""
-    keys = [*SMALL, *BUDGETED[name], *overrides]
+    keys = [*SMALL, "nerf.density=softplus", *BUDGETED[name], *overrides]  # nothing is left out, all is used
     config = load_config(CONFIG_FOLDER / "smoke.yaml", keys)
     planner, batch = StepPlanner(config), config.training.batch_size
     smallest = min(settings.chunk for settings in candidate_settings(config, "cpu"))

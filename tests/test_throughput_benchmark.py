@@ -192,7 +192,7 @@ def test_bars_are_as_long_as_an_image_takes_beside_the_earlier_run():
 
 
 def test_only_the_published_model_stands_beside_the_plain_loop_and_is_timed_with_it():
-    rows = throughput.choose_rows(["toys", "published_amp", "plain"], quick=True, keys=["seed=1"], device=CPU)
+    rows = throughput.choose_rows(["toys", "published_amp", "plain"], quick=True, keys=["seed=1"])
     groups = throughput.group_rows(rows)
     assert [list(group) for group in groups] == [["published_amp", "plain"], ["toys"]]
     assert all("narrow" in row.title and row.keys[-1] == "seed=1" for row in groups[0].values())

@@ -403,12 +403,25 @@ def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
 
 def build_memory_settings(config: Config, device_type: str) -> MemorySettings:
     """How a step fits into memory as configured; `auto` stands for what it means without a budget."""
-    training = config.training
+    training, strategy = config.training, config.training.memory_strategy
     return MemorySettings(
         micro_batch_size=training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size,
-        strategy="dense" if training.memory_strategy == "auto" else training.memory_strategy,
+        strategy=choose_strategy(config, device_type) if strategy == "auto" else strategy,
         chunk=choose_chunk(config, device_type) if training.chunk == "auto" else training.chunk,
     )
+
+
+def choose_strategy(config: Config, device_type: str) -> str:
+    """The fastest strategy, where nobody has said how much memory there is."""
+    return "deferred" if leaves_points_out(config, device_type) else "dense"
+
+
+def leaves_points_out(config: Config, device_type: str) -> bool:
+    """Whether rendering again, for gradients, is so much less work that keeping everything is slower.
+
+    It is where a ReLU makes densities of exactly 0 (graf.models.occupied_points) and a point is worth asking for.
+    """
+    return device_type == "cpu" and config.nerf.density == "relu" and config.nerf.field != "triplane"
 
 
 def choose_chunk(config: Config, device_type: str) -> int:

@@ -38,7 +38,7 @@ from graf.evaluation.renderer import Renderer, Renders
 from graf.evaluation.rings import Ring
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring
-from graf.geometry.rays import Patches
+from graf.geometry.rays import Patches, cut_chunks
 from graf.geometry.views import PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView
@@ -132,8 +132,9 @@ class StepPlanner:
 
     def predict(self, settings: MemorySettings, between: bool = True) -> Plan:
         """The peaks of one step with these settings; `between`: also of sampling and scoring."""
-        rays = settings.micro_batch_size * self.config.ray_sampler.N_samples
-        key = replace(settings, chunk=min(settings.chunk, rays))  # larger ones render alike
+        rays = self.config.ray_sampler.N_samples
+        at_once = cut_chunks(settings.micro_batch_size, rays, settings.chunk)[0].size
+        key = replace(settings, chunk=at_once)  # slightly larger ones render alike
         if key not in self._steps:
             sampler, numbers = self.pose_sampler, torch.arange(self.config.training.batch_size)
             with self._running() as meter:

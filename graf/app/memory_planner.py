@@ -15,6 +15,7 @@ from graf.app.builders import DatasetInfo
 from graf.app.fake_tensors import PredictionError
 from graf.app.memory_estimator import Plan, StepPlanner
 from graf.config import Config, ConfigError, parse_bytes
+from graf.geometry.rays import cut_chunks
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
 from graf.runtime.compiler_stand_in import without_compiler
@@ -37,6 +38,8 @@ ESTIMATE_TOLERANCE = 1.03
 CHUNK_OVERHEAD_RAYS = 16
 #: and what each part of a batch costs, in rays
 PART_OVERHEAD_RAYS = 64
+#: points that have density at first, where noise decides; later they are fewer
+OCCUPIED_SHARE = 0.5
 
 #: phases between steps
 BETWEEN = ("sample", "score")
@@ -57,15 +60,20 @@ class BudgetError(ConfigError):
     """No setting fits the budget, or the budget is not readable; the message says what is needed."""
 
 
-def relative_cost(config: Config, settings: MemorySettings) -> float:
-    """A simple model of a step's time: recomputation adds a forward pass (4/3), chunks and parts cost launches."""
+def relative_cost(config: Config, settings: MemorySettings, device_type: str) -> float:
+    """A simple model of a step's time: recomputation adds a forward pass (4/3), chunks and parts cost launches.
+
+    Deferred rendering may have less to compute again.
+    """
     training = config.training
     rays = config.ray_sampler.N_samples
     size = min(settings.micro_batch_size, training.batch_size)
     parts = -(-training.batch_size // size)
-    chunks = parts * -(-rays * size // _rays_at_once(config, settings))
+    chunks = parts * len(cut_chunks(size, rays, settings.chunk))
     work = training.batch_size * rays + CHUNK_OVERHEAD_RAYS * chunks + PART_OVERHEAD_RAYS * parts
     passes = 3.0 if settings.strategy == "dense" else 4.0
+    if settings.strategy == "deferred" and builders.leaves_points_out(config, device_type):
+        passes = 1 + 3 * OCCUPIED_SHARE
     if not training.share_fakes or parts > 1:
         passes += 1  # D's fakes are rendered on their own
     return work * passes
@@ -80,7 +88,7 @@ def candidate_settings(config: Config, device_type: str) -> list[MemorySettings]
     while training.chunk == "auto" and chunks[-1] > SMALLEST_CHUNK:  # halves, and three quarters between them
         chunks.append(chunks[-1] * 3 // 4 if chunks[-1] & (chunks[-1] - 1) == 0 else chunks[-1] * 2 // 3)
     found = [MemorySettings(size, strategy, chunk) for strategy in strategies for size in sizes for chunk in chunks]
-    return sorted(found, key=lambda settings: relative_cost(config, settings))
+    return sorted(found, key=lambda settings: relative_cost(config, settings, device_type))
 
 
 def choose_settings(planner: StepPlanner, budget: int) -> Plan:
@@ -157,7 +165,7 @@ class _Search:
 
 
 def _rays_at_once(config: Config, settings: MemorySettings) -> int:
-    return min(settings.chunk, config.ray_sampler.N_samples * settings.micro_batch_size)
+    return cut_chunks(settings.micro_batch_size, config.ray_sampler.N_samples, settings.chunk)[0].size
 
 
 def with_margin(peak: float, device_type: str) -> int:
@@ -270,12 +278,12 @@ def _describe_alternatives(config: Config, planner: StepPlanner, plan: Plan) -> 
     sizes = sorted({size, own.micro_batch_size, max(1, size // 2), 1}, reverse=True)
     found = [MemorySettings(part, strategy, own.chunk) for part in sizes for strategy in STRATEGIES]
     found += [MemorySettings(size, "checkpoint", max(SMALLEST_CHUNK, own.chunk // 4))]
-    fastest = min(relative_cost(config, settings) for settings in found)
+    costs = {settings: relative_cost(config, settings, planner.device_type) for settings in found}
     lines = []
     for settings in found:
         phases = plan.phases if settings == own else planner.predict(settings, between=False).phases
         peak = max(phase.peak for name, phase in phases.items() if name not in BETWEEN)
-        lines.append(_row(str(settings), f"{peak / MIB:,.1f}", f"{relative_cost(config, settings) / fastest:.2f}"))
+        lines.append(_row(str(settings), f"{peak / MIB:,.1f}", f"{costs[settings] / min(costs.values()):.2f}"))
     return [*lines, "(training alone; sampling, eval and FID/KID hardly change)"]
 
 

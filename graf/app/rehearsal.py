@@ -72,17 +72,22 @@ class _Measured:
 class FewChunks:
     """Runs the chunks of one rendering, forwards and, where they are recomputed, once more in the backward pass.
 
-    The first and last two are computed; the others are accounted for with what these have needed.
+    The first and last two are computed; the others are accounted for with what these have needed. rays: of each chunk.
     """
 
     meter: LiveTensorMeter
     generator: Generator
-    num_chunks: int
+    rays: Sequence[int]
     begun: int = 0
     started_at: int | None = None
     outer_peak: int = 0
-    sizes: list[torch.Size] = field(default_factory=list)
+    channels: list[int] = field(default_factory=list)
     last: list[_Measured] = field(default_factory=lambda: [_Measured(), _Measured()])
+
+    @property
+    def num_chunks(self) -> int:
+        """How many there are."""
+        return len(self.rays)
 
     def __call__(
         self, function: ChunkFunction, number: int, shared: tuple[Tensor, ...], parameters: Sequence[Tensor]
@@ -91,11 +96,12 @@ class FewChunks:
         measured = self._begin(number)
         if measured is None:
             outputs = function(number, shared)
-            self.sizes = [output.shape for output in outputs]
+            self.channels = [output.shape[2] for output in outputs]
             return outputs
         self.meter.expect(measured.peak)
         kept = measured.kept if keeps_graph else 0
-        uncomputed: tuple[Tensor, ...] = _UncomputedChunk.apply(self.sizes, kept, *shared, *parameters)
+        sizes = [(1, self.rays[number], channels) for channels in self.channels]
+        uncomputed: tuple[Tensor, ...] = _UncomputedChunk.apply(sizes, kept, *shared, *parameters)
         return uncomputed
 
     def _begin(self, number: int) -> _Measured | None:

@@ -323,15 +323,17 @@ class TrainingConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N | mps")
     chunk: Literal["auto"] | PositiveInt = Field(
         "auto",
-        description="rays rendered at once, over all images of the batch; auto: as many as a CPU's caches hold or a "
-        "GPU's launches want, by the field's width and samples, or fewer that fit memory_budget",
+        description="most rays rendered at once, of one image or of whole ones; auto: as many as a CPU's caches hold "
+        "or a GPU's launches want, by the field's width and samples, or fewer that fit memory_budget",
     )
     micro_batch_size: Literal["auto"] | PositiveInt = Field(
         "auto", description="images on the device at once; auto: as many as fit"
     )
     memory_strategy: Literal["auto", "dense", "checkpoint", "deferred"] = Field(
         "auto",
-        description="which activations of rendering are kept: all, those of one chunk, or none before D's gradient",
+        description="which activations of rendering are kept: all (dense), those of one chunk, or none before D's "
+        "gradient (deferred), which on a CPU leaves points without density out of the backward pass; auto: dense, or "
+        "deferred where that is faster: mlp and siren with density relu on a CPU",
     )
     empty_cache: Literal["phase", "never"] | PositiveInt = Field(
         "phase",

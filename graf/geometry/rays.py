@@ -64,6 +64,33 @@ class Rays(TensorBatch):
 
 
 @dataclass(frozen=True)
+class RayChunk:
+    """Rays that are rendered at once: start..stop of each of some images."""
+
+    images: slice
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many these are, over all images."""
+        return (self.images.stop - self.images.start) * (self.stop - self.start)
+
+
+def cut_chunks(num_images: int, rays_per_image: int, most: int) -> list[RayChunk]:
+    """All rays of some images in chunks of at most so many: parts of one image, or as many whole images as that is.
+
+    Rays of one image share their codes, and what these are multiplied with; so parts of an image cost least.
+    """
+    images, rays = max(1, most // rays_per_image), max(1, min(most, rays_per_image))
+    return [
+        RayChunk(slice(first, min(first + images, num_images)), start, min(start + rays, rays_per_image))
+        for first in range(0, num_images, images)
+        for start in range(0, rays_per_image, rays)
+    ]
+
+
+@dataclass(frozen=True)
 class Patches(TensorBatch):
     """Where a batch of square patches lies: `scale` (B,) in (0, 1] and `centre` (B, 2), inside the image."""
 

@@ -141,7 +141,12 @@ class RayNoise(TensorBatch):
 
 
 class NoiseSource(Protocol):
-    """Makes the random numbers of the rays start..stop of every image, whenever they are asked for."""
+    """Makes the random numbers of the rays start..stop of every image, whenever they are asked for.
+
+    A slice of it makes those of some images.
+    """
+
+    def __getitem__(self, images: slice) -> NoiseSource: ...
 
     def of_rays(self, start: int, stop: int, sampling: RaySampling) -> RayNoise: ...
 

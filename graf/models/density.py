@@ -14,8 +14,9 @@ class DensityLaw:
     """scale * activation(raw + bias + sphere_prior (prior_radius - |p|)) inside of bounding_radius, 0 outside.
 
     activation: "relu" (GRAF) or "softplus"; a positive sphere_prior makes a new field a soft ball of prior_radius.
-    bounding_radius: no density outside this distance from the origin (None: everywhere). Defaults of all stand in the
-    configuration (`nerf.density`, ...).
+    bounding_radius: no density outside this distance from the origin (None: everywhere). Where the density is exactly
+    0, so is its gradient: points without density are left out of backward passes (occupied_points.py). Defaults of all
+    stand in the configuration (`nerf.density`, ...).
     """
 
     activation: str

@@ -38,8 +38,9 @@ class RadianceField(nn.Module, ABC):
     """Radiance and density of points in the world, given a latent code and a class.
 
     A field may draw no random numbers and keep nothing from call to call, so that it can be evaluated in any chunks and
-    once more in the backward pass. dim_shape, dim_appearance: lengths of the two parts of the latent code, of which the
-    second one may change colours only.
+    once more in the backward pass; and a density that is exactly 0 has no gradient, so that its point can be left out
+    there. dim_shape, dim_appearance: lengths of the two parts of the latent code, of which the second one may change
+    colours only.
     """
 
     dim_shape: int

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from graf.base.tensors import TensorBatch
-from graf.geometry.rays import Patches, Rays
+from graf.geometry.rays import Patches, Rays, cut_chunks
 from graf.geometry.views import Views
-from graf.geometry.volume_rendering import NO_NOISE, NoiseSource, RaySampling, Render, render_rays
+from graf.geometry.volume_rendering import NO_NOISE, FieldFunction, NoiseSource, RaySampling, Render, render_rays
 from graf.models.camera_refinement import CameraRefinement
 from graf.models.field import RadianceField
+from graf.models.occupied_points import OccupiedPoints
 from graf.runtime.activation_checkpointing import ChunkRunner, call_chunk, evaluate_chunks
 from graf.runtime.memory_settings import SMALLEST_CHUNK, MemorySettings, halve_chunk
 from graf.runtime.randomness import Draws
@@ -29,10 +30,11 @@ class Generator(nn.Module):
     background: "white" or "black"; with learn_background it is where one colour for the whole collection starts.
     num_instances: objects that are known by number, each with a code of its own that is learned (generative latent
     optimisation, Bojanowski et al., ICML 2018).
-    chunk: rays rendered at once, counted over all images of the batch; strategy: which of their activations are kept
-    for the backward pass (graf.runtime.activation_checkpointing). :meth:`use` changes both at any time.
+    chunk: the most rays that are rendered at once, a part of one image or whole images (graf.geometry.rays.cut_chunks);
+    strategy: which of their activations are kept for the backward pass (graf.runtime.activation_checkpointing).
+    :meth:`use` changes both at any time.
     cameras: what is learned of the photographs' cameras; None where they are as given.
-    make_runner: called with the number of chunks of each rendering; what it returns executes them.
+    make_runner: called with the rays of each chunk of a rendering; what it returns executes them.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Generator(nn.Module):
         self.cameras = cameras
         self.chunk = chunk
         self.strategy = "dense"
-        self.make_runner: Callable[[int], ChunkRunner] = _call_every_chunk
+        self.make_runner: Callable[[Sequence[int]], ChunkRunner] = _call_every_chunk
         colour = torch.full((3,), BACKGROUNDS[background])
         if learn_background:
             self.background = nn.Parameter(colour)
@@ -112,24 +114,32 @@ class Generator(nn.Module):
         """
         codes: TensorBatch = self.field.prepare(z, class_idx)
         sampling = self.sampling if sampling is None else sampling
-        step, count = max(1, self.chunk // len(z)), len(codes.tensors())
+        chunks, count = cut_chunks(len(z), rays.per_image, self.chunk), len(codes.tensors())
+        # read where it is noted: elsewhere each chunk would have to be waited for
+        is_repeated = self.strategy == "deferred" and torch.is_grad_enabled() and z.device.type == "cpu"
+        occupied = OccupiedPoints(rays, sampling) if is_repeated else None
 
         def render_chunk(number: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            start, stop = number * step, min((number + 1) * step, rays.per_image)
-            own_codes, own_rays = codes.with_tensors(tensors[:count]), rays.with_tensors(tensors[count:])
+            chunk = chunks[number]
+            own_codes = codes.with_tensors(tensors[:count])[chunk.images]
+            own_rays = rays.with_tensors(tensors[count:])[chunk.images].slice(chunk.start, chunk.stop)
 
-            def field(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+            def evaluate(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
                 found: tuple[Tensor, Tensor] = self.field(points, directions, own_codes, density_noise)
                 return found
 
-            drawn = noise.of_rays(start, stop, sampling)
-            return render_rays(field, own_rays.slice(start, stop), sampling, drawn, self.background_colour).tensors()
+            field: FieldFunction = evaluate
+            if occupied is not None:
+                field = (occupied.recall if torch.is_grad_enabled() else occupied.note)(evaluate, chunk)
+            drawn = noise[chunk.images].of_rays(chunk.start, chunk.stop, sampling)
+            found = render_rays(field, own_rays, sampling, drawn, self.background_colour)
+            return tuple(part.flatten(0, 1)[None] for part in found.tensors())
 
-        num_chunks = -(-rays.per_image // step)
         parameters = [*self.field.point_parameters(), self.background]
-        runner = self.make_runner(num_chunks)
+        runner = self.make_runner([chunk.size for chunk in chunks])
         shared = (*codes.tensors(), *rays.tensors())
-        return Render(*evaluate_chunks(render_chunk, num_chunks, shared, parameters, self.strategy, runner))
+        parts = evaluate_chunks(render_chunk, len(chunks), shared, parameters, self.strategy, runner)
+        return Render(*(part.view(len(z), rays.per_image, -1) for part in parts))
 
 
 def draw_latents(draws: Draws, purpose: str, dim_z: int, uniform: bool) -> Tensor:
@@ -137,5 +147,5 @@ def draw_latents(draws: Draws, purpose: str, dim_z: int, uniform: bool) -> Tenso
     return draws.uniform(purpose, dim_z) * 2 - 1 if uniform else draws.normal(purpose, dim_z)
 
 
-def _call_every_chunk(num_chunks: int) -> ChunkRunner:
+def _call_every_chunk(sizes: Sequence[int]) -> ChunkRunner:
     return call_chunk

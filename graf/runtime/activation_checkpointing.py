@@ -4,7 +4,8 @@
 * "checkpoint" keeps each chunk's inputs and computes its activations again when its gradient is due
   (Chen et al. 2016, arXiv 1604.06174).
 * "deferred" runs all chunks without a graph, and each again with one when the gradient of the whole output is known
-  (deferred back-propagation, ARF, Zhang et al., ECCV 2022): not even the chunks' graphs coexist with what follows.
+  (deferred back-propagation, ARF, Zhang et al., ECCV 2022): not even the chunks' graphs coexist with what follows; and
+  what is known of a chunk by then may make its second run shorter, as long as the gradients are the same.
 
 All three give the same gradients, provided that the function draws no random numbers of its own.
 """

@@ -79,7 +79,7 @@ def interruptible(renderer: Renderer, check: Callable[[], None]) -> Renderer:
         check()
         return function(number, shared)
 
-    def make_runner(num_chunks: int) -> ChunkRunner:
+    def make_runner(sizes: Sequence[int]) -> ChunkRunner:
         return run
 
     generator.make_runner = make_runner

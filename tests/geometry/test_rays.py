@@ -14,6 +14,7 @@ from graf.geometry.rays import (
     RayCaster,
     annealed_min_scale,
     crop_images,
+    cut_chunks,
     patch_grid,
     pixel_grid,
     place_patches,
@@ -26,6 +27,21 @@ INTRINSICS = Intrinsics.from_fov(16, 30.0)
 
 def poses_of(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return pose_from_angles(torch.rand(count, dtype=dtype), 0.1 + 0.8 * torch.rand(count, dtype=dtype), 3.5)
+
+
+@pytest.mark.parametrize(("images", "rays", "most"), [(1, 7, 3), (3, 7, 7), (4, 7, 15), (2, 7, 100), (3, 7, 1)])
+def test_chunks_have_every_ray_once_in_order_and_never_too_many(images, rays, most):
+    chunks = cut_chunks(images, rays, most)
+    found = [
+        (image, ray)
+        for chunk in chunks
+        for image in range(images)[chunk.images]
+        for ray in range(chunk.start, chunk.stop)
+    ]
+    assert found == [(image, ray) for image in range(images) for ray in range(rays)]
+    assert sum(chunk.size for chunk in chunks) == images * rays
+    assert all(1 <= chunk.size <= most for chunk in chunks)
+    assert len(chunks) == (images * -(-rays // most) if most < rays else -(-images // (most // rays)))
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

@@ -53,7 +53,7 @@ def draw_inputs(dtype: torch.dtype = torch.float64, batch: int = 2):
     return torch.randn(batch, 8, dtype=dtype), torch.arange(batch) % 2, rays, noise
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 10, 31])
+@pytest.mark.parametrize("chunk", [1, 7, 10, 16, 31])
 def test_chunks_change_neither_outputs_nor_gradients(chunk):
     generator = Generator(MLPField(SHAPE), SAMPLING, learn_background=True).double()
     z, class_idx, rays, noise = draw_inputs()
@@ -83,13 +83,17 @@ def test_without_learned_cameras_views_and_patches_are_as_given_and_whole_images
         assert torch.equal(found, expected)
 
 
-def test_a_chunk_counts_rays_over_all_images_of_the_batch():
-    generator = Generator(MLPField(SHAPE), RaySampling(6), chunk=8)
+@pytest.mark.parametrize(
+    ("chunk", "expected"),
+    [(8, [(1, 8)] * 6), (10, [(1, 10), (1, 6)] * 3), (16, [(1, 16)] * 3), (40, [(2, 16), (1, 16)]), (99, [(3, 16)])],
+)
+def test_a_chunk_is_a_part_of_one_image_or_whole_images(chunk, expected):
+    generator = Generator(MLPField(SHAPE), RaySampling(6), chunk=chunk)
     sizes = []
-    generator.field.register_forward_pre_hook(lambda field, arguments: sizes.append(arguments[0].shape[1]))
-    z, class_idx, rays, _ = draw_inputs(torch.float32)
+    generator.field.register_forward_pre_hook(lambda field, arguments: sizes.append(tuple(arguments[0].shape[:2])))
+    z, class_idx, rays, _ = draw_inputs(torch.float32, batch=3)
     generator(z, class_idx, rays)
-    assert sizes == [4, 4, 4, 4]
+    assert sizes == expected
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "deferred"])
@@ -230,12 +234,12 @@ def test_it_renders_in_the_settings_that_it_is_told_to_use(strategy):
     z, class_idx, rays, _ = draw_inputs(torch.float32)
     counts = []
     make_runner = generator.make_runner
-    generator.make_runner = lambda count: (counts.append(count), make_runner(count))[1]
+    generator.make_runner = lambda sizes: (counts.append(sizes), make_runner(sizes))[1]
     expected = generator(z, class_idx, rays)
     generator.use(MemorySettings(1, strategy, 8))
     assert (generator.strategy, generator.chunk) == (strategy, 8)
     assert_close(generator(z, class_idx, rays).rgb, expected.rgb)
-    assert counts == [1, 4]  # 16 rays of 2 images
+    assert counts == [[32], [8, 8, 8, 8]]  # 16 rays of 2 images
 
 
 def test_a_chunk_is_halved_until_it_is_as_small_as_helps():

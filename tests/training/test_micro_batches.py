@@ -242,8 +242,8 @@ def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(ma
     before = weights_of(trainer)
     with small_device(250_000), pytest.raises(OutOfMemory) as caught:
         trainer.step(*batch)
-    assert trainer.memory == MemorySettings(1, "checkpoint", 64)
-    assert (trainer.generator.strategy, trainer.generator.chunk) == ("checkpoint", 64)
+    assert trainer.memory == MemorySettings(1, "deferred", 64)
+    assert (trainer.generator.strategy, trainer.generator.chunk) == ("deferred", 64)
     message = explain_failure(caught.value)
     assert "smallest size" in message
     for key in ("ray_sampler.N_samples", "nerf.N_samples", "nerf.netwidth", "--plan"):

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from graf.base.tensors import TensorBatch
 from graf.evaluation.renderer import Renderer
 from graf.geometry.cameras import Intrinsics
 from graf.geometry.rays import RayCaster
@@ -75,14 +77,9 @@ class Ball(RadianceField):
     def density(self, points: Tensor, codes: object) -> Tensor:
         return 1000.0 * ((points - self.centre).norm(dim=-1) < self.radius).float()
 
-    class Codes:
+    @dataclass(frozen=True)
+    class Codes(TensorBatch):
         """Nothing, for any number of images."""
-
-        def tensors(self) -> tuple[Tensor, ...]:
-            return ()
-
-        def with_tensors(self, tensors: tuple[Tensor, ...]) -> "Ball.Codes":
-            return self
 
 
 @pytest.fixture
