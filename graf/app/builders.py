@@ -61,7 +61,7 @@ PIXEL_SHARE = 0.05
 TRUE_PIXELS_AT_ONCE = 4096
 #: Numbers of a field's widest layer that are computed at once. On a CPU as many as caches hold, of tri-planes more, of
 #: which every chunk adds up a gradient of whole planes; on a GPU so many that launching what computes them is cheap.
-CPU_NUMBERS_AT_ONCE, CPU_NUMBERS_AT_ONCE_OF_PLANES, GPU_NUMBERS_AT_ONCE = 2**21, 2**23, 2**26
+CPU_NUMBERS_AT_ONCE, CPU_NUMBERS_AT_ONCE_OF_PLANES, GPU_NUMBERS_AT_ONCE = 3 * 2**20, 2**23, 2**26
 
 
 @dataclass(frozen=True)
@@ -425,14 +425,18 @@ def leaves_points_out(config: Config, device_type: str) -> bool:
 
 
 def choose_chunk(config: Config, device_type: str) -> int:
-    """Rays that are rendered at once where nobody has said how many: a power of two, the fewer the wider the field."""
+    """Rays that are rendered at once where nobody has said how many, the fewer the wider the field.
+
+    A power of two, or one and a half times one.
+    """
     nerf, numbers = config.nerf, GPU_NUMBERS_AT_ONCE
     has_planes = nerf.field == "triplane"
     if device_type == "cpu":
         numbers = CPU_NUMBERS_AT_ONCE_OF_PLANES if has_planes else CPU_NUMBERS_AT_ONCE
     width = nerf.decoder_width if has_planes else nerf.netwidth
     rays = numbers // (width * max(nerf.N_samples, nerf.N_importance))
-    return max(SMALLEST_CHUNK, 2 ** int(math.log2(max(rays, 1))))
+    power = 2 ** int(math.log2(max(rays, 2)))
+    return max(SMALLEST_CHUNK, 3 * power // 2 if 3 * power // 2 <= rays else power)
 
 
 def build_discriminator(config: Config, dataset_info: DatasetInfo) -> PatchDiscriminator:

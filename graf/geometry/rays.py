@@ -82,7 +82,7 @@ def cut_chunks(num_images: int, rays_per_image: int, most: int) -> list[RayChunk
 
     Rays of one image share their codes, and what these are multiplied with; so parts of an image cost least.
     """
-    images, rays = max(1, most // rays_per_image), max(1, min(most, rays_per_image))
+    images, rays = max(1, most // rays_per_image), min(most, rays_per_image)
     return [
         RayChunk(slice(first, min(first + images, num_images)), start, min(start + rays, rays_per_image))
         for first in range(0, num_images, images)

@@ -29,7 +29,8 @@ class OccupiedPoints:
 
     def __init__(self, rays: Rays, sampling: RaySampling) -> None:
         shape = (*rays.origins.shape[:2], sampling.total)
-        self._occupied = torch.empty(shape, dtype=torch.bool, device=rays.origins.device)
+        # ones: a plan fills in nothing, since its densities have no data
+        self._occupied = torch.ones(shape, dtype=torch.bool, device=rays.origins.device)
 
     def note(self, field: FieldFunction, chunk: RayChunk) -> FieldFunction:
         """The field, at all points; which of a chunk's have density is noted, call by call."""

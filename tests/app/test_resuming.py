@@ -33,7 +33,7 @@ def test_sizes_go_with_the_kind_of_device(described, device, kept):
 @pytest.mark.parametrize(
     ("keys", "on_cpu", "on_gpu"),
     [
-        (("nerf.netwidth=256", "nerf.N_samples=64"), 128, 4096),
+        (("nerf.netwidth=256", "nerf.N_samples=64"), 192, 4096),
         (("nerf.field=triplane", "nerf.decoder_width=64", "nerf.N_samples=12", "nerf.N_importance=12"), 8192, 65536),
         (("nerf.netwidth=4096", "nerf.N_samples=64"), 64, 256),
         (("training.chunk=300",), 300, 300),

@@ -353,7 +353,7 @@ def test_grafs_own_default_file_needs_no_more_than_what_its_errors_say(write):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("training.chunk", 0, "training.chunk=0: input should be 'auto', or input should be greater than 0 (rays"),
+        ("training.chunk", 0, "training.chunk=0: input should be 'auto', or input should be greater than 0 (most rays"),
         ("data.radius", "far", "data.radius='far': input should be a valid number, unable to parse"),
         ("training.betas", [0.5, 1.0], "training.betas.1=1.0: input should be less than 1"),
     ],
