@@ -540,7 +540,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         patches, names, budgets, count = (16,), ["dense"], ["batch 8"], 1
     text: list[Any] = [
         f"{hardware(CPU)}. Peaks are of live tensors, MiB; * is predicted, not measured. That nothing here sets "
-        "a default device tensor saves no byte by itself, so it has no row: it is what lets images wait on the host.",
+        "a default device tensor saves no byte by itself, so it has no row: it is what lets images wait on the host. "
+        "On a CPU `deferred` leaves points without density out of the backward pass, half of GRAF's when it begins, of "
+        "which a prediction knows nothing.",
         "",
     ]
     header = ["patch", "what", "measured", "predicted", "of plain", "s per step", "x plain"]

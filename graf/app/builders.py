@@ -413,15 +413,16 @@ def build_memory_settings(config: Config, device_type: str) -> MemorySettings:
 
 def choose_strategy(config: Config, device_type: str) -> str:
     """The fastest strategy, where nobody has said how much memory there is."""
-    return "deferred" if leaves_points_out(config, device_type) else "dense"
+    return "deferred" if gains_from_empty_points(config, device_type) else "dense"
 
 
-def leaves_points_out(config: Config, device_type: str) -> bool:
+def gains_from_empty_points(config: Config, device_type: str) -> bool:
     """Whether rendering again, for gradients, is so much less work that keeping everything is slower.
 
-    It is where a ReLU makes densities of exactly 0 (graf.models.occupied_points) and a point is worth asking for.
+    It is where a ReLU leaves half of all points without density (graf.models.occupied_points), as it does unless a bias
+    fills the world, and where a point takes so much to compute that picking it costs nothing beside.
     """
-    return device_type == "cpu" and config.nerf.density == "relu" and config.nerf.field != "triplane"
+    return device_type == "cpu" and config.nerf.density == "relu" and config.nerf.field in ("mlp", "siren")
 
 
 def choose_chunk(config: Config, device_type: str) -> int:

@@ -38,7 +38,7 @@ from graf.evaluation.renderer import Renderer, Renders
 from graf.evaluation.rings import Ring
 from graf.evaluation.scoring import RENDER_BATCH
 from graf.geometry.cameras import ring
-from graf.geometry.rays import Patches, cut_chunks
+from graf.geometry.rays import Patches, count_rays_at_once
 from graf.geometry.views import PoseRanges, PoseSampler
 from graf.geometry.volume_rendering import Render
 from graf.geometry.warping import SurfaceView
@@ -133,8 +133,8 @@ class StepPlanner:
     def predict(self, settings: MemorySettings, between: bool = True) -> Plan:
         """The peaks of one step with these settings; `between`: also of sampling and scoring."""
         rays = self.config.ray_sampler.N_samples
-        at_once = cut_chunks(settings.micro_batch_size, rays, settings.chunk)[0].size
-        key = replace(settings, chunk=at_once)  # slightly larger ones render alike
+        at_once = count_rays_at_once(settings.micro_batch_size, rays, settings.chunk)
+        key = replace(settings, chunk=at_once)  # chunks up to the next whole image render alike
         if key not in self._steps:
             sampler, numbers = self.pose_sampler, torch.arange(self.config.training.batch_size)
             with self._running() as meter:

@@ -15,7 +15,7 @@ from graf.app.builders import DatasetInfo
 from graf.app.fake_tensors import PredictionError
 from graf.app.memory_estimator import Plan, StepPlanner
 from graf.config import Config, ConfigError, parse_bytes
-from graf.geometry.rays import cut_chunks
+from graf.geometry.rays import count_chunks, count_rays_at_once
 from graf.runtime.activation_checkpointing import STRATEGIES
 from graf.runtime.amp import choose_precision
 from graf.runtime.compiler_stand_in import without_compiler
@@ -69,10 +69,10 @@ def relative_cost(config: Config, settings: MemorySettings, device_type: str) ->
     rays = config.ray_sampler.N_samples
     size = min(settings.micro_batch_size, training.batch_size)
     parts = -(-training.batch_size // size)
-    chunks = parts * len(cut_chunks(size, rays, settings.chunk))
+    chunks = parts * count_chunks(size, rays, settings.chunk)
     work = training.batch_size * rays + CHUNK_OVERHEAD_RAYS * chunks + PART_OVERHEAD_RAYS * parts
     passes = 3.0 if settings.strategy == "dense" else 4.0
-    if settings.strategy == "deferred" and builders.leaves_points_out(config, device_type):
+    if settings.strategy == "deferred" and builders.gains_from_empty_points(config, device_type):
         passes = 1 + 3 * OCCUPIED_SHARE
     if not training.share_fakes or parts > 1:
         passes += 1  # D's fakes are rendered on their own
@@ -165,7 +165,7 @@ class _Search:
 
 
 def _rays_at_once(config: Config, settings: MemorySettings) -> int:
-    return cut_chunks(settings.micro_batch_size, config.ray_sampler.N_samples, settings.chunk)[0].size
+    return count_rays_at_once(settings.micro_batch_size, config.ray_sampler.N_samples, settings.chunk)
 
 
 def with_margin(peak: float, device_type: str) -> int:

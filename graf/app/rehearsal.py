@@ -1,7 +1,7 @@
 """A training step that is run for its peaks of memory: on tensors without data, and of what repeats itself once.
 
-Of many equal chunks of rays the first and last two are run and the others accounted for with what these have needed; of
-many equal parts of a batch one is run. memory_estimator.py asks for it.
+Of many chunks of rays the first and last two are run and the others accounted for with what these have needed; of many
+equal parts of a batch one is run. memory_estimator.py asks for it.
 """
 
 from __future__ import annotations
@@ -62,23 +62,30 @@ class FakeNoise:
 
 @dataclass
 class _Measured:
-    """What a computed chunk needed: bytes above where it began, and bytes that it left behind, its outputs included."""
+    """What a computed chunk needed: its rays, bytes above where it began, and those that it left, outputs too."""
 
+    rays: int = 1
     peak: int = 0
     kept: int = 0
+
+    def of(self, rays: int) -> _Measured:
+        """What one of so many rays needs."""
+        return _Measured(rays, self.peak * rays // self.rays, self.kept * rays // self.rays)
 
 
 @dataclass
 class FewChunks:
     """Runs the chunks of one rendering, forwards and, where they are recomputed, once more in the backward pass.
 
-    The first and last two are computed; the others are accounted for with what these have needed. rays: of each chunk.
+    The first and last two are computed; the others are accounted for with what these have needed for each ray. rays: of
+    each chunk.
     """
 
     meter: LiveTensorMeter
     generator: Generator
     rays: Sequence[int]
     begun: int = 0
+    started: int = 0
     started_at: int | None = None
     outer_peak: int = 0
     channels: list[int] = field(default_factory=list)
@@ -109,14 +116,15 @@ class FewChunks:
         direction = 0 if self.begun < self.num_chunks else 1
         if self.started_at is not None:  # here the previous chunk ends
             grown = self.meter.current - self.started_at
-            self.last[direction] = _Measured(self.meter.peak - self.started_at, grown)
+            self.last[direction] = _Measured(self.rays[self.started], self.meter.peak - self.started_at, grown)
             self.meter.peak = max(self.meter.peak, self.outer_peak)
             self.started_at = None
         self.begun += 1
         if self.begun in (self.num_chunks, 2 * self.num_chunks):
             return None  # the last one: what follows is no longer its own
         if 2 <= number < self.num_chunks - 2:
-            return self.last[direction]
+            return self.last[direction].of(self.rays[number])
+        self.started = number
         self.started_at, self.outer_peak = self.meter.current, self.meter.peak
         self.meter.reset_peak()
         return None

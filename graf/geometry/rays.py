@@ -82,12 +82,29 @@ def cut_chunks(num_images: int, rays_per_image: int, most: int) -> list[RayChunk
 
     Rays of one image share their codes, and what these are multiplied with; so parts of an image cost least.
     """
-    images, rays = max(1, most // rays_per_image), min(most, rays_per_image)
+    images, rays = _shape_chunks(rays_per_image, most)
     return [
         RayChunk(slice(first, min(first + images, num_images)), start, min(start + rays, rays_per_image))
         for first in range(0, num_images, images)
         for start in range(0, rays_per_image, rays)
     ]
+
+
+def count_chunks(num_images: int, rays_per_image: int, most: int) -> int:
+    """How many :func:`cut_chunks` makes."""
+    images, rays = _shape_chunks(rays_per_image, most)
+    return -(-num_images // images) * -(-rays_per_image // rays)
+
+
+def count_rays_at_once(num_images: int, rays_per_image: int, most: int) -> int:
+    """How many rays the largest of them has."""
+    images, rays = _shape_chunks(rays_per_image, most)
+    return min(images, num_images) * rays
+
+
+def _shape_chunks(rays_per_image: int, most: int) -> tuple[int, int]:
+    """How many images a chunk has rays of, and how many of each."""
+    return max(1, most // rays_per_image), min(most, rays_per_image)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Generator(nn.Module):
         codes: TensorBatch = self.field.prepare(z, class_idx)
         sampling = self.sampling if sampling is None else sampling
         chunks, count = cut_chunks(len(z), rays.per_image, self.chunk), len(codes.tensors())
-        # read where it is noted: elsewhere each chunk would have to be waited for
+        # on a CPU alone: of a GPU each chunk would have to be waited for, to know how many points it has
         is_repeated = self.strategy == "deferred" and torch.is_grad_enabled() and z.device.type == "cpu"
         occupied = OccupiedPoints(rays, sampling) if is_repeated else None
 

@@ -1,8 +1,8 @@
 """Evaluating a radiance field once more, for its gradients, at those points alone that had any density.
 
-A point without density weighs nothing in its ray, so nothing that depends on its colour has a gradient; and a density
-that is 0 exactly, as a ReLU makes it, has none either. In GRAF's model that is half of all points at first, when noise
-decides, and most of them later, when most of a scene is empty. What is left out changes no gradient.
+A point without density weighs nothing in its ray, so its colour gets no gradient; and a density that is 0 exactly, as a
+ReLU makes it, has none either. In GRAF's model that is half of all points at first, when noise decides, and most of
+them later, when most of a scene is empty. What is left out changes no gradient.
 """
 
 from __future__ import annotations
@@ -15,51 +15,50 @@ from torch import Tensor
 from graf.geometry.rays import RayChunk, Rays
 from graf.geometry.volume_rendering import FieldFunction, RaySampling
 
-#: numbers of points are whole shares of this kind of all points, since libraries make and keep a program for each size
+#: points are picked in whole sixteenths of all of them: libraries make and keep a program for each size
 SHARE = 1 / 16
-#: and at most so many: to pick points and their rays takes time and memory too
+#: where more sixteenths have density, all are computed: to pick points and their rays takes time and memory too
 MOST_SHARES = 12
 
 
 class OccupiedPoints:
-    """Which points of one rendering had density, (B, N, S) of all its samples; noted at first, and used later.
+    """Which of the coarse samples of one rendering, (B, N, S), had density; noted at first, and used later.
 
-    What they are read from is memory of the host, or it would have to be waited for.
+    Further samples are where densities say, and could have moved by a rounding error since: they are all computed. For
+    tensors of a CPU: to know how many points there are, a GPU would have to be waited for.
     """
 
     def __init__(self, rays: Rays, sampling: RaySampling) -> None:
-        shape = (*rays.origins.shape[:2], sampling.total)
+        shape = (*rays.origins.shape[:2], sampling.coarse)
         # ones: a plan fills in nothing, since its densities have no data
         self._occupied = torch.ones(shape, dtype=torch.bool, device=rays.origins.device)
 
     def note(self, field: FieldFunction, chunk: RayChunk) -> FieldFunction:
-        """The field, at all points; which of a chunk's have density is noted, call by call."""
-        unnoted = self._occupied[chunk.images, chunk.start : chunk.stop]
+        """The field, at all points; which of a chunk's have density in its first call is noted."""
+        unnoted = [self._of(chunk)]
 
         def evaluate(points: Tensor, directions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-            nonlocal unnoted
             rgb, density = field(points, directions, noise)
-            samples = density.shape[-1]
-            unnoted[..., :samples] = density != 0  # NaN is not left out
-            unnoted = unnoted[..., samples:]
+            if unnoted:
+                unnoted.pop().copy_(density != 0)  # NaN is not left out
             return rgb, density
 
         return evaluate
 
     def recall(self, field: FieldFunction, chunk: RayChunk) -> FieldFunction:
-        """The field, in the same calls again, at the points that have been noted; elsewhere colour and density 0."""
-        unread = self._occupied[chunk.images, chunk.start : chunk.stop]
+        """The field, in its first call at the points that have been noted; elsewhere colour and density are 0 there."""
+        unread = [self._of(chunk)]
 
         def evaluate(points: Tensor, directions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-            nonlocal unread
-            samples = points.shape[2]
-            numbers = number_occupied(unread[..., :samples])
-            unread = unread[..., samples:]
+            numbers = number_occupied(unread.pop()) if unread else None
             if numbers is None:
                 return field(points, directions, noise)
             return evaluate_at(field, numbers, points, directions, noise)
 
         return evaluate
+
+    def _of(self, chunk: RayChunk) -> Tensor:
+        return self._occupied[chunk.images, chunk.start : chunk.stop]
 
 
 def evaluate_at(
@@ -69,7 +68,7 @@ def evaluate_at(
     batch, rays, samples, _ = points.shape
     triples = numbers[..., None].expand(-1, -1, 3)
     own_points = points.flatten(1, 2).gather(1, triples)
-    own_directions = directions.gather(1, triples // samples)
+    own_directions = directions.gather(1, (numbers // samples)[..., None].expand(-1, -1, 3))
     own_noise = None if noise is None else noise.flatten(1, 2).gather(1, numbers)[..., None]
     rgb, density = field(own_points[:, :, None], own_directions, own_noise)  # rays of one sample
     all_rgb = rgb.new_zeros(batch, rays * samples, 3).scatter(1, triples, rgb[:, :, 0])

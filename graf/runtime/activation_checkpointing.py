@@ -1,6 +1,6 @@
 """Evaluating something chunk by chunk without keeping every chunk's activations for the backward pass.
 
-* "dense" keeps them all: fastest, and memory grows with the number of chunks.
+* "dense" keeps them all: nothing is computed twice, and memory grows with the number of chunks.
 * "checkpoint" keeps each chunk's inputs and computes its activations again when its gradient is due
   (Chen et al. 2016, arXiv 1604.06174).
 * "deferred" runs all chunks without a graph, and each again with one when the gradient of the whole output is known
@@ -23,7 +23,7 @@ from graf.runtime.amp import capture_autocast
 
 STRATEGIES = ("dense", "checkpoint", "deferred")
 
-#: (number of the chunk, tensors shared by all chunks) -> outputs (B, rays of the chunk, ...)
+#: (number of the chunk, tensors shared by all chunks) -> outputs (rows, rays of the chunk, ...)
 ChunkFunction = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]]
 #: executes one chunk: (function, number of the chunk, tensors shared by all chunks, parameters) -> its outputs
 ChunkRunner = Callable[[ChunkFunction, int, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ...]]

@@ -70,12 +70,13 @@ def test_the_parts_of_a_peak_are_the_sizes_of_networks_optimisers_and_average():
     assert phase.peak == phase.weights + phase.gradients + phase.optimizer + phase.average + phase.rest
 
 
+@pytest.mark.parametrize("chunk", [256, 192, 768])
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
-def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_published_size(monkeypatch, strategy):
-    config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=2"])
-    settings = MemorySettings(2, strategy, 256)  # 8 chunks
+def test_chunks_that_are_only_accounted_for_hardly_change_a_peak_at_the_published_size(monkeypatch, strategy, chunk):
+    config = load_config(CONFIGS / "carla.yaml", ["training.fid_every=0", "training.batch_size=4"])
+    settings = MemorySettings(4, strategy, chunk)  # of 1,024 rays of an image, which 256 alone divides
     few = StepPlanner(config).predict(settings, between=False).peak
-    monkeypatch.setattr(memory_estimator, "FewChunks", lambda meter, generator, num_chunks: call_chunk)
+    monkeypatch.setattr(memory_estimator, "FewChunks", lambda meter, generator, rays: call_chunk)
     every = StepPlanner(config).predict(settings, between=False).peak
     assert few == pytest.approx(every, rel=0.02)
 

@@ -13,6 +13,8 @@ from graf.geometry.rays import (
     Patches,
     RayCaster,
     annealed_min_scale,
+    count_chunks,
+    count_rays_at_once,
     crop_images,
     cut_chunks,
     patch_grid,
@@ -41,7 +43,8 @@ def test_chunks_have_every_ray_once_in_order_and_never_too_many(images, rays, mo
     assert found == [(image, ray) for image in range(images) for ray in range(rays)]
     assert sum(chunk.size for chunk in chunks) == images * rays
     assert all(1 <= chunk.size <= most for chunk in chunks)
-    assert len(chunks) == (images * -(-rays // most) if most < rays else -(-images // (most // rays)))
+    assert len(chunks) == count_chunks(images, rays, most)
+    assert max(chunk.size for chunk in chunks) == chunks[0].size == count_rays_at_once(images, rays, most)
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

@@ -392,6 +392,7 @@ def test_a_loss_scale_that_skips_is_neither_waited_for_nor_noticed_in_the_weight
     make_trainer, smoke_config, batches, fuse
 ):
     """On the device as on the CPU, where every update is read before it is made."""
+    # the strategy of both, as hooks of a parameter are called once for each chunk of another one
     keys = ("training.optimizer=adam", "training.grad_clip=norm", "training.memory_strategy=dense")
     photographs = builders.open_photographs(smoke_config())
     steps = list(batches(4, data=photographs))
