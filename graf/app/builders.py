@@ -420,9 +420,12 @@ def gains_from_empty_points(config: Config, device_type: str) -> bool:
     """Whether rendering again, for gradients, is so much less work that keeping everything is slower.
 
     It is where a ReLU leaves half of all points without density (graf.models.occupied_points), as it does unless a bias
-    fills the world, and where a point takes so much to compute that picking it costs nothing beside.
+    fills the world, and where a point takes so much to compute that picking it costs nothing beside. Further samples
+    are all computed again, so that little is gained with them.
     """
-    return device_type == "cpu" and config.nerf.density == "relu" and config.nerf.field in ("mlp", "siren")
+    nerf = config.nerf
+    has_empty_points = nerf.density == "relu" and not nerf.N_importance
+    return device_type == "cpu" and has_empty_points and nerf.field in ("mlp", "siren")
 
 
 def choose_chunk(config: Config, device_type: str) -> int:

@@ -333,7 +333,7 @@ class TrainingConfig(Section):
         "auto",
         description="which activations of rendering are kept: all (dense), those of one chunk, or none before D's "
         "gradient (deferred), which on a CPU leaves points without density out of the backward pass; auto: dense, or "
-        "deferred where that is faster: mlp and siren with density relu on a CPU",
+        "deferred where that is faster: mlp and siren with density relu and no N_importance on a CPU",
     )
     empty_cache: Literal["phase", "never"] | PositiveInt = Field(
         "phase",

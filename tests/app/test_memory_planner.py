@@ -203,6 +203,7 @@ def test_a_gpu_budget_leaves_room_for_what_is_not_seen():
         (("nerf.field=siren",), "cpu", "deferred"),
         ((), "cuda", "dense"),
         (("nerf.density=softplus",), "cpu", "dense"),
+        (("nerf.N_importance=8",), "cpu", "dense"),
         (benchmark.TRIPLANE, "cpu", "dense"),
         (("training.memory_strategy=checkpoint",), "cpu", "checkpoint"),
     ],
