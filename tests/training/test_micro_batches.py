@@ -237,13 +237,17 @@ def test_a_device_that_is_too_small_for_the_batch_trains_with_less_at_once(make_
     assert trainer.progress.iteration == 3
 
 
-def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(make_trainer, batch, small_device):
-    trainer = make_trainer("training.chunk=256", "discriminator.spectral_norm=false")
+@pytest.mark.parametrize(("strategy", "smallest"), [("dense", "checkpoint"), ("deferred", "deferred")])
+def test_a_device_that_is_too_small_for_anything_ends_with_the_keys_to_change(
+    make_trainer, batch, small_device, strategy, smallest
+):
+    keys = (f"training.memory_strategy={strategy}", "training.chunk=256", "discriminator.spectral_norm=false")
+    trainer = make_trainer(*keys)
     before = weights_of(trainer)
     with small_device(250_000), pytest.raises(OutOfMemory) as caught:
         trainer.step(*batch)
-    assert trainer.memory == MemorySettings(1, "deferred", 64)
-    assert (trainer.generator.strategy, trainer.generator.chunk) == ("deferred", 64)
+    assert trainer.memory == MemorySettings(1, smallest, 64)
+    assert (trainer.generator.strategy, trainer.generator.chunk) == (smallest, 64)
     message = explain_failure(caught.value)
     assert "smallest size" in message
     for key in ("ray_sampler.N_samples", "nerf.N_samples", "nerf.netwidth", "--plan"):
