@@ -58,6 +58,9 @@ class Row:
 ROWS = {
     PLAIN: Row("plain published loop", None),
     "published": Row("GRAF's published model, float32", None, (AT_THE_START,)),
+    "published_shared": Row(
+        "GRAF's published model, float32, one render for D and G", None, (AT_THE_START, "training.share_fakes=true")
+    ),
     "published_amp": Row("GRAF's published model, AMP", None, (AT_THE_START, AMP)),
     "toys": Row("tri-plane, an object for each class (toys)", "toys", (AMP,)),
     "default": Row("tri-plane, many instances, CCSR (default)", "default", (AMP,)),

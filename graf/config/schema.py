@@ -356,7 +356,10 @@ class TrainingConfig(Section):
     )
     reg_param: float = Field(10.0, ge=0, description="its weight: reg_param E ||gradient||^2, per image")
     reg_every: int = Field(1, ge=1, description="apply it every n-th step with n times the weight (lazy)")
-    share_fakes: bool = Field(False, description="D and G step use the same fake patches: a render less per step")
+    share_fakes: bool = Field(
+        False,
+        description="D and G step use the same fake patches: a render less per step, and drawn codes that differ less",
+    )
     match_views: bool = Field(False, description="generated patches take labels and places of the batch's photographs")
     photometric: float = Field(
         0.0, ge=0, description="weight of the squared distance of renders to photographs of the same view; 0: none"
