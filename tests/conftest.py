@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 
 from graf.runtime import logs
 from graf.runtime.distributed import Launch, Processes
+from graf.runtime.interrupt import STOP_SIGNALS
 from graf.runtime.live_tensors import LiveTensorMeter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,17 @@ def _seeded_torch() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def signals_as_in_a_terminal() -> Iterator[None]:
+    """No signal to stop is ignored, here or in programs started here, though the tests themselves run under nohup."""
+    usual: dict[int, Any] = {number: signal.SIG_DFL for number in STOP_SIGNALS}
+    usual[signal.SIGINT] = signal.default_int_handler
+    former = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

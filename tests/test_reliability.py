@@ -33,6 +33,8 @@ SMOKE = ROOT / "configs" / "smoke.yaml"
 BARE = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[]")
 ENDLESS = (*BARE, "training.max_iterations=1000000")
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
+
 
 @pytest.fixture
 def train(run_program, smoke_run):

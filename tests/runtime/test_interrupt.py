@@ -8,6 +8,8 @@ import pytest
 from graf.runtime import interrupt
 from graf.runtime.interrupt import STOP_SIGNALS, Stopped, StopRequest
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
+
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_is_answered_at_once_and_interrupts_nothing(number, capfd):
