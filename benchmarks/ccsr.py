@@ -190,9 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measured[row].append(measure(common, module, runs[trained]))
             print(f"seed {seed}, {row}: {json.dumps(measured[row][-1])}", flush=True)
     text = (
-        f"{options.seeds} seeds, {options.iterations} iterations each, embedded toys, {hardware()}, "
-        f"{torch.get_num_threads()} threads. Per seed all rows are measured on the renders of one generator, trained "
-        f"without CCSR; mean (± standard deviation) over the seeds.\n\n{tabulate(measured)}\n\n"
+        f"{options.seeds} seeds, {options.iterations} iterations each, embedded toys, {hardware()}. "
+        "Per seed all rows are measured on the renders of one generator, trained without CCSR; "
+        f"mean (± standard deviation) over the seeds.\n\n{tabulate(measured)}\n\n"
         f"{compare_pairs(measured)}"
     )
     command = f"python -m benchmarks.ccsr --iterations {options.iterations} --seeds {options.seeds}"

@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     trained = open_checkpoint(find_run(options.run)[1], pick_device("auto"))
-    parts = [f"{hardware()}, {torch.get_num_threads()} threads; iteration {trained.iteration} of the run."]
+    parts = [f"{hardware()}; iteration {trained.iteration} of the run."]
     if options.own:
         text = describe(trained, own_objects(trained, options.own), False, options.pictures)
         parts.append(f"Objects of the run itself (drawn codes):\n\n{text}")

@@ -385,6 +385,22 @@ def test_a_save_that_fails_is_tried_again(train, tmp_path, monkeypatch, caplog):
     assert train(*BARE, "--max_iterations", "2") == 1
 
 
+def test_learned_cameras_that_a_disk_refuses_are_written_again(train, tmp_path, monkeypatch, caplog):
+    original, failures = hooks.write_atomically, [OSError(28, "No space left on device", "config.yaml")]
+
+    def fail(path, content):
+        if failures:
+            raise failures.pop()
+        original(path, content)
+
+    monkeypatch.setattr(hooks, "write_atomically", fail)
+    monkeypatch.setattr(hooks, "RETRY_AFTER", (0.0, 0.0))
+    keys = ("data.refine_cameras=true", "training.photometric=20", "training.match_views=true")
+    assert train(*BARE, *keys, "--max_iterations", "1") == 0
+    assert "No space left on device: 'config.yaml'; trying again in 0 s" in caplog.text
+    assert "refined_cameras:\n" in (tmp_path / "results" / "smoke" / "config.yaml").read_text()
+
+
 # ---------------------------------------------------------------- what a run has learned
 
 

@@ -7,10 +7,9 @@ what is written by the first one, and what depends on time, signals or files is 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -279,8 +278,8 @@ class CheckpointHook:
         meta = self.meta | {"iteration": trainer.progress.iteration}
         self.log.flush()
         with trainer.phase("save"):
-            _save_patiently(self.folder.checkpoints / name, trainer, meta)
-            self._write_cameras(trainer)
+            _write_patiently(lambda: save_checkpoint(self.folder.checkpoints / name, trainer.state, meta))
+            _write_patiently(lambda: self._write_cameras(trainer))
         self.caches.after_phase()
 
     def _write_cameras(self, trainer: Trainer) -> None:
@@ -291,14 +290,15 @@ class CheckpointHook:
             write_atomically(self.folder.config_file, config.model_copy(update={"data": data}).to_yaml())
 
 
-def _save_patiently(file: Path, trainer: Trainer, meta: Mapping[str, Any]) -> None:
+def _write_patiently(write: Callable[[], None]) -> None:
+    """Write; what a disk refuses is tried again after a while, and at last once more."""
     for wait in RETRY_AFTER:
         try:
-            return save_checkpoint(file, trainer.state, meta)
-        except SaveError as error:
+            return write()
+        except (SaveError, OSError) as error:
             logger.warning("%s; trying again in %g s", error, wait)
             time.sleep(wait)
-    return save_checkpoint(file, trainer.state, meta)
+    write()
 
 
 @dataclass

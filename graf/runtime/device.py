@@ -131,7 +131,8 @@ def describe_device(device: torch.device) -> str:
         return f"{device} ({properties.name}, {properties.total_memory / 2**30:.1f} GiB)"
     if device.type == "cpu":
         name = read_processor("model name") or platform.processor() or platform.machine()
-        return f"cpu ({name}, {torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"cpu ({name}, {threads} thread{'s' * (threads > 1)})"
     return f"{device} ({platform.processor() or platform.machine()})"
 
 
