@@ -5,14 +5,24 @@ from types import ModuleType
 
 import pytest
 
-from graf.base.extras import MissingExtra, import_optional
+from graf.base import extras
+from graf.base.extras import MissingExtra, import_optional, name_install_command
 
 
 def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "viser", None)
     with pytest.raises(MissingExtra) as caught:
         import_optional("viser", "viewer")
-    assert str(caught.value) == 'viser is not installed; run: pip install "graf-ccsr[viewer]"'
+    assert str(caught.value) == f"viser is not installed; run: {name_install_command('viewer')}"
+
+
+@pytest.mark.parametrize("is_checkout", [True, False])
+def test_the_command_installs_from_the_checkout_or_by_name(tmp_path, monkeypatch, is_checkout):
+    monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
+    if is_checkout:
+        (tmp_path / "pyproject.toml").touch()
+    source = tmp_path if is_checkout else "graf-ccsr"
+    assert name_install_command("mesh") == f'pip install "{source}[mesh]"'
 
 
 def test_an_installed_package_is_given():

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graf.base.extras import DISTRIBUTION, EXTRAS, REQUIRED, find_missing
+from graf.base.extras import EXTRAS, REQUIRED, find_missing, name_install_command
 
 if TYPE_CHECKING:
     import torch
@@ -450,7 +450,7 @@ def _make_extra_probe(name: str) -> Probe:
         missing = find_missing(EXTRAS[name])
         if not missing:
             return OK, "present", ""
-        return NOTE, f"missing: {', '.join(missing)}", f'pip install "{DISTRIBUTION}[{name}]"'
+        return NOTE, f"missing: {', '.join(missing)}", name_install_command(name)
 
     return probe
 

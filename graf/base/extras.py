@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from graf.base.errors import UserError
 
 DISTRIBUTION = "graf-ccsr"
+_CHECKOUT = Path(__file__).resolve().parents[2]
 #: what is always needed besides torch and torchvision: distribution -> the module that it brings
 REQUIRED = {
     "torch-fidelity": "torch_fidelity",
@@ -47,7 +49,7 @@ class MissingExtra(UserError):
 
 
 def import_optional(module: str, extra: str) -> Any:
-    """Import `module`, which `pip install graf-ccsr[extra]` brings. Raises MissingExtra where it is not installed.
+    """Import `module`, which an extra brings. Raises MissingExtra where it is not installed.
 
     >>> import_optional("math", "mesh").pi > 3
     True
@@ -58,7 +60,13 @@ def import_optional(module: str, extra: str) -> Any:
         if error.name is None or module.partition(".")[0] != error.name.partition(".")[0]:
             raise  # the package is there and broken: not what this message is about
         package = module.partition(".")[0]
-        raise MissingExtra(f'{package} is not installed; run: pip install "{DISTRIBUTION}[{extra}]"') from error
+        raise MissingExtra(f"{package} is not installed; run: {name_install_command(extra)}") from error
+
+
+def name_install_command(extra: str) -> str:
+    """What installs an extra: of the checkout that this package lies in, from any folder, or of the distribution."""
+    source = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else DISTRIBUTION
+    return f'pip install "{source}[{extra}]"'
 
 
 def find_missing(packages: Mapping[str, str]) -> list[str]:

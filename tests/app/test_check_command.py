@@ -18,7 +18,7 @@ import torch
 from graf.app import machine_check
 from graf.app.command_line import main
 from graf.app.machine_check import NEEDED, PROBES, Finding, Machine, Verdict, check_machine, run_probe
-from graf.base.extras import EXTRAS, REQUIRED
+from graf.base.extras import EXTRAS, REQUIRED, name_install_command
 from graf.runtime import logs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,7 +297,7 @@ def test_a_missing_extra_is_a_note_with_its_command(monkeypatch, machine, name):
     found = run_probe(f"extra {name}", probe, machine)
     assert found.verdict is NOTE
     assert package in found.found
-    assert found.hint == f'pip install "graf-ccsr[{name}]"'
+    assert found.hint == name_install_command(name)
 
 
 def test_the_packages_are_those_of_pyproject():

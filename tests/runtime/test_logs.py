@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graf.base.extras import name_install_command
 from graf.runtime import logs
 from graf.runtime.logs import RunLog, drop_rows_after, info_once, setup_console, warn_once
 
@@ -289,8 +290,8 @@ def test_a_wandb_that_cannot_start_is_said_once_and_the_run_goes_on(
     ("name", "module", "command"),
     [
         ("tensorboard", "torch.utils.tensorboard", "pip install tensorboard"),
-        ("wandb", "wandb", 'pip install "graf-ccsr[track]"'),
-        ("trackio", "trackio", 'pip install "graf-ccsr[track]"'),
+        ("wandb", "wandb", name_install_command("track")),
+        ("trackio", "trackio", name_install_command("track")),
     ],
 )
 def test_a_monitor_that_is_not_installed_is_said_once_and_the_run_goes_on(

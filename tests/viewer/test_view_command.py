@@ -21,6 +21,7 @@ from graf.app.runs import RunFolder
 from graf.app.view_command import main
 from graf.app.viewing import CAMERAS_PER_CLASS, ViewOptions, find_photographs
 from graf.base.errors import UserError
+from graf.base.extras import name_install_command
 from graf.config import ConfigError
 from graf.evaluation.renderer import Renderer
 from graf.mesh import ColouredMesh, MeshOptions
@@ -168,7 +169,7 @@ def test_options_out_of_range_are_told(changes, complaint):
 def test_a_missing_extra_is_one_line_that_names_the_command(restored_process, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "viser", None)
     assert main(["nowhere"]) == 1
-    assert capsys.readouterr().err.endswith('viser is not installed; run: pip install "graf-ccsr[viewer]"\n')
+    assert capsys.readouterr().err.endswith(f"viser is not installed; run: {name_install_command('viewer')}\n")
 
 
 def test_following_leaves_the_gpu_to_training(smoke_run, monkeypatch):
