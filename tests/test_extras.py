@@ -21,8 +21,8 @@ def test_the_command_installs_from_the_checkout_or_by_name(tmp_path, monkeypatch
     monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
     if is_checkout:
         (tmp_path / "pyproject.toml").touch()
-    source = tmp_path if is_checkout else "graf-ccsr"
-    assert name_install_command("mesh") == f'pip install "{source}[mesh]"'
+    source = f'-e "{tmp_path}' if is_checkout else '"graf-ccsr'
+    assert name_install_command("mesh") == f'pip install {source}[mesh]"'
 
 
 def test_an_installed_package_is_given():

@@ -64,9 +64,11 @@ def import_optional(module: str, extra: str) -> Any:
 
 
 def name_install_command(extra: str) -> str:
-    """What installs an extra: of the checkout that this package lies in, from any folder, or of the distribution."""
-    source = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else DISTRIBUTION
-    return f'pip install "{source}[{extra}]"'
+    """What installs an extra, from any folder: of the checkout that this package lies in, which stays where the code
+    comes from, or of the installed distribution.
+    """
+    is_checkout = (_CHECKOUT / "pyproject.toml").is_file()
+    return f'pip install -e "{_CHECKOUT}[{extra}]"' if is_checkout else f'pip install "{DISTRIBUTION}[{extra}]"'
 
 
 def find_missing(packages: Mapping[str, str]) -> list[str]:
