@@ -86,9 +86,9 @@ class Meter:
             processes._sum = self._count  # type: ignore[method-assign]
 
     @contextmanager
-    def _time(self) -> Iterator[None]:
+    def _time(self, *messages: Tensor) -> Iterator[None]:
         started = time.perf_counter()
-        with self._connected():
+        with self._connected(*messages):
             yield
         self.seconds += time.perf_counter() - started
         self.messages += 1

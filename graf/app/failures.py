@@ -13,6 +13,7 @@ from pathlib import Path
 
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
+from graf.runtime.interrupt import deaf
 
 
 @dataclass
@@ -50,17 +51,22 @@ def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted:
         print(f"error: {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exception(error)
-        message = explain_failure(error)
-        if message is None:
-            where = "its traceback is above" if debug and log.folder is None else log.keep(error)
-            what = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
-            message = f"unexpected {what} ({where})"
-        if not log.tells(error):
-            return 1
-        print(f"error: {message}", file=sys.stderr)
+        with deaf():
+            _tell(error, log, debug)
         return 1
+
+
+def _tell(error: Exception, log: ErrorLog, debug: bool) -> None:
+    """Print what went wrong, unless another process does."""
+    if debug:
+        traceback.print_exception(error)
+    message = explain_failure(error)
+    if message is None:
+        where = "its traceback is above" if debug and log.folder is None else log.keep(error)
+        what = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
+        message = f"unexpected {what} ({where})"
+    if log.tells(error):
+        print(f"error: {message}", file=sys.stderr)
 
 
 @contextmanager

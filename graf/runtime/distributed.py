@@ -9,8 +9,10 @@ that has run out, a signal, a full disk) is agreed on first, so that nobody wait
 
 from __future__ import annotations
 
+import pickle
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -138,6 +140,7 @@ class JoinedProcesses(Processes):
         self.rank, self.size, self.store = launch.rank, launch.size, store
         self.local_size, self.store_is_in_first = launch.local_size, not launch.keeps_store
         self._lost: PeerError | None = None
+        self._sent: list[weakref.ref[Tensor]] = []
 
     # ------------------------------------------------------------------------------------------------ agreement
 
@@ -160,10 +163,10 @@ class JoinedProcesses(Processes):
 
     def by_first(self, work: Callable[[], Result]) -> Result:
         result = self.together(lambda: work() if self.is_first else None)
-        values: list[Any] = [result]
-        with self._connected():
-            _distributed().broadcast_object_list(values, src=0, device=torch.device("cpu"))
-        return values[0]  # type: ignore[no-any-return]
+        message = self._pack(result)
+        with self._connected(message):
+            _distributed().broadcast(message, src=0)
+        return result if self.is_first else _unpack(message)  # type: ignore[return-value, no-any-return]
 
     def first_of_all(self, work: Callable[[], Result]) -> Result:
         mine = self.together(lambda: work() if self.is_first else None)
@@ -174,14 +177,20 @@ class JoinedProcesses(Processes):
         return bool(self._largest(int(value)))
 
     def gather(self, value: Result) -> list[Result]:
-        values: list[Any] | None = [None] * self.size if self.is_first else None
-        with self._connected():
-            _distributed().gather_object(value, values, dst=0)
-        return values or []
+        message = self._pack(value)
+        messages = [torch.empty_like(message) for _ in range(self.size)] if self.is_first else []
+        with self._connected(message, *messages):
+            _distributed().gather(message, messages or None, dst=0)
+        return [_unpack(message) for message in messages]
+
+    def _pack(self, value: object) -> Tensor:
+        """A value as bytes, as many as the largest of all processes has: what follows a pickled value is not read."""
+        packed = pickle.dumps(value)
+        return torch.frombuffer(bytearray(packed.ljust(self._largest(len(packed)))), dtype=torch.uint8)
 
     def _largest(self, number: int) -> int:
         found = torch.tensor([number])
-        with self._connected():
+        with self._connected(found):
             _distributed().all_reduce(found, op=_distributed().ReduceOp.MAX)
         return int(found)
 
@@ -190,15 +199,14 @@ class JoinedProcesses(Processes):
     def sum_gradients(self, parameters: Sequence[nn.Parameter], terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # On the CPU, so that no GPU is waited for: which parameters an optimiser moves has to be known
         present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int8)
-        with self._connected():
+        with self._connected(present):
             _distributed().all_reduce(present, op=_distributed().ReduceOp.MAX)
         summed = [parameter for parameter, is_present in zip(parameters, present.tolist(), strict=True) if is_present]
         first = parameters[0]
         total = torch.stack([value.detach().to(first.device, first.dtype) for value in terms.values()]).sum()
         parts = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in summed]
         flat = torch.cat([*(part.reshape(-1) for part in parts), total.reshape(1)])
-        with self._connected():
-            self._sum(flat)
+        self._sum(flat)
         *sums, total = flat.split([*(parameter.numel() for parameter in summed), 1])
         for parameter, gradient in zip(summed, sums, strict=True):
             parameter.grad = gradient.view_as(parameter)
@@ -206,23 +214,24 @@ class JoinedProcesses(Processes):
 
     def sum_to_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         numbers = torch.stack([value.detach().cpu().double() for value in values.values()])
-        with self._connected():
+        with self._connected(numbers):
             _distributed().all_reduce(numbers)
         if not self.is_first:
             numbers = torch.zeros_like(numbers)
-        return dict(zip(values, numbers, strict=True))
+        return dict(zip(values, numbers.clone(), strict=True))  # copies: what is kept is no part of a message
 
     def _sum(self, flat: Tensor) -> None:
         buckets = flat.split(max(1, BUCKET // flat.element_size()))
-        for work in [_distributed().all_reduce(bucket, async_op=True) for bucket in buckets]:
-            work.wait()
+        with self._connected(*buckets):
+            for work in [_distributed().all_reduce(bucket, async_op=True) for bucket in buckets]:
+                work.wait()
 
     # ------------------------------------------------------------------------------------------------ equality
 
     def check_equal(self, tensors: Mapping[str, Tensor]) -> None:
         own = torch.stack([hash_tensor(tensor) for tensor in tensors.values()]).cpu()
         extremes = torch.stack([own, ~own])  # the largest of the complements is the complement of the smallest
-        with self._connected():
+        with self._connected(extremes):
             _distributed().all_reduce(extremes, op=_distributed().ReduceOp.MAX)
         differs = (extremes[0] != ~extremes[1]).tolist()
         for name, is_different in zip(tensors, differs, strict=True):
@@ -236,10 +245,12 @@ class JoinedProcesses(Processes):
     # ------------------------------------------------------------------------------------------------ the end
 
     @contextmanager
-    def _connected(self) -> Iterator[None]:
-        """What goes wrong with a message becomes a PeerError that names who is missing."""
+    def _connected(self, *messages: Tensor) -> Iterator[None]:
+        """What goes wrong with messages becomes a PeerError that names who is missing."""
         if self._lost is not None:
             raise self._lost
+        on_cpu = [message for message in messages if message.device.type == "cpu"]
+        self._sent = [*self._unfinished(), *map(weakref.ref, on_cpu)]
         try:
             yield
         except RuntimeError as error:  # torch has no closer type before 2.2
@@ -292,9 +303,18 @@ class JoinedProcesses(Processes):
             return
         # One after another, the holder of the store last: gloo of torch 2.1 may wait for ever where two leave at once
         self._wait_until("left", self.size - 1 - self.rank, PATIENCE)
+        # A thread of gloo may hold a message for a moment longer than its sender. To free it the thread needs Python's
+        # lock, with which torch before 2.8 waits for that thread (https://github.com/pytorch/pytorch/issues/56297).
+        until = time.monotonic() + PATIENCE
+        while self._unfinished() and time.monotonic() < until:
+            time.sleep(0.01)
         with suppress(Exception):  # all work is done
             _distributed().destroy_process_group()
             self.store.add("left", 1)
+
+    def _unfinished(self) -> list[weakref.ref[Tensor]]:
+        """The messages that something still holds."""
+        return [message for message in self._sent if message() is not None]
 
 
 @dataclass(frozen=True)
@@ -419,6 +439,10 @@ def _weigh(error: BaseException) -> int:
         return _STOPPED
     # OutOfMemory: it has been tried with less, in vain
     return _OUT_OF_MEMORY if is_out_of_memory(error) and not isinstance(error, OutOfMemory) else _FAILED
+
+
+def _unpack(message: Tensor) -> Any:
+    return pickle.loads(message.numpy().data)
 
 
 def _read_number(environment: Mapping[str, str], name: str, default: int) -> int:

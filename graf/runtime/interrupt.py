@@ -6,8 +6,8 @@ import atexit
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -76,6 +76,20 @@ class StopRequest:
         with suppress(OSError):  # who asked may have gone, with the terminal or the pipe
             # written past Python's buffers, in which the interrupted code may be at work
             os.write(2, f"\n{self.reason}: {self.describe()}; again to stop without\n".encode())
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Inside the `with` block no request to stop is heard: for the last words of a program that ends anyway.
+
+    A launcher that has seen one process fail asks the others to stop, which may just be about to say why.
+    """
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _fall_deaf() -> None:

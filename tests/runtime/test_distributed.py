@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graf.runtime.distributed import (
+    PATIENCE,
     DesynchronisedError,
     Launch,
     LaunchError,
@@ -277,6 +279,34 @@ def test_the_cause_is_told_before_its_consequences(run_processes):
             return processes.tells(error)
 
     assert run_processes(3, work) == [False, False, True]
+
+
+def test_they_leave_when_their_messages_are_let_go_of(run_processes):
+    """Else gloo's thread, which may hold one for longer than its sender, and the sender wait for each other."""
+
+    def work(processes: Processes) -> float:
+        send = torch.distributed.all_reduce
+
+        def send_and_hold(message: Tensor, **options: Any) -> Any:
+            work = send(message, **options)
+            threading.Timer(0.5, lambda _: None, [message]).start()
+            return work
+
+        torch.distributed.all_reduce = send_and_hold
+        parameter = nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        kept = [
+            processes.by_first(lambda: torch.ones(3)),
+            processes.gather(torch.ones(3)),
+            processes.sum_gradients([parameter], {"loss": torch.ones(())}),
+            processes.sum_to_first({"loss": torch.ones(())}),
+        ]
+        started = time.monotonic()
+        processes.close()
+        assert len(kept) == 4
+        return time.monotonic() - started
+
+    assert all(0.4 < seconds < PATIENCE / 2 for seconds in run_processes(2, work))
 
 
 def test_tensors_of_peers_arrive_as_they_are(run_processes):

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from graf.runtime import interrupt
-from graf.runtime.interrupt import STOP_SIGNALS, Stopped, StopRequest
+from graf.runtime.interrupt import STOP_SIGNALS, Stopped, StopRequest, deaf
 
 pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 
@@ -88,3 +88,17 @@ def test_a_signal_that_was_ignored_before_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_last_words_are_not_cut_short_and_afterwards_signals_are_heard_again(number):
+    seen = []
+    former = signal.signal(number, lambda number, frame: seen.append(number))
+    try:
+        with deaf():
+            os.kill(os.getpid(), number)
+        assert seen == []
+        os.kill(os.getpid(), number)
+        assert seen == [number]
+    finally:
+        signal.signal(number, former)
