@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from graf.base.errors import UserError
-from graf.runtime.interrupt import Stopped
+from graf.runtime.interrupt import Stopped, deaf
 from graf.runtime.memory import OutOfMemory, is_out_of_memory
 
 Result = TypeVar("Result")
@@ -140,7 +140,7 @@ class JoinedProcesses(Processes):
         self.rank, self.size, self.store = launch.rank, launch.size, store
         self.local_size, self.store_is_in_first = launch.local_size, not launch.keeps_store
         self._lost: PeerError | None = None
-        self._sent: list[weakref.ref[Tensor]] = []
+        self._messages: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     # ------------------------------------------------------------------------------------------------ agreement
 
@@ -163,7 +163,7 @@ class JoinedProcesses(Processes):
 
     def by_first(self, work: Callable[[], Result]) -> Result:
         result = self.together(lambda: work() if self.is_first else None)
-        message = self._pack(result)
+        (message,) = self._pack(result)
         with self._connected(message):
             _distributed().broadcast(message, src=0)
         return result if self.is_first else _unpack(message)  # type: ignore[return-value, no-any-return]
@@ -177,16 +177,21 @@ class JoinedProcesses(Processes):
         return bool(self._largest(int(value)))
 
     def gather(self, value: Result) -> list[Result]:
-        message = self._pack(value)
-        messages = [torch.empty_like(message) for _ in range(self.size)] if self.is_first else []
-        with self._connected(message, *messages):
-            _distributed().gather(message, messages or None, dst=0)
-        return [_unpack(message) for message in messages]
+        own, *all_of_them = self._pack(value, others=self.size if self.is_first else 0)
+        with self._connected(own, *all_of_them):
+            _distributed().gather(own, all_of_them or None, dst=0)
+        return [_unpack(message) for message in all_of_them]
 
-    def _pack(self, value: object) -> Tensor:
-        """A value as bytes, as many as the largest of all processes has: what follows a pickled value is not read."""
-        packed = pickle.dumps(value)
-        return torch.frombuffer(bytearray(packed.ljust(self._largest(len(packed)))), dtype=torch.uint8)
+    def _pack(self, value: object, others: int = 0) -> list[Tensor]:
+        """A value as bytes, and empty messages for others; all processes call it.
+
+        Messages have to be equally long, so that the shorter ones are padded: unpickling reads nothing after a value.
+        """
+        packed = self.together(lambda: pickle.dumps(value))
+        length = self._largest(len(packed))
+        messages = self.together(lambda: [torch.zeros(length, dtype=torch.uint8) for _ in range(1 + others)])
+        messages[0].numpy().data[: len(packed)] = packed
+        return messages
 
     def _largest(self, number: int) -> int:
         found = torch.tensor([number])
@@ -216,9 +221,8 @@ class JoinedProcesses(Processes):
         numbers = torch.stack([value.detach().cpu().double() for value in values.values()])
         with self._connected(numbers):
             _distributed().all_reduce(numbers)
-        if not self.is_first:
-            numbers = torch.zeros_like(numbers)
-        return dict(zip(values, numbers.clone(), strict=True))  # copies: what is kept is no part of a message
+        sums = numbers.clone() if self.is_first else torch.zeros_like(numbers)  # what is kept is no part of a message
+        return dict(zip(values, sums, strict=True))
 
     def _sum(self, flat: Tensor) -> None:
         buckets = flat.split(max(1, BUCKET // flat.element_size()))
@@ -246,17 +250,21 @@ class JoinedProcesses(Processes):
 
     @contextmanager
     def _connected(self, *messages: Tensor) -> Iterator[None]:
-        """What goes wrong with messages becomes a PeerError that names who is missing."""
+        """What goes wrong with messages becomes a PeerError that names who is missing.
+
+        messages: every tensor that torch.distributed is handed inside the block, for :meth:`close`, which waits until
+        nothing holds them.
+        """
         if self._lost is not None:
             raise self._lost
-        on_cpu = [message for message in messages if message.device.type == "cpu"]
-        self._sent = [*self._unfinished(), *map(weakref.ref, on_cpu)]
+        self._messages.update({id(message): message for message in messages})
         try:
             yield
         except RuntimeError as error:  # torch has no closer type before 2.2
             if is_out_of_memory(error):
                 raise
-            self._lost = self._find_lost(error)
+            with deaf():
+                self._lost = self._find_lost(error)
             raise self._lost from error
 
     def _find_lost(self, error: RuntimeError) -> PeerError:
@@ -301,20 +309,17 @@ class JoinedProcesses(Processes):
     def close(self) -> None:
         if self._lost is not None:
             return
-        # One after another, the holder of the store last: gloo of torch 2.1 may wait for ever where two leave at once
-        self._wait_until("left", self.size - 1 - self.rank, PATIENCE)
         # A thread of gloo may hold a message for a moment longer than its sender. To free it the thread needs Python's
         # lock, with which torch before 2.8 waits for that thread (https://github.com/pytorch/pytorch/issues/56297).
-        until = time.monotonic() + PATIENCE
-        while self._unfinished() and time.monotonic() < until:
+        until = time.monotonic() + PATIENCE / 2
+        while self._messages and time.monotonic() < until:
             time.sleep(0.01)
+        time.sleep(0.05)  # it needs the lock once or twice more when a message can no longer be seen
+        # One after another, the holder of the store last: gloo of torch 2.1 may wait for ever where two leave at once
+        self._wait_until("left", self.size - 1 - self.rank, PATIENCE)
         with suppress(Exception):  # all work is done
             _distributed().destroy_process_group()
             self.store.add("left", 1)
-
-    def _unfinished(self) -> list[weakref.ref[Tensor]]:
-        """The messages that something still holds."""
-        return [message for message in self._sent if message() is not None]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,10 +83,13 @@ class StopRequest:
 def deaf() -> Iterator[None]:
     """Inside the `with` block no request to stop is heard: for the last words of a program that ends anyway.
 
-    A launcher that has seen one process fail asks the others to stop, which may just be about to say why.
+    A launcher that has seen one process fail asks the others to stop, one of which may just be about to say why.
     """
-    former = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    former: dict[int, Any] = {}
     try:
+        if threading.current_thread() is threading.main_thread():  # others neither hear signals nor may refuse them
+            for number in STOP_SIGNALS:
+                former[number] = signal.signal(number, signal.SIG_IGN)
         yield
     finally:
         for number, handler in former.items():

@@ -6,8 +6,11 @@ import importlib
 import os
 import pkgutil
 import resource
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -346,6 +349,23 @@ def test_a_long_message_that_nobody_foresaw_is_cut_to_its_first_line(read_error)
 
     assert run_command(command, debug=False, interrupted="") == 1
     assert read_error() == "error: unexpected RuntimeError: first (run again with --debug for its traceback)"
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_request_to_stop_does_not_cut_the_message_short(read_error, in_thread):
+    """As a launcher sends it to those that are left, while they wait for each other's words."""
+
+    def command(errors: ErrorLog) -> int:
+        errors.tells = lambda _: in_thread or os.kill(os.getpid(), signal.SIGTERM) is None
+        raise UserError("process 1 of 2 has ended")
+
+    run = partial(run_command, command, debug=False, interrupted="")
+    if in_thread:  # where signals are not heard
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(run).result() == 1
+    else:
+        assert run() == 1
+    assert read_error() == "error: process 1 of 2 has ended"
 
 
 def test_only_failures_that_a_person_can_put_right_are_foreseen():
