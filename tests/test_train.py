@@ -224,6 +224,14 @@ def test_splits_of_labels_csv_choose_the_best_checkpoint_and_are_reported(run_pr
     assert "training.save_best=psnr: there are no photographs to compare with" in capsys.readouterr().err
 
 
+def test_a_term_that_a_resumed_run_leaves_out_is_logged_no_more(train, tmp_path):
+    assert train(*BARE, "training.max_iterations=2", "training.opacity=0.3", "training.layer_norms=true") == 0
+    assert train(*BARE, "training.max_iterations=4", "training.opacity=0", "training.layer_norms=false") == 0
+    rows = [json.loads(row) for row in (tmp_path / "results" / "smoke" / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss_g_opacity" in row for row in rows] == [True, True, False, False]
+    assert [any(name.startswith("grad_norm_g/") for name in row) for row in rows] == [True, True, False, False]
+
+
 # ---------------------------------------------------------------- learned cameras
 
 LEARNED = (*BARE, "training.match_views=true", "training.photometric=20", "training.optimizer=adam")

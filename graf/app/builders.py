@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from graf.app.refined_cameras import build_camera_refinement
 from graf.config import Config, ConfigError, Section, batch_too_large
-from graf.data.datasets import DataSettings, PhotoDataset, open_dataset
+from graf.data.datasets import DataSettings, PhotoDataset, PosedPhotographs, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
 from graf.data.images import square_side
@@ -131,14 +131,14 @@ def build_loader(
     pin_memory: bool = False,
     share: Callable[[int], range] = range,
     local_size: int = 1,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Endless batches of photographs, beginning with that of an iteration.
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Endless batches of photographs with their labels, and poses of their own, beginning with that of an iteration.
 
     share: which places of each batch; local_size: processes of this machine, each of which has a loader.
     """
     training = config.training
     return make_loader(
-        photographs,
+        photographs if photographs.poses is None else PosedPhotographs(photographs, photographs.poses),
         training.batch_size,
         nworkers=training.nworkers,
         drop_last=training.drop_last,
@@ -158,7 +158,7 @@ def open_batches(
     device: torch.device,
     share: Callable[[int], range] = range,
     local_size: int = 1,
-) -> AbstractContextManager[Iterator[tuple[Tensor, Tensor, int]]]:
+) -> AbstractContextManager[Iterator[tuple[Any, ...]]]:
     """The batches of :func:`build_loader`, as a run takes them: decoded photographs need no loader.
 
     They are kept on the device where they take a small share of its memory and nobody has said how much is to be used.
@@ -171,7 +171,7 @@ def open_batches(
         pixels = pixels.to(device)
     repeats = _count_showings(config, photographs)
     order = BatchOrder(repeats, training.batch_size, training.drop_last, config.seed, start_iteration, share)
-    return DecodedBatches(pixels, photographs.labels, order, device)
+    return DecodedBatches(pixels, photographs.labels, order, device, photographs.poses)
 
 
 def _count_showings(config: Config, photographs: PhotoDataset) -> Sequence[int]:

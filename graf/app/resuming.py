@@ -40,6 +40,11 @@ def describe_photographs(photographs: PhotoDataset) -> dict[str, Any]:
     return {"number": len(photographs), "identity": photographs.identity}
 
 
+def acts_on_losses(change: str) -> bool:
+    """Whether a change, as describe_changes tells it, may decide which statistics a step has."""
+    return change.startswith(("training.", "ccsr.", "discriminator.")) and "training.max_iterations" not in change
+
+
 def check_photographs(
     photographs: PhotoDataset, info: DatasetInfo, meta: Mapping[str, Any], config: Config, file: Path, accept: bool
 ) -> None:

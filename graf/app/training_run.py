@@ -330,6 +330,8 @@ def open_run(
         changes += resuming.describe_precision(meta, precision)
         shown = [f"\n  {change}" for change in changes if "refined_cameras" not in change]  # the weights have them
         logger.info("resuming from %s%s", file, "".join(shown))
+        if any(resuming.acts_on_losses(change) for change in changes):
+            trainer.latest.clear()  # a term that is left out from now on would keep its last value
         if processes.is_first:
             resuming.bring_best(file, folder, trainer)
         has_sizes = bool(checkpoint["objects"]["limits"])  # older formats have none

@@ -254,7 +254,7 @@ class DiscriminatorConfig(Section):
     ndf: int = Field(64, ge=4, description="channels after the first layer")
     max_channels: int = Field(512, ge=4, description="largest number of channels")
     norm: Literal["none", "instance"] = Field("instance", description="normalisation of the hidden layers")
-    spectral_norm: bool = Field(False, description="spectral normalisation of every weight")
+    spectral_norm: bool = Field(False, description="spectral normalisation of every layer")
     hflip: bool = Field(False, description="mirror real images at random; contradicts labelled poses")
     azimuth_harmonics: int = Field(6, ge=1, le=32, description="Fourier features of the azimuth")
     condition_maps: int = Field(0, ge=0, description="input channels made from the label, besides projection; 0: none")
@@ -364,7 +364,7 @@ class TrainingConfig(Section):
     photometric: float = Field(
         0.0, ge=0, description="weight of the squared distance of renders to photographs of the same view; 0: none"
     )
-    photometric_min: float = Field(0.0, ge=0, description="its floor")
+    photometric_min: float = Field(0.0, ge=0, description="its floor, where photometric is not 0")
     photometric_decay: float = Field(
         0.0, ge=0, description="its decay per iteration: max(photometric_min, photometric exp(-decay it))"
     )

@@ -131,17 +131,22 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image and label.
+        """Image and label."""
+        image, number = self.read(index)
+        return image, self.labels[number]
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """An image, and the number of the photograph that it is.
 
         A file that was not decoded at opening may turn out to be unreadable. The next one then replaces it, which is
         reported once, so that training continues; with `strict`, or when none is left, it is a DataError.
         """
         if self.pixels is not None:
-            return scale_pixels(self.pixels[index]), self.labels[index]
+            return scale_pixels(self.pixels[index]), index
         for number in chain([index], range(index + 1, len(self)), range(index)):  # past the end: an IndexError
             pixels = self._try_pixels(number)
             if pixels is not None:
-                return scale_pixels(pixels), self.labels[number]
+                return scale_pixels(pixels), number
         raise DataError(f"{self.index.root}: none of its {len(self)} photographs can be read any more; restore them")
 
     def _try_pixels(self, number: int) -> Tensor | None:
@@ -174,6 +179,20 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         for name, path, label, pose in zip(self.index.names(), self.paths, self.labels.tolist(), poses, strict=True):
             digest.update(f"{name} {path.stat().st_size} {label} {None if pose is None else pose.tolist()}\n".encode())
         return digest.hexdigest()[:16]
+
+
+class PosedPhotographs(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """The photographs of a set that has poses, each as (image, label, pose)."""
+
+    def __init__(self, photographs: PhotoDataset, poses: Tensor) -> None:
+        self.photographs, self.poses = photographs, poses
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        image, number = self.photographs.read(index)
+        return image, self.photographs.labels[number], self.poses[number]
 
 
 def open_dataset(settings: DataSettings) -> PhotoDataset:

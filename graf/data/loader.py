@@ -107,11 +107,12 @@ def start_worker(worker_id: int, seed: int) -> None:
 class Batches:
     """The batches of a loader, one after another; a context manager, whose end is the end of its processes.
 
-    Images float32 (B, 3, H, W), labels int64 (B, 4), and the size of the whole batch, of which these are a share. A
-    batch that does not come raises what went wrong with its photographs, or a DataError about the process.
+    Images float32 (B, 3, H, W), labels int64 (B, 4), the size of the whole batch, of which these are a share, and what
+    else the loader's data set has of each photograph, as its pose. A batch that does not come raises what went wrong
+    with its photographs, or a DataError about the process.
     """
 
-    def __init__(self, loader: DataLoader[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, loader: DataLoader[tuple[Tensor, ...]]) -> None:
         with _starting_workers() if loader.num_workers else nullcontext():
             self._iterator: Any = iter(loader)
         order: Any = loader.batch_sampler
@@ -120,15 +121,15 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor, int]:
+    def __next__(self) -> tuple[Any, ...]:
         try:
-            images, labels = next(self._iterator)
+            images, labels, *more = next(self._iterator)
         except (RuntimeError, OSError, EOFError) as error:  # what the end of a worker looks like from here
             exitcode = self._find_exitcode()
             if exitcode is None:
                 raise
             raise DataError(_describe_death(exitcode, len(self._workers))) from error
-        return images, labels, next(self._sizes)
+        return images, labels, next(self._sizes), *more
 
     def __enter__(self) -> Batches:
         return self
@@ -167,21 +168,25 @@ class DecodedBatches:
     """The batches of photographs that are decoded: the same as a loader's, gathered as uint8 where their pixels are.
 
     pixels: uint8 (N, 3, H, W), on the host or on `device`, where they are made float32; from the host they travel in a
-    quarter of the bytes. labels: int64 (N, 4), on the host. A batch is as in :class:`Batches`, its images on `device`.
+    quarter of the bytes. labels: int64 (N, 4), poses: (N, 4, 4) or None, on the host. A batch is as in
+    :class:`Batches`, its images on `device`.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, order: BatchOrder, device: torch.device) -> None:
-        self.pixels, self.labels, self.device = pixels, labels, device
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, order: BatchOrder, device: torch.device, poses: Tensor | None = None
+    ) -> None:
+        self.pixels, self.labels, self.poses, self.device = pixels, labels, poses, device
         self._indices = iter(order)
         self._sizes = (order.size_of(iteration) for iteration in count(order.start_iteration))
 
     def __iter__(self) -> DecodedBatches:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor, int]:
+    def __next__(self) -> tuple[Any, ...]:
         indices = torch.tensor(next(self._indices))
         chosen = self.pixels.index_select(0, _send(indices, self.pixels.device))
-        return scale_pixels(_send(chosen, self.device)), self.labels[indices], next(self._sizes)
+        poses = () if self.poses is None else (self.poses[indices],)
+        return scale_pixels(_send(chosen, self.device)), self.labels[indices], next(self._sizes), *poses
 
     def __enter__(self) -> DecodedBatches:
         return self
@@ -224,7 +229,7 @@ def _describe_death(exitcode: int, workers: int) -> str:
 
 
 def make_loader(
-    dataset: Dataset[tuple[Tensor, Tensor]],
+    dataset: Dataset[tuple[Tensor, ...]],
     batch_size: int,
     *,
     nworkers: int,
@@ -235,10 +240,10 @@ def make_loader(
     repeats: Sequence[int] | None = None,
     share: Callable[[int], range] = range,
     processes: int = 1,
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> DataLoader[tuple[Tensor, ...]]:
     """Loader whose iterator never ends: batch i of iter(loader) belongs to iteration start_iteration + i.
 
-    Batches are (images float32 (B, 3, H, W), labels int64 (B, 4)). `repeats`: how often an epoch shows each image, once
+    Batches are what `dataset` has of B photographs, stacked. `repeats`: how often an epoch shows each image, once
     by default; share: as for :class:`BatchOrder`; processes: of this machine, each of which has a loader. At most
     min(nworkers, 4, a process's cores) workers; the global random state is left as it is. Raises DataError for a data
     set smaller than a batch with `drop_last`.

@@ -67,10 +67,14 @@ class Cameras:
         """1 where label angles grow counter-clockwise, -1 where they grow clockwise."""
         return 1 if self.angle_direction == "ccw" else -1
 
-    def views_of_labels(self, labels: Tensor) -> Views:
-        """The views that labels (B, 4) name."""
+    def views_of_labels(self, labels: Tensor, poses: Tensor | None = None) -> Views:
+        """The views that labels (B, 4) name; poses (B, 4, 4): where these came with the photographs.
+
+        u and v stay the labels' then: a discriminator that saw binned angles on photographs and true ones on renders
+        would tell them apart by that alone.
+        """
         u, v = label_angles(labels, self.v_list, self.angle_direction)
-        poses = pose_from_angles(u, v, self.radius)
+        poses = pose_from_angles(u, v, self.radius) if poses is None else poses
         return Views(labels[:, 0], u, v, poses, labels, self.angle_sign, photographed=True)
 
     def views_at(self, class_idx: Tensor, u: Tensor, v: Tensor, radius: Tensor | None = None) -> Views:
@@ -110,11 +114,8 @@ class PoseSampler:
     ) -> None:
         self.cameras = cameras
         self.ranges = ranges
-        self.views = cameras.views_of_labels(labels)
-        if poses is not None:
-            # u and v stay the labels': a discriminator that saw binned angles on photographs and true ones on renders
-            # would tell them apart by that alone
-            self.views = replace(self.views, poses=poses)
+        self.views = cameras.views_of_labels(labels, poses)
+        self._has_poses = poses is not None
 
     def __len__(self) -> int:
         return len(self.views)
@@ -127,9 +128,14 @@ class PoseSampler:
         """One view per row of random numbers `uniforms` (B, NUM_UNIFORMS) in [0, 1)."""
         return self._place(self.select((uniforms[:, 0] * len(self)).long().clamp(max=len(self) - 1)), uniforms)
 
-    def views_of_labels(self, labels: Tensor, uniforms: Tensor) -> Views:
-        """The views of photographs with labels (B, 4): where poses are unknown, drawn ones."""
-        return self._place(self.cameras.views_of_labels(labels), uniforms)
+    def views_of_photographs(self, labels: Tensor, uniforms: Tensor, poses: Tensor | None = None) -> Views:
+        """The views of photographs with labels (B, 4), with their own poses (B, 4, 4) where the collection has such.
+
+        Where poses are unknown, drawn ones.
+        """
+        if (poses is not None) != self._has_poses:  # labels are too coarse to compare renders with photographs at
+            raise ValueError(f"poses of photographs {'missing' if self._has_poses else 'of a collection without any'}")
+        return self._place(self.cameras.views_of_labels(labels, poses), uniforms)
 
     def _place(self, views: Views, uniforms: Tensor) -> Views:
         if self.ranges is None:

@@ -31,7 +31,7 @@ class DiscriminatorShape:
     """Sizes and options of :class:`PatchDiscriminator`.
 
     size: patch side, a power of two from 16 to 256; ndf: channels after the first layer, doubled up to max_channels.
-    norm: "none" | "instance"; spectral: spectral normalisation of every weight matrix.
+    norm: "none" | "instance"; spectral: spectral normalisation of every layer.
     condition_pose: condition on azimuth and height (poses known); azimuth_harmonics: Fourier features of the azimuth.
     condition_maps: constant input channels made from the condition, so that every layer can look for what it expects;
     they would tell an auxiliary class head the answer. label_groups: sizes of the groups of that head, () for none.

@@ -33,8 +33,9 @@ class SuperResolutionInputs(TensorBatch):
     """What super-resolution needs of a batch of patches besides their pixels.
 
     latents: of their views; pixels (B, K, K): the numbers of the pixels that D sees of their super-resolution; crop:
-    where these lie; condition: what D is told of them; augment: the augmentation's random numbers for them. Of
-    generated patches only: neighbours, the views that they have to agree with, and neighbour_latents.
+    where these lie; condition: what D is told of them. Of generated patches only: augment, the augmentation's random
+    numbers for them, since crops of photographs take their patches'; neighbours, the views that they have to agree
+    with, and neighbour_latents.
     """
 
     latents: LatentMixture
@@ -145,14 +146,21 @@ class InputSampler:
     agreement_degrees: float | None = None
 
     def draw(
-        self, draws: Draws, images: Tensor, labels: Tensor, settings: StepSettings, batch_size: int | None = None
+        self,
+        draws: Draws,
+        images: Tensor,
+        labels: Tensor,
+        settings: StepSettings,
+        batch_size: int | None = None,
+        poses: Tensor | None = None,
     ) -> StepInputs:
         """The inputs of a step on photographs (B, 3, H, W) with labels (B, 4), on the device.
 
         batch_size: of the whole batch, in which these have the places that `draws` names; by default these are all.
+        poses: the photographs' own (B, 4, 4), where their collection has such.
         """
         batch_size = len(images) if batch_size is None else batch_size
-        reals = self.draw_reals(draws, labels, settings)
+        reals = self.draw_reals(draws, labels, settings, poses)
         matched = reals if self.match_views else None
         fakes_g = self.draw_fakes(draws, "g", settings, matched)
         fakes_d = None if self.share_fakes else self.draw_fakes(draws, "d", settings, matched)
@@ -189,10 +197,13 @@ class InputSampler:
             ),
         )
 
-    def draw_reals(self, draws: Draws, labels: Tensor, settings: StepSettings) -> RealInputs:
+    def draw_reals(
+        self, draws: Draws, labels: Tensor, settings: StepSettings, poses: Tensor | None = None
+    ) -> RealInputs:
         """Inputs of real patches of photographs with labels (B, 4), still without their pixels, on the CPU."""
         numbers = _draw_numbers(draws, "real")
-        views, patches = self.pose_sampler.views_of_labels(labels, numbers["view"]), self._place(numbers, settings)
+        views = self.pose_sampler.views_of_photographs(labels, numbers["view"], poses)
+        patches = self._place(numbers, settings)
         return RealInputs(
             images=torch.empty(len(labels), 0),
             views=views,

@@ -70,9 +70,9 @@ class LossSettings:
 
     reg_type: "none" | "real" (R1) | "wgangp", weight reg_param, taken every reg_every steps with so many times the
     weight; class_loss: weight of the label classification; num_views: its azimuth bins. The photometric term, where
-    generated patches show what photographs show, weighs max(photometric_min, photometric exp(-photometric_decay it));
-    instance_prior: weight of the squared length of instances' codes, per number; opacity: weight of the mean opacity of
-    generated patches. super_resolution: None without.
+    generated patches show what photographs show, weighs max(photometric_min, photometric exp(-photometric_decay it)),
+    or nothing where photometric is 0; instance_prior: weight of the squared length of instances' codes, per number;
+    opacity: weight of the mean opacity of generated patches. super_resolution: None without.
     """
 
     gan_type: str
@@ -91,6 +91,8 @@ class LossSettings:
 
     def photometric_weight(self, iteration: int) -> float:
         """The weight of the photometric term at an iteration."""
+        if not self.photometric:  # generated patches may then show something else
+            return 0.0
         return decayed_weight(iteration, self.photometric, self.photometric_min, self.photometric_decay)
 
 

@@ -275,20 +275,23 @@ class Trainer:
         for hook in hooks:
             hook(self, self.latest)
 
-    def step(self, images: Tensor, labels: Tensor, batch_size: int | None = None) -> Statistics:
+    def step(
+        self, images: Tensor, labels: Tensor, batch_size: int | None = None, poses: Tensor | None = None
+    ) -> Statistics:
         """One update of every player and of the averages, from photographs (B, 3, H, W) with labels (B, 4).
 
-        batch_size: of the whole batch, of which several processes have a share each. The statistics are those of the
-        share, in which the whole batch's add up; :meth:`share_statistics` does so.
+        batch_size: of the whole batch, of which several processes have a share each; poses: the photographs' own
+        (B, 4, 4), where their collection has such. The statistics are those of the share, in which the whole batch's
+        add up; :meth:`share_statistics` does so.
         """
         iteration = self.progress.iteration
         batch_size = len(images) if batch_size is None else batch_size
         parts = self.objective.penalty_is_due(iteration), self.objective.super_resolution_is_due(iteration)
         if parts in self._watched and iteration % WATCH_EVERY:
-            return self._step(images, labels, batch_size)
+            return self._step(images, labels, batch_size, poses)
         self._watched.add(parts)
         with self.profiler.watch(*self.owners):
-            return self._step(images, labels, batch_size)
+            return self._step(images, labels, batch_size, poses)
 
     def _check_equality(self) -> None:
         """Every sync_check_every steps: all processes still hold the same networks, else the run is none."""
@@ -319,11 +322,11 @@ class Trainer:
         self.settle()
         self.latest = self.processes.sum_to_first(self.latest)
 
-    def _step(self, images: Tensor, labels: Tensor, batch_size: int) -> Statistics:
+    def _step(self, images: Tensor, labels: Tensor, batch_size: int, poses: Tensor | None) -> Statistics:
         iteration = self.progress.iteration
         draws = Draws(self.config.seed, iteration, self.processes.share(batch_size))
         with self.timer.phase("inputs"):
-            inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration), batch_size)
+            inputs = self.inputs.draw(draws, images, labels, self.settings_at(iteration), batch_size, poses)
         for player in self.players:
             player.begin(iteration)
         self.discriminator.advance_spectral_norm()
@@ -556,7 +559,7 @@ def _read_loss_settings(config: Config, poses_known: bool) -> LossSettings:
         class_loss=config.discriminator.class_loss,
         num_views=config.data.num_views,
         photometric=training.photometric if poses_known else 0.0,
-        photometric_min=training.photometric_min if poses_known else 0.0,
+        photometric_min=training.photometric_min,
         photometric_decay=training.photometric_decay,
         instance_prior=training.instance_prior,
         opacity=training.opacity,

@@ -153,7 +153,7 @@ class PhotosInMemory(SimpleNamespace):
     """What batches of decoded photographs are made of."""
 
     def __init__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
-        super().__init__(pixels=pixels, labels=labels)
+        super().__init__(pixels=pixels, labels=labels, poses=None)
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -139,30 +139,32 @@ def test_batch_larger_than_the_set_is_an_error_that_says_what_to_do():
 class Decoded(Dataset):
     """Photographs whose pixels are in memory, read one by one."""
 
-    def __init__(self, pixels, labels):
-        self.pixels, self.labels = pixels, labels
+    def __init__(self, pixels, labels, poses):
+        self.pixels, self.labels, self.poses = pixels, labels, poses
 
     def __len__(self):
         return len(self.pixels)
 
     def __getitem__(self, index):
-        return scale_pixels(self.pixels[index]), self.labels[index]
+        return scale_pixels(self.pixels[index]), self.labels[index], self.poses[index]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_decoded_photographs_come_in_the_batches_of_a_loader(drop_last):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (7, 3, 4, 4), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(28).view(7, 4)
+    labels, poses = torch.arange(28).view(7, 4), torch.rand(7, 4, 4)
     repeats = [1, 1, 3, 1, 2, 1, 1]
     places = {"seed": 2, "start_iteration": 2, "share": lambda count: range(count // 2, count)}
-    loader = make_loader(Decoded(pixels, labels), 4, nworkers=0, drop_last=drop_last, repeats=repeats, **places)
+    loader = make_loader(Decoded(pixels, labels, poses), 4, nworkers=0, drop_last=drop_last, repeats=repeats, **places)
     order = BatchOrder(repeats, 4, drop_last, **places)
-    with Batches(loader) as expected, DecodedBatches(pixels, labels, order, torch.device("cpu")) as found:
+    decoded = DecodedBatches(pixels, labels, order, torch.device("cpu"), poses)
+    with Batches(loader) as expected, decoded as found:
         for _ in range(9):
-            (images, of_images, size), (wanted, of_wanted, whole) = next(found), next(expected)
+            (images, of_images, size, places), (wanted, of_wanted, whole, of_poses) = next(found), next(expected)
             assert torch.equal(images, wanted)
             assert torch.equal(of_images, of_wanted)
+            assert torch.equal(places, of_poses)
             assert size == whole
 
 

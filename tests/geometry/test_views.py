@@ -65,9 +65,20 @@ def test_a_render_at_a_true_pose_is_described_as_its_photograph_is(direction):
     """Photographs reach the discriminator with their labels' u and v; other ones on renders would give these away."""
     cameras = Cameras(3.5, (0.2, 0.4), direction)
     poses = pose_from_angles(torch.rand(4), torch.rand(4), 3.5)
-    renders, photographs = PoseSampler(LABELS, cameras, poses=poses).select(range(4)), cameras.views_of_labels(LABELS)
-    assert torch.equal(renders.u, photographs.u)
-    assert torch.equal(renders.v, photographs.v)
+    pose_sampler, labelled = PoseSampler(LABELS, cameras, poses=poses), cameras.views_of_labels(LABELS)
+    for views in (pose_sampler.select(range(4)), pose_sampler.views_of_photographs(LABELS, torch.rand(4, 4), poses)):
+        assert torch.equal(views.poses, poses)
+        assert torch.equal(views.u, labelled.u)
+        assert torch.equal(views.v, labelled.v)
+
+
+def test_photographs_come_with_poses_where_their_collection_has_some_and_nowhere_else():
+    """Labels are rounded: a render at their pose would be compared with a photograph from a few degrees beside it."""
+    poses, uniforms = pose_from_angles(torch.rand(4), torch.rand(4), 3.5), torch.rand(4, NUM_UNIFORMS)
+    with pytest.raises(ValueError, match="missing"):
+        PoseSampler(LABELS, CAMERAS, poses=poses).views_of_photographs(LABELS, uniforms)
+    with pytest.raises(ValueError, match="without any"):
+        PoseSampler(LABELS, CAMERAS).views_of_photographs(LABELS, uniforms, poses)
 
 
 def test_a_pool_without_poses_draws_them_from_its_ranges_and_classes_from_its_images():
@@ -171,10 +182,10 @@ def test_views_are_selected_in_order_and_with_repetition():
 
 def test_photographs_take_their_labels_views_and_without_poses_drawn_ones():
     uniforms = torch.rand(4, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0))
-    known = PoseSampler(LABELS[:2], CAMERAS).views_of_labels(LABELS, uniforms)
+    known = PoseSampler(LABELS[:2], CAMERAS).views_of_photographs(LABELS, uniforms)
     assert torch.equal(known.labels, LABELS)
     ranges = PoseRanges(0.25, 0.5, 0.1, 0.3, 3.0, 4.0)
-    unknown = PoseSampler(LABELS[:2], CAMERAS, ranges=ranges).views_of_labels(LABELS, uniforms)
+    unknown = PoseSampler(LABELS[:2], CAMERAS, ranges=ranges).views_of_photographs(LABELS, uniforms)
     assert torch.equal(unknown.class_idx, LABELS[:, 0])
     assert_close(unknown.u, 0.25 + 0.25 * uniforms[:, 1])
     assert len(unknown.labels[:, 2].unique()) > 1  # else one view's latent would restore every photograph

@@ -105,6 +105,15 @@ def test_the_photometric_term_compares_renders_with_photographs_of_their_views(c
     assert_close(loss, others + weight * terms["loss_g_photometric"])
 
 
+def test_without_the_photometric_term_its_floor_weighs_nothing(case):
+    """Generated patches then have views of their own."""
+    make_trainer, batch = case
+    trainer = make_trainer("training.photometric=0", "training.photometric_min=1")
+    inputs = draw(trainer, batch, 0)
+    render = trainer.objective.render_patches(inputs.fakes_g)
+    assert "loss_g_photometric" not in trainer.objective.generator_loss(inputs.fakes_g, render, inputs.reals, 3, 0)[1]
+
+
 def test_learned_cameras_are_drawn_to_the_given_ones_and_act_on_every_patch(case):
     make_trainer, batch = case
     keys = ("training.match_views=true", "training.photometric=20")

@@ -1,9 +1,12 @@
 """The training step: whose weights move, which losses are taken, what may skip or stop it, and what a seed fixes."""
 
+import json
 import math
 import sys
-from itertools import pairwise
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,13 @@ from torch.nn import functional
 
 from graf.app import builders
 from graf.config import Config
+from graf.geometry.cameras import pose_from_angles
 from graf.geometry.rays import Patches, crop_images
 from graf.models.discriminator import PatchCondition
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint, restore, save_checkpoint
 from graf.training import losses
+from graf.training.inputs import InputSampler, StepInputs
 from graf.training.players import DivergenceError
 from graf.training.trainer import CAMERAS_EVERY, Hook, Trainer
 
@@ -404,6 +409,43 @@ def test_photographs_without_poses_train_with_mirrors_and_sampled_cameras(make_t
     assert 0.26 < azimuth.max() <= 0.3 + 1e-6
     assert 0.3 - 1e-6 <= height.min() < 0.33
     assert 0.37 < height.max() <= 0.4 + 1e-6
+
+
+# ---------------------------------------------------------------- true poses
+
+
+@pytest.mark.parametrize("cache_mib", [0, 64])
+def test_renders_are_compared_with_photographs_at_their_own_poses(make_trainer, smoke_config, tmp_path, cache_mib):
+    """Colours number the photographs; where one is gone, another with its own pose stands in."""
+    heights = torch.linspace(0.05, 0.45, 9)  # more than labels have
+    poses = pose_from_angles(torch.arange(9) / 9 + 0.0013, heights, 3.5)
+    frames = []
+    for number, pose in enumerate(poses):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        frames.append({"file_path": f"{number}.png", "transform_matrix": pose.tolist()})
+    (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 0.5, "frames": frames}))
+    keys = ("data.type=transforms", f"data.datadir={tmp_path}", "data.heldout_every=0", f"data.cache_mib={cache_mib}")
+    config = smoke_config(*keys, "training.match_views=true", "training.photometric=20", "training.batch_size=4")
+    data = builders.open_photographs(config)
+    if cache_mib == 0:
+        (tmp_path / "3.png").unlink()
+    trainer = make_trainer(*keys, "training.match_views=true", "training.photometric=20", data=data)
+    drawn = []
+    trainer.inputs = replace(trainer.inputs, place=lambda *_: Patches.whole(4))
+    original = InputSampler.draw
+
+    def draw(sampler: InputSampler, *arguments: Any) -> StepInputs:
+        drawn.append((arguments[1], original(sampler, *arguments)))
+        return drawn[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch, builders.open_batches(config, data, 0, torch.device("cpu")) as batches:
+        patch.setattr(InputSampler, "draw", draw)
+        for batch in islice(batches, 4):
+            assert all(bool(torch.isfinite(value)) for value in trainer.step(*batch).values())
+    numbers = torch.cat([(images[:, 0, 0, 0] + 1) * 127.5 / 20 for images, _ in drawn]).round().long()
+    assert set(numbers.tolist()) == set(range(9)) - ({3} if cache_mib == 0 else set())
+    for fakes in ("fakes_g", "fakes_of_d"):
+        assert torch.equal(torch.cat([getattr(inputs, fakes).views.poses for _, inputs in drawn]), poses[numbers])
 
 
 # ---------------------------------------------------------------- schedules and loop
