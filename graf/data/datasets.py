@@ -166,19 +166,25 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
             return None
 
     def fingerprint(self) -> str:
-        """Hash of these photographs as images of their size: of `identity`, image size, crop and background."""
+        """Hash of these photographs as images of their size: of `identity`, times of change, size, crop, background."""
         settings = self.settings
         how = f"{settings.imsize} {settings.crop} {settings.white_bkgd}"
-        return hashlib.sha256(f"{how} {self.identity}".encode()).hexdigest()[:16]
+        changed = [changed for _, changed in self._files]  # formats without compression keep their size
+        return hashlib.sha256(f"{how} {self.identity} {changed}".encode()).hexdigest()[:16]
 
     @cached_property
     def identity(self) -> str:
-        """Hash of file names and sizes, labels, heights and poses, when first asked: same for equal data."""
+        """Hash of file names and sizes, labels, heights and poses: same for equal data, and for a copy of it."""
         digest = hashlib.sha256(f"{self.v_list}".encode())
         poses = self.poses if self.poses is not None else [None] * len(self)
-        for name, path, label, pose in zip(self.index.names(), self.paths, self.labels.tolist(), poses, strict=True):
-            digest.update(f"{name} {path.stat().st_size} {label} {None if pose is None else pose.tolist()}\n".encode())
+        for name, file, label, pose in zip(self.index.names(), self._files, self.labels.tolist(), poses, strict=True):
+            digest.update(f"{name} {file[0]} {label} {None if pose is None else pose.tolist()}\n".encode())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def _files(self) -> list[tuple[int, int]]:
+        """Sizes and times of modification of the files, when first asked: later they may be gone."""
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.paths)]
 
 
 class PosedPhotographs(Dataset[tuple[Tensor, Tensor, Tensor]]):

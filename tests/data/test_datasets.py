@@ -191,6 +191,20 @@ def test_the_fingerprint_depends_on_instances(collection):
     assert open_dataset(settings(collection)).fingerprint() != before
 
 
+def test_other_pixels_in_a_file_of_the_same_size_change_the_fingerprint_but_not_the_identity(tmp_path):
+    file = tmp_path / "photographs" / "a.bmp"
+    write_photo(file, 10)
+    before = open_dataset(settings(file.parent, type="image_folder"))
+    prints = before.fingerprint(), before.identity
+    size = file.stat().st_size
+    write_photo(file, 200)
+    os.utime(file, ns=(0, 1))
+    assert file.stat().st_size == size
+    after = open_dataset(settings(file.parent, type="image_folder"))
+    assert after.fingerprint() != prints[0]
+    assert after.identity == prints[1]
+
+
 def test_unknown_class_is_an_error_that_names_the_nearest(turntable):
     with pytest.raises(DataError, match=r"'obj141' is not in .*did you mean 'obj14'"):
         open_dataset(settings(turntable, classes=("obj141",)))
