@@ -23,8 +23,8 @@ from graf.base.files import write_atomically
 from graf.mesh.coloured_mesh import ColouredMesh, Floats, face_normals
 
 GENERATOR = "graf"
-AXES = "z up, front towards +x; unit: one world unit, the object lies inside of the unit sphere"
-GLTF_AXES = "y up, front towards +z; unit: one metre is one world unit, the object lies inside of the unit sphere"
+AXES = "z up, front towards +x; unit: one world unit"
+GLTF_AXES = "y up, front towards +z; unit: one metre is one world unit"
 #: numbers of glTF's specification
 ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER = 34962, 34963
 FLOAT, UNSIGNED_INT, UNSIGNED_SHORT, TRIANGLES = 5126, 5125, 5123, 4

@@ -85,10 +85,10 @@ def _mark(record: logging.LogRecord, rank: int) -> bool:
     return True
 
 
-def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+def progress_bar(items: Iterable[Any] | None = None, disable: bool = False, **options: Any) -> tqdm:
     """A tqdm bar that disappears when it is done, and that writes one line per 10 seconds where stderr is a file."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    options |= {"leave": False, "mininterval": interval, "disable": bool(_silent_bars)}
+    options |= {"leave": False, "mininterval": interval, "disable": disable or bool(_silent_bars)}
     return tqdm(items, file=_ForgivingStream(sys.stderr), **options)
 
 

@@ -65,6 +65,13 @@ def test_a_line_leaves_the_progress_bar_in_one_piece(tmp_path: Path, capsys: pyt
     assert "10/1000" in captured.err.splitlines()[-1]
 
 
+def test_a_progress_bar_that_is_not_wanted_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(logs.progress_bar(range(3), disable=True)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert list(logs.progress_bar(range(3))) == [0, 1, 2]
+    assert "0/3" in capsys.readouterr().err
+
+
 def test_a_broken_log_call_is_reported_and_does_not_stop_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     record = logging.LogRecord("graf", logging.INFO, __file__, 1, "%d", ("not a number",), None)
     logs.ConsoleHandler().handle(record)
