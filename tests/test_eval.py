@@ -288,6 +288,11 @@ def test_consistency_is_measured_and_written(look_sharp):
     assert report["low_resolution_max"] <= 1e-6
     assert 0 < report["file_mean"] < 0.1
     assert report["psnr"] > 0 < report["psnr_bicubic"]
+    assert report["seed"] == 0
+    assert look_sharp("--consistency", "--classes", "car", "duck", "--seed", 5)[0] == 0
+    other = json.loads(file.read_text())
+    assert other["seed"] == 5
+    assert other["psnr"] != report["psnr"]
 
 
 # ---------------------------------------------------------------- which run, which checkpoint
@@ -428,7 +433,10 @@ def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
         (["--elevations", 20, 91], "--elevations=91.0: expected -90 to 90"),
         (["--resolution", 4], "--resolution=4: expected 8"),
         (["--device", "cuda:97"], "device 'cuda:97' is not available"),
+        (["--classes", "car", "--fid_kid"], "--classes: expected none with --fid_kid, which measures all classes"),
+        (["--classes", "car", "--heldout", "--grid"], "--classes: expected none with --heldout, which measures all"),
         (["--sr"], "this run has no super-resolution"),
+        (["--rotation", "--objects", 121], "a video of 16458 x 36 pixels: H.264 takes at most 16384 along a side"),
         (["--consistency"], "this run has no super-resolution"),
     ],
 )

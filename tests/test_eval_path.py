@@ -1,6 +1,7 @@
 """`graf eval --path`: a camera path that the viewer saved becomes a video of its length."""
 
 import subprocess
+from dataclasses import replace
 
 import imageio_ffmpeg
 import pytest
@@ -25,6 +26,13 @@ def test_a_path_becomes_a_video_of_its_length_and_shape(smoke_run, run_program, 
     assert imageio_ffmpeg.count_frames_and_secs(str(video)) == (12, pytest.approx(1.0, abs=0.1))
     description = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", video], capture_output=True, text=True).stderr
     assert ", 30x20" in description
+
+
+def test_a_path_too_wide_for_a_video_is_told(smoke_run, run_program, tmp_path, capsys):
+    write_path(tmp_path / "wide.json", replace(make_path(8), aspect=10.0))
+    arguments = ["--run", smoke_run.folder, "--device", "cpu", "--resolution", "1700", "--path", tmp_path / "wide.json"]
+    assert run_program("eval.py", *arguments) == 1
+    assert "a video of 17000 x 1700 pixels: H.264 takes at most 16384" in capsys.readouterr().err
 
 
 def test_a_path_of_another_run_is_told(smoke_run, run_program, tmp_path, capsys):

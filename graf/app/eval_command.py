@@ -23,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_trust_argument(source)
     source.add_argument("--classes", nargs="+", help="names or indices of classes (default: all)")
     source.add_argument(
-        "--seed", type=int, help="seed of the codes (default: 0; of --fid_kid: as in training, evaluation.seed)"
+        "--seed",
+        type=int,
+        help="seed of the codes (default: 0; of --fid_kid and --consistency: as in training, evaluation.seed)",
     )
     source.add_argument("--objects", type=int, help="objects (codes) per class (default: %(default)s)")
     source.add_argument(

@@ -73,3 +73,6 @@ class EvalOptions:
                 if not low <= value <= high:
                     allowed = f"at least {low}" if high == inf else f"{low} to {high}"
                     raise ConfigError(f"--{name}={value}: expected {allowed}")
+        whole = " and ".join(f"--{name}" for name in ("fid_kid", "heldout") if name in self.actions)
+        if self.classes is not None and whole:
+            raise ConfigError(f"--classes: expected none with {whole}, which measures all classes; start it without")

@@ -28,7 +28,7 @@ from graf.evaluation.extractor import choose_extractor
 from graf.evaluation.fidelity import Plain, write_scores
 from graf.evaluation.grids import Showcase, compare_with_photographs, draw_showcase, path_frames, render_showcase
 from graf.evaluation.heldout import CodeNumbers, HeldoutPhotographs, mean_images_by_class, measure_heldout
-from graf.evaluation.pictures import save_png, write_video
+from graf.evaluation.pictures import check_video_size, save_png, tiled_side, write_video
 from graf.evaluation.renderer import Renderer
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.cameras import elevation_from_height, height_from_elevation, ring
@@ -61,6 +61,12 @@ class Evaluation:
     def seed(self) -> int:
         """Seed of the codes of pictures."""
         return self.options.seed or 0
+
+    @property
+    def side(self) -> int:
+        """Of the images that are shown, pixels."""
+        ccsr = self.renderer.ccsr
+        return self.renderer.resolution * (ccsr.scale if self.options.sr and ccsr is not None else 1)
 
     def codes(self) -> Tensor:
         """One code per object, (objects, dim_z); the same ones for every class, so that classes compare."""
@@ -135,6 +141,9 @@ def write_grids(evaluation: Evaluation) -> list[Path]:
 
 def _write_path(evaluation: Evaluation, name: str, z: Tensor, classes: list[int], u: Tensor, v: Tensor) -> list[Path]:
     """A video of objects side by side along a path of codes and cameras, one frame for each of (z, u, v)."""
+    rows, side = 2 if evaluation.options.sr else 1, evaluation.side
+    advice = "lower --objects or --resolution, or name fewer --classes"
+    check_video_size(tiled_side(len(classes), side), tiled_side(rows, side), advice)
     frames = path_frames(evaluation.renderer, z, classes, u, v, evaluation.options.sr)
     shown = progress_bar(frames, desc=name, total=evaluation.options.frames, unit="frame")
     return [write_video(evaluation.folder / f"{name}.mp4", shown, evaluation.options.fps)]
@@ -185,6 +194,7 @@ def write_camera_path(evaluation: Evaluation) -> list[Path]:
     options, renderer = evaluation.options, evaluation.renderer
     assert options.path is not None
     path = read_path(options.path)
+    check_video_size(round(evaluation.side * path.aspect), evaluation.side, "lower --resolution")
     pictures = render_path(renderer, path, renderer.resolution, options.fps, options.sr)
     shown = progress_bar(pictures, desc="path", total=len(path.frames(options.fps)), unit="frame")
     return [write_video(evaluation.folder / f"{Path(options.path).stem}.mp4", shown, options.fps)]
@@ -240,9 +250,12 @@ def write_consistency(evaluation: Evaluation) -> list[Path]:
     if evaluation.renderer.ccsr is None:
         raise ConfigError("--consistency: this run has no super-resolution; train one with ccsr.enabled=true")
     config, dataset_info = evaluation.config, evaluation.dataset_info
-    report = builders.build_consistency(config, dataset_info, evaluation.renderer, evaluation.classes).measure()
+    task = builders.build_consistency(config, dataset_info, evaluation.renderer, evaluation.classes)
+    if evaluation.options.seed is not None:
+        task = replace(task, seed=evaluation.seed)
+    report = task.measure()
     print(report.text())
-    own = {"iteration": evaluation.iteration, "truncation": evaluation.renderer.truncation}
+    own = {"iteration": evaluation.iteration, "truncation": evaluation.renderer.truncation, "seed": task.seed}
     return [_write_json(evaluation.folder / "consistency.json", own | report.as_dict())]
 
 

@@ -18,10 +18,14 @@ from imageio.v3 import imwrite
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from graf.base.errors import UserError
 from graf.base.files import write_atomically
 from graf.runtime.logs import warn_once
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
+
+#: pixels along a side of a video that x264 encodes
+LARGEST_VIDEO = 16384
 
 # From far to near: dark violet, blue, green, yellow. Brightness rises all the way, so it reads in greyscale too.
 DEPTH_COLOURS = ((0.14, 0.06, 0.26), (0.22, 0.28, 0.56), (0.13, 0.57, 0.55), (0.48, 0.82, 0.32), (0.99, 0.91, 0.24))
@@ -48,11 +52,17 @@ def tile_grid(images: Tensor, columns: int, padding: int = 2, background: float 
     fill = int(to_uint8(torch.tensor(background)))
     rows = math.ceil(len(images) / columns)
     height, width = images.shape[2] + padding, images.shape[3] + padding
-    grid = images.new_full((3, rows * height + padding, columns * width + padding), fill)
+    sides = tiled_side(rows, images.shape[2], padding), tiled_side(columns, images.shape[3], padding)
+    grid = images.new_full((3, *sides), fill)
     for number, image in enumerate(images):
         top, left = number // columns * height + padding, number % columns * width + padding
         grid[:, top : top + images.shape[2], left : left + images.shape[3]] = image
     return grid.permute(1, 2, 0).cpu().numpy()
+
+
+def tiled_side(count: int, side: int, padding: int = 2) -> int:
+    """Pixels along `count` images of `side` pixels as :func:`tile_grid` places them."""
+    return count * (side + padding) + padding
 
 
 def label_grid(grid: Picture, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> Picture:
@@ -104,13 +114,21 @@ def save_png(path: str | Path, picture: Picture) -> Path:
     return Path(path)
 
 
+def check_video_size(width: int, height: int, advice: str) -> None:
+    """Raise UserError, which ends in `advice`, for frames that are too large for a video."""
+    if max(width, height) > LARGEST_VIDEO:
+        raise UserError(
+            f"a video of {width} x {height} pixels: H.264 takes at most {LARGEST_VIDEO} along a side; {advice}"
+        )
+
+
 def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> Path:
     """Write pictures of one size as an H.264 video while they come; returns the path that was written.
 
     Odd sizes are padded by repeating the last row or column, since H.264 needs even ones. Without ffmpeg an animated
     GIF of the same name is written instead, and reported once. Frames go to a file beside it, which takes its name when
     they are all there: what could not be finished is removed, and a former video stays. Raises ValueError for no frames
-    or for frames of two sizes.
+    or for frames of two sizes, and OSError where not all of them could be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,13 +151,32 @@ def write_video(path: str | Path, frames: Iterable[Picture], fps: int = 25) -> P
     try:
         writer: Any = get_writer(making, **options)
         with closing(writer):  # its own `with` leaves ffmpeg running after an error
+            count = 0
             for frame in chain([first], prepared):
                 writer.append_data(frame)
+                count += 1
+        if path.suffix != ".gif":
+            _check_video(making, count, path)
         making.replace(path)
     except BaseException:
         making.unlink(missing_ok=True)
         raise
     return path
+
+
+def _check_video(file: Path, count: int, path: Path) -> None:
+    """Raise OSError, which names `path`, unless `count` frames can be read: nobody else asks how ffmpeg has ended."""
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        found, _ = count_frames_and_secs(file)
+    except RuntimeError:  # it cannot even be opened
+        found = 0
+    if found != count:
+        raise OSError(
+            f"{path}: ffmpeg has left {found} of {count} frames that can be read; its own message stands above; make "
+            "room where the disk is full, and start again"
+        )
 
 
 def _pad_to_even(frames: Iterable[Picture]) -> Iterator[Picture]:

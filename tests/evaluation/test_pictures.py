@@ -1,9 +1,11 @@
 """Pictures have the pixels they should, and video files hold the frames they were given."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +169,30 @@ def test_a_video_that_could_not_be_finished_leaves_the_former_one(tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         write_video(file, frames())
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == former
+
+
+@pytest.mark.parametrize("kept", [0, 700])
+def test_a_video_that_ffmpeg_breaks_off_is_an_error_and_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    file = write_video(tmp_path / "turn.mp4", make_frames(3))
+    former, open_writer = file.read_bytes(), pictures.get_writer
+
+    class FullDisk:
+        def __init__(self, path: Path, **options: Any) -> None:
+            self.path, self.writer = path, open_writer(path, **options)
+            self.append_data = self.writer.append_data
+
+        def close(self) -> None:
+            self.writer.close()
+            os.truncate(self.path, kept)
+
+    monkeypatch.setattr(pictures, "get_writer", FullDisk)
+    with pytest.raises(OSError, match=r"turn\.mp4: ffmpeg has left 0 of 3 frames"):
+        write_video(file, make_frames(3))
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == former
 
