@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from graf.app.refined_cameras import build_camera_refinement
-from graf.config import Config, ConfigError, Section, batch_too_large
+from graf.config import Config, ConfigError, DataConfig, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, PosedPhotographs, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
@@ -68,7 +68,8 @@ CPU_NUMBERS_AT_ONCE, CPU_NUMBERS_AT_ONCE_OF_PLANES, GPU_NUMBERS_AT_ONCE = 3 * 2*
 class DatasetInfo:
     """What the photographs say about the world; a checkpoint carries it, so that renders need no photographs.
 
-    fov in degrees; poses_known: whether every photograph has a known camera; instance_names: those that labels number.
+    fov in degrees; poses_known: whether every photograph has a known camera; instance_names: those that labels number;
+    radius: mean distance of the cameras from the origin where true poses tell it, None: it is data.radius.
     """
 
     class_names: tuple[str, ...]
@@ -76,12 +77,12 @@ class DatasetInfo:
     fov: float
     poses_known: bool
     instance_names: tuple[str, ...] = ()
+    radius: float | None = None
 
 
 def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
     """The data set of a configuration. subset: "train", "validation", "test" or "all"."""
-    radius = sum(config.data.radius_range) / 2
-    values = config.data.model_dump() | {"radius": radius, "imsize": config.photo_size}
+    values = config.data.model_dump() | {"radius": mean_radius(config.data), "imsize": config.photo_size}
     photographs = open_dataset(DataSettings.from_mapping(values, subset))
     if photographs.poses is not None:
         _check_scale(config, photographs.poses)
@@ -188,13 +189,24 @@ def describe_dataset(config: Config, dataset: PhotoDataset) -> DatasetInfo:
     v_list = tuple(dataset.v_list)
     if not dataset.poses_known and config.data.v_list is None:  # nothing names a height: show the middle of the range
         v_list = ((config.data.vmin + config.data.vmax) / 2,)
+    radius = None
+    if dataset.poses is not None:
+        radius = dataset.poses[:, :3, 3].norm(dim=1).mean().item()
+        if abs(radius - mean_radius(config.data)) > 0.01 * radius:
+            info_once(f"data.radius={config.data.radius}: the poses' mean is {radius:.3f}, which is used instead")
     names, instance_names = tuple(dataset.class_names), tuple(dataset.instance_names)
-    return DatasetInfo(names, v_list, fov, dataset.poses_known, instance_names)
+    return DatasetInfo(names, v_list, fov, dataset.poses_known, instance_names, radius)
+
+
+def mean_radius(data: DataConfig) -> float:
+    """The distance of the cameras as configured, of a range its middle."""
+    return sum(data.radius_range) / 2
 
 
 def build_cameras(config: Config, dataset_info: DatasetInfo) -> Cameras:
     """How labels become cameras."""
-    return Cameras(sum(config.data.radius_range) / 2, tuple(dataset_info.v_list), config.data.angle_direction)
+    radius = mean_radius(config.data) if dataset_info.radius is None else dataset_info.radius
+    return Cameras(radius, tuple(dataset_info.v_list), config.data.angle_direction)
 
 
 def build_caster(config: Config, dataset_info: DatasetInfo) -> RayCaster:

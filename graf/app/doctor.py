@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from graf.app.builders import build_cameras, build_pose_sampler, describe_dataset, open_photographs
+from graf.app.builders import build_cameras, build_pose_sampler, describe_dataset, mean_radius, open_photographs
 from graf.app.failures import ErrorLog, run_command
 from graf.config import Config, DataConfig, load_config
 from graf.data.datasets import PhotoDataset
@@ -40,14 +40,12 @@ SAMPLED_POSES = 500  # drawn where poses are sampled during training
 class Inspection:
     """An opened data set with its cameras as training would see them.
 
-    poses: (N, 4, 4) of the photographs, or sampled ones where they are unknown; radius: where labels place the cameras;
-    fov: in degrees.
+    poses: (N, 4, 4) of the photographs, or sampled ones where they are unknown; fov: in degrees.
     """
 
     config: DataConfig
     dataset: PhotoDataset
     poses: Tensor
-    radius: float
     fov: float
 
 
@@ -83,7 +81,7 @@ def inspect_data(config: Config) -> Inspection:
         views = pose_sampler.select(range(len(dataset)))
     else:
         views = pose_sampler.pick(torch.rand(SAMPLED_POSES, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0)))
-    return Inspection(config.data, dataset, views.poses, cameras.radius, dataset_info.fov)
+    return Inspection(config.data, dataset, views.poses, dataset_info.fov)
 
 
 def describe(inspection: Inspection) -> list[str]:
@@ -118,8 +116,10 @@ def describe(inspection: Inspection) -> list[str]:
     problems = list(dataset.report.lines())
     if dataset.fov is not None and abs(dataset.fov - data.fov) > 0.1:
         problems.append(f"data.fov={data.fov} is not the photographs' own, {dataset.fov:.2f}, which is used instead")
-    if dataset.poses is not None and (radii.mean() - inspection.radius).abs() > 0.05 * inspection.radius:
-        problems.append(f"data.radius={data.radius} is not the true poses' {radii.mean():.2f} (mean); set it to that")
+    if dataset.poses is not None and (radii.mean() - mean_radius(data)).abs() > 0.05 * radii.mean():
+        problems.append(
+            f"data.radius={data.radius} is not the true poses' {radii.mean():.2f} (mean), which is used instead"
+        )
     return lines + [f"problem: {problem}" for problem in problems or ["none found"]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,9 +89,12 @@ def read_dataset_info(meta: Mapping[str, Any], file: Path) -> DatasetInfo:
         names = [check_name(name, "class", str(file)) for name in saved["class_names"]]
         heights, fov = [float(height) for height in saved["v_list"]], float(saved["fov"])
         instances = [str(name) for name in saved.get("instance_names", ())]
+        radius = None if saved.get("radius") is None else float(saved["radius"])
         if not names or not heights or not 0 < fov < 180 or not all(0 <= height <= 1 for height in heights):
             raise ValueError(f"classes {names}, heights {heights}, field of view {fov}")
-        return DatasetInfo(tuple(names), tuple(heights), fov, bool(saved["poses_known"]), tuple(instances))
+        if radius is not None and not 0 < radius < math.inf:
+            raise ValueError(f"distance of the cameras {radius}")
+        return DatasetInfo(tuple(names), tuple(heights), fov, bool(saved["poses_known"]), tuple(instances), radius)
     except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
         raise CheckpointError(
             f"{file}: what it says of its photographs cannot be used ({error}); it is not a checkpoint of train.py"

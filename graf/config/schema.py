@@ -104,7 +104,9 @@ class DataConfig(Section):
     near: float = Field(2.5, gt=0, description="where rays begin to be sampled, world units from the camera")
     far: float = Field(4.5, gt=0, description="where rays end, world units from the camera")
     radius: float | tuple[float, float] = Field(
-        3.5, description="distance of the cameras from the origin, world units; [min, max] where poses are sampled"
+        3.5,
+        description="distance of the cameras from the origin, world units; [min, max] where poses are sampled; "
+        "transforms: that of its poses is used",
     )
     fov: float = Field(30.0, gt=0, lt=180, description="horizontal field of view, degrees")
     umin: float = Field(0.0, ge=0, le=1, description="smallest azimuth / 360 where poses are sampled (image_folder)")

@@ -11,6 +11,7 @@ from graf.app import builders
 from graf.app.builders import DatasetInfo
 from graf.config import Config, ConfigError, build_config
 from graf.data.loader import DecodedBatches
+from graf.geometry.cameras import pose_from_angles
 from graf.models.rrdb import WeightsError
 
 SCENE = DatasetInfo(("car", "mug"), (0.2, 0.4), 30.0, True)
@@ -89,6 +90,7 @@ def test_a_scene_survives_the_checkpoint():
 def test_the_data_sets_own_field_of_view_wins(caplog):
     class Photographs:
         fov, class_names, instance_names, v_list, poses_known = 41.5, ["a"], ["a/1", "a/2"], (0.3,), True
+        poses = None
 
     with caplog.at_level("INFO", "graf"):
         dataset_info = builders.describe_dataset(configure(), Photographs())  # type: ignore[arg-type]
@@ -99,8 +101,21 @@ def test_the_data_sets_own_field_of_view_wins(caplog):
     )
 
 
+def test_true_poses_say_how_far_the_cameras_stand_and_data_radius_elsewhere(caplog):
+    poses = pose_from_angles(torch.zeros(2), torch.full((2,), 0.3), torch.tensor([5.8, 6.4]))
+    names = {"class_names": ["a"], "instance_names": []}
+    photographs = SimpleNamespace(**names, v_list=(0.3,), fov=None, poses=poses, poses_known=True)
+    config = configure(data={"type": "transforms", "near": 5.0, "far": 7.0})
+    with caplog.at_level("INFO", "graf"):
+        dataset_info = builders.describe_dataset(config, photographs)
+    assert "data.radius=3.5: the poses' mean is 6.100, which is used instead" in caplog.messages
+    assert builders.build_cameras(config, dataset_info).radius == pytest.approx(6.1)
+    assert builders.build_cameras(config, SCENE).radius == 3.5  # as a checkpoint of an earlier version opens
+
+
 def test_without_poses_or_named_heights_grids_stand_in_the_middle_of_the_range():
-    photographs = SimpleNamespace(class_names=["face"], instance_names=[], v_list=(0.5,), fov=None, poses_known=False)
+    names = {"class_names": ["face"], "instance_names": []}
+    photographs = SimpleNamespace(**names, v_list=(0.5,), fov=None, poses=None, poses_known=False)
     config = Config.model_validate({"data": {"type": "image_folder", "vmin": 0.1, "vmax": 0.3}})
     assert builders.describe_dataset(config, photographs).v_list == pytest.approx((0.2,))
     named = Config.model_validate({"data": {"type": "image_folder", "v_list": [0.4]}})

@@ -77,7 +77,7 @@ def test_the_radius_of_a_walk_is_compared_with_its_mean_distance(
         f"data: {{type: transforms, datadir: {tmp_path}, imsize: 32, radius: {radius}, near: 2, far: 5}}"
     )
     assert run(tmp_path) == 0
-    assert ("is not the true poses' 3.50 (mean)" in capsys.readouterr().out) == is_problem
+    assert ("is not the true poses' 3.50 (mean), which is used instead" in capsys.readouterr().out) == is_problem
 
 
 def test_photographs_without_poses_show_the_sampled_ranges(photographs, capsys):

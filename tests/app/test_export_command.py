@@ -75,6 +75,7 @@ def test_the_description_holds_the_resolved_config_and_no_place_of_this_machine(
         (lambda states, meta: meta.pop("config"), "no description of its run"),
         (lambda states, meta: meta.update(iteration="many"), "does not tell its iteration"),
         (lambda states, meta: meta["dataset"].update(class_names=["../../etc"]), "what it says of its photographs"),
+        (lambda states, meta: meta["dataset"].update(radius=-1.0), "what it says of its photographs"),
     ],
 )
 def test_a_whole_file_with_wrong_contents_is_one_line(trained, tmp_path, change, expected):
