@@ -25,7 +25,7 @@ COMPARISON_FILE, VIEWS_FILE, OBJECT_FILE = RESULT_FILES = ("comparison.png", "vi
 #: steps of --tune without a number
 TUNING_STEPS = 100
 #: codes that are screened, all classes together; each class has at least the mean object
-MOST_STARTS = 64
+MOST_STARTS = 128
 #: dB below which a render is hardly the object of the photograph
 LEAST_PSNR = 15.0
 #: a hypothesis whose error is below this multiple of the best one's may as well be the right one
@@ -225,6 +225,7 @@ class Inversion:
             },
             "run": {"file": str(trained.file), "iteration": trained.iteration},
             "options": {name: getattr(self.options, name) for name in options},
+            "starts": {trained.renderer.classes[class_idx]: len(codes) for class_idx, codes in self.starts.items()},
         }
 
     def _write_object(self, found: Hypothesis, weights: Sequence[str], details: dict[str, Any]) -> Path:
@@ -247,23 +248,37 @@ def _compare_errors(found: Hypothesis, other: Hypothesis, name: str) -> None:
 
 
 def choose_starts(trained: TrainedGenerator, class_name: str | None, count: int, seed: int) -> dict[int, Tensor]:
-    """Codes (n, dim_z) to start from for each class that is tried: the mean, drawn ones, and those that a run knows."""
+    """Codes (n, dim_z) to start from for each class that is tried: the mean, those that the run knows, and drawn ones.
+
+    Classes share MOST_STARTS evenly; what is left out, the last ones first, is logged.
+    """
     import torch
+
+    from graf.runtime.logs import logger
 
     renderer = replace(trained.renderer, truncation=1.0)  # the search has its own
     names = renderer.classes
     chosen = range(len(names)) if class_name is None else [renderer.class_index(class_name)]
-    count = max(0, min(count, MOST_STARTS // len(chosen) - 1))
-    drawn = renderer.codes(seed, range(count))
-    starts = {}
+    room = max(1, MOST_STARTS // len(chosen))
+    drawn = renderer.codes(seed, range(min(count, room)))
+    starts, wanted = {}, 0
     for class_idx in chosen:
         known = [
             number
             for number, instance in enumerate(trained.dataset_info.instance_names)
             if instance.startswith(f"{names[class_idx]}/") and renderer.generator.instances is not None
         ]
-        known = known[: MOST_STARTS // len(chosen)]
-        starts[class_idx] = torch.cat([torch.zeros(1, drawn.shape[1]), drawn, renderer.instance_codes(known)])
+        mean = torch.zeros(1, drawn.shape[1])
+        starts[class_idx] = torch.cat([mean, renderer.instance_codes(known), drawn])[:room]
+        wanted += 1 + len(known) + count
+    screened = sum(map(len, starts.values()))
+    if screened < wanted:
+        logger.info(
+            "%d of %d codes are screened, %d of each class: the mean object, known ones and drawn ones, in this order",
+            screened,
+            wanted,
+            room,
+        )
     return starts
 
 

@@ -21,6 +21,7 @@ from graf.inversion.candidates import Candidates, render_candidates, shrink_acti
 from graf.inversion.distance import PhotoDistance, multi_scale_error, photo_psnr
 from graf.inversion.photograph import Photograph
 from graf.inversion.search import Hypothesis, SearchSettings, jittered_places
+from graf.models.generator import draw_latents
 from graf.runtime.memory import retry_smaller
 from graf.runtime.randomness import Draws
 
@@ -115,12 +116,18 @@ def candidates_of(renderer: Renderer, hypothesis: Hypothesis) -> Candidates:
 def draw_neighbours(
     renderer: Renderer, pivot: Candidates, search: SearchSettings, settings: TuningSettings, step: int
 ) -> Candidates:
-    """Codes at a fixed distance from the pivot towards drawn ones (eq. 3), seen from drawn cameras around them."""
+    """Codes at a fixed distance from the pivot towards drawn ones (eq. 3), seen from drawn cameras around them.
+
+    Uniform codes keep to their range, which may bring them nearer.
+    """
     draws = Draws(settings.seed, step, range(settings.neighbours))
-    towards = draws.normal("tune/z", pivot.code.shape[1]).to(renderer.device)
+    dim_z, uniform = pivot.code.shape[1], renderer.uniform_z
+    towards = draw_latents(draws, "tune/z", dim_z, uniform).to(renderer.device)
     towards = towards - pivot.code
-    length = settings.reach * math.sqrt(pivot.code.shape[1])
+    length = settings.reach * math.sqrt(dim_z / 3 if uniform else dim_z)
     codes = pivot.code + length * torch.nn.functional.normalize(towards, dim=1)
+    if uniform:
+        codes = codes.clamp(-1, 1)
     place = draws.uniform("tune/camera", 2).to(renderer.device)
     low, high = (math.radians(edge(search.elevations)) for edge in (min, max))
     return Candidates(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import graf
+from graf.app import invert_command
 from graf.app.card_tasks import describe_model
 from graf.app.command_line import main
 from graf.app.invert_command import choose_starts
@@ -51,6 +52,7 @@ def test_the_results_are_pictures_and_an_object_that_sample_takes(smoke_run, pho
     assert found["photograph"]["has_mask"] is True
     assert found["run"]["iteration"] == 6
     assert found["options"]["class_name"] == "duck"
+    assert found["starts"] == {"duck": 1}
     assert found["weights"][0] == fingerprint(renderer.generator)
     render = renderer.sample(z=torch.tensor(found["z"]), class_name=found["class_name"], **found["camera"])
     assert render.rgb.shape == (1, 3, 32, 32)
@@ -184,7 +186,29 @@ def test_a_class_of_which_no_object_is_known_is_searched_from_drawn_codes(smoke_
     )
     starts = choose_starts(known, None, count=3, seed=0)
     assert [len(starts[number]) for number in range(4)] == [1 + 3 + 2, 1 + 3, 1 + 3, 1 + 3]
-    torch.testing.assert_close(starts[0][4:], known.renderer.instance_codes([0, 1]))
+    torch.testing.assert_close(starts[0][1:3], known.renderer.instance_codes([0, 1]))
+
+
+def test_all_classes_share_one_number_of_starts_and_what_is_left_out_is_said(
+    smoke_run, restored_process, monkeypatch, caplog
+):
+    trained = open_run(str(smoke_run.folder), "cpu", 1.0).trained
+    trained.renderer.generator.instances = torch.nn.Parameter(torch.randn(3, trained.renderer.generator.dim_z))
+    names = ("car/red", "car/blue", "car/green")
+    known = replace(trained, dataset_info=replace(trained.dataset_info, instance_names=names))
+    monkeypatch.setattr(invert_command, "MOST_STARTS", 12)
+    caplog.clear()
+    with caplog.at_level("INFO", "graf"):
+        starts = choose_starts(known, None, count=5, seed=0)
+    assert [len(starts[number]) for number in range(4)] == [3, 3, 3, 3]
+    torch.testing.assert_close(starts[0], torch.cat([torch.zeros(1, 8), known.renderer.instance_codes([0, 1])]))
+    torch.testing.assert_close(starts[1], torch.cat([torch.zeros(1, 8), known.renderer.codes(0, range(2))]))
+    assert caplog.messages == [
+        "12 of 27 codes are screened, 3 of each class: the mean object, known ones and drawn ones, in this order"
+    ]
+    caplog.clear()
+    assert sum(map(len, choose_starts(known, "duck", count=11, seed=0).values())) == 12
+    assert caplog.messages == []
 
 
 def test_a_photograph_is_never_replaced_by_a_result(smoke_run, photograph, tmp_path, restored_process, capsys):

@@ -1,5 +1,6 @@
 """Pivotal tuning fits the photograph, keeps its neighbours, and leaves the generator that it starts from."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -63,3 +64,13 @@ def test_neighbours_lie_at_the_reach_from_the_pivot_and_are_seen_from_likely_cam
     assert 10 <= float(degrees.min()) < 12
     assert 28 < float(degrees.max()) <= 30
     assert float(near.u.max() - near.u.min()) > 0.9
+
+
+def test_neighbours_of_uniform_codes_are_codes_that_the_run_may_draw(ball_renderer):
+    uniform = replace(ball_renderer, uniform_z=True)
+    settings = TuningSettings(neighbours=200, reach=0.7)
+    near = draw_neighbours(uniform, candidates_of(uniform, PIVOT), SEARCH, settings, 0)
+    assert float(near.code.abs().max()) <= 1
+    distances = (near.code - PIVOT.z).square().mean(1).sqrt()
+    assert float(distances.max()) <= 0.7 / math.sqrt(3) + 1e-6
+    assert float(distances.median()) == pytest.approx(0.7 / math.sqrt(3))
