@@ -13,6 +13,7 @@ from 0, so that no vertex falls on a grid point: each then lies on an edge of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -57,11 +58,13 @@ class Grid:
     def __post_init__(self) -> None:
         if not 2 <= self.resolution <= MAX_RESOLUTION:
             raise UserError(f"resolution={self.resolution}: expected 2 to {MAX_RESOLUTION} cells along an axis")
+        if not math.isfinite(self.budget_mib):
+            raise UserError(f"a budget of {self.budget_mib} MiB: expected a finite number")
         if self.slab_layers < 1:
             needed = 2 * BYTES_PER_POINT * self.padded_points**2 / 2**20
             raise UserError(
                 f"a budget of {self.budget_mib:g} MiB is less than one layer of a grid of resolution "
-                f"{self.resolution} needs; expected at least {needed:.0f} MiB"
+                f"{self.resolution} needs; expected at least {math.ceil(needed)} MiB"
             )
 
     @property

@@ -1,5 +1,6 @@
 """Surfaces: a ball is a ball, slabs change nothing, everything is closed, and memory keeps to its budget."""
 
+import math
 import tracemalloc
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_a_grid_within_its_budget_is_marched_within_its_budget():
         Grid(1.0, 160, budget_mib=0.5)
     with pytest.raises(UserError, match="resolution=1: expected 2 to"):
         Grid(1.0, 1)
+
+
+@pytest.mark.parametrize("resolution", [160, 163, 512, 2048])
+def test_the_budget_that_is_asked_for_is_enough(resolution):
+    with pytest.raises(UserError, match="expected at least") as caught:
+        Grid(1.0, resolution, budget_mib=0.0)
+    least = int(str(caught.value).split()[-2])
+    assert Grid(1.0, resolution, budget_mib=least).slab_layers >= 1
+
+
+@pytest.mark.parametrize("budget", [math.inf, -math.inf, math.nan])
+def test_a_budget_without_bound_is_told(budget):
+    with pytest.raises(UserError, match=f"a budget of {budget} MiB: expected a finite number"):
+        Grid(1.0, 160, budget_mib=budget)
 
 
 def test_no_surface_is_told():
