@@ -270,12 +270,10 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             "--heldout: the views of these photographs are unknown (data.type=image_folder); it needs labels or poses"
         )
     training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "test"))
-    means, (images, labels) = (
-        _stack(builders.real_images(photographs, renderer.ccsr)["render"]) for photographs in (training, heldout)
-    )
+    class_means = mean_images_by_class(builders.real_images(training, renderer.ccsr)["render"])
+    images, labels = _stack(builders.real_images(heldout, renderer.ccsr)["render"])
     views = builders.build_pose_sampler(config, heldout, renderer.cameras).views
 
-    class_means = mean_images_by_class(*means)
     is_known = builders.shows_known_object(renderer.generator, labels)
     if not is_known.any():
         raise ConfigError("--heldout: no photograph of the test split shows a known instance; set data.heldout_every")

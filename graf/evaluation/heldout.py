@@ -9,7 +9,8 @@ photographs of objects are held out that training never saw in any view, KID is 
 objects of their class?
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -184,9 +185,15 @@ def _at_least(value: float, threshold: float) -> tuple[float, float, bool]:
     return value, threshold, value >= threshold
 
 
-def mean_images_by_class(images: Tensor, labels: Tensor) -> dict[int, Tensor]:
-    """Mean image (C, H, W) of each class in (N, C, H, W) images with (N, 4) labels."""
-    return {int(c): images[labels[:, 0] == c].mean(dim=0) for c in labels[:, 0].unique()}
+def mean_images_by_class(photographs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """Mean image (C, H, W) of each class of photographs, pairs of image and label (4,); one is held at a time."""
+    sums: dict[int, Tensor] = {}
+    counts: Counter[int] = Counter()
+    for image, label in photographs:
+        class_idx = int(label[0])
+        sums[class_idx] = image.double() + sums.get(class_idx, 0)
+        counts[class_idx] += 1
+    return {class_idx: (total / counts[class_idx]).float() for class_idx, total in sums.items()}
 
 
 @torch.no_grad()

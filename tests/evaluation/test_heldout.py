@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +58,25 @@ def make_labels(angles: range) -> Tensor:
 def make_photographs() -> HeldoutPhotographs:
     training = make_labels(range(10, 360, 20))
     heldout = make_labels(range(0, 360, 30))
-    means = mean_images_by_class(draw_views(training), training)
+    means = mean_images_by_class(zip(draw_views(training), training, strict=True))
     return HeldoutPhotographs(draw_views(heldout), CAMERAS.views_of_labels(heldout), means, NAMES)
+
+
+def test_class_means_hold_one_photograph_at_a_time() -> None:
+    labels = make_labels(range(0, 360, 90))
+    images = draw_views(labels)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def photographs() -> Iterator[tuple[Tensor, Tensor]]:
+        for image, label in zip(images, labels, strict=True):
+            copy = image.clone()
+            assert sum(former() is not None for former in alive) <= 1
+            alive.append(weakref.ref(copy))
+            yield copy, label
+
+    means = mean_images_by_class(photographs())
+    for class_idx in range(3):
+        torch.testing.assert_close(means[class_idx], images[labels[:, 0] == class_idx].mean(dim=0))
 
 
 def noise_for(z_index: int | None) -> Tensor:
@@ -276,7 +295,7 @@ def test_real_photographs_of_the_next_angle_pass_and_of_the_mirrored_angle_fail(
     def look_up(labels: Tensor) -> Tensor:
         return torch.stack([views[c, angle] for c, _, angle, _ in labels.tolist()])
 
-    means = mean_images_by_class(look_up(training), training)
+    means = mean_images_by_class(zip(look_up(training), training, strict=True))
     photographs = HeldoutPhotographs(look_up(heldout), CAMERAS.views_of_labels(heldout), means, names)
 
     def measure_with(mirrored: bool) -> HeldoutReport:
