@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -302,7 +303,11 @@ def test_densities_are_those_that_are_rendered_with_and_do_not_depend_on_the_chu
         (lambda r: r.sample(seed=[0, 1], azimuth=[0, 1, 2]), "seed has 2 values and azimuth 3: give one value or 3"),
         (lambda r: r.sample(azimuth=[]), "azimuth has 0 values"),
         (lambda r: r.sample(elevation=91), "elevation=91: expected -90 to 90 degrees"),
-        (lambda r: r.sample(radius=0), "radius=0: expected a distance above 0"),
+        (lambda r: r.sample(azimuth=[0, math.nan]), "azimuth=nan: expected a finite number of degrees"),
+        (lambda r: r.sample(azimuth=-math.inf), "azimuth=-inf: expected a finite number of degrees"),
+        (lambda r: r.sample(radius=0), "radius=0: expected a finite distance above 0"),
+        (lambda r: r.sample(radius=math.inf), "radius=inf: expected a finite distance above 0"),
+        (lambda r: r.sample(z=torch.full((8,), math.nan)), "z holds NaN or infinity: expected finite numbers"),
         (lambda r: r.sample(resolution=0), "resolution=0: expected at least 1"),
         (lambda r: r.sample(num_samples=1), "num_samples=1: expected at least 2"),
         (lambda r: r.sample(z=torch.zeros(3)), "z has 3 numbers: expected 8"),

@@ -6,6 +6,7 @@ It opens no files: `graf.load` makes a Renderer of a trained run.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -170,12 +171,15 @@ class Renderer:
             elevation=self.default_elevation if elevation is None else elevation,
             radius=self.cameras.radius if radius is None else radius,
         )
+        for degrees in given["azimuth"]:
+            if not math.isfinite(degrees):
+                raise UserError(f"azimuth={degrees}: expected a finite number of degrees")
         for degrees in given["elevation"]:
             if not -90 <= degrees <= 90:
                 raise UserError(f"elevation={degrees}: expected -90 to 90 degrees above the horizon")
         for distance in given["radius"]:
-            if not distance > 0:
-                raise UserError(f"radius={distance}: expected a distance above 0 from the origin, world units")
+            if not 0 < distance < math.inf:
+                raise UserError(f"radius={distance}: expected a finite distance above 0 from the origin, world units")
         views = self.cameras.views_at(
             self._class_indices(given["class_name"]),
             torch.tensor([float(degrees) % 360 / 360 for degrees in given["azimuth"]]),
@@ -423,6 +427,8 @@ class Renderer:
         z = torch.stack(given["z"]).float().cpu()
         if z.shape[-1] != self.generator.dim_z:
             raise UserError(f"z has {z.shape[-1]} numbers: expected {self.generator.dim_z}, the length of a code")
+        if not z.isfinite().all():
+            raise UserError("z holds NaN or infinity: expected finite numbers")
         return z
 
     def _class_indices(self, names: Sequence[str | int]) -> Tensor:
