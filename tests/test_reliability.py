@@ -226,6 +226,32 @@ def test_a_signal_during_scoring_is_heeded_between_images_and_the_score_is_made_
     assert [row["iteration"] for row in read_scores(run / "scores.jsonl")] == [3, 6]
 
 
+def ask_to_stop(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail(*_: Any) -> None:
+    raise OSError(5, "Input/output error", "photographs")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "happens", "code"),
+    [(hooks, "fixed_showcase", ask_to_stop, 75), (Trainer, "run", fail, 1)],
+    ids=["stop", "failure"],
+)
+def test_what_ends_before_the_first_step_binds_the_next_start_to_nothing(
+    train, tmp_path, monkeypatch, capfd, place, name, happens, code
+):
+    run, keys = tmp_path / "results" / "smoke", (*BARE, "training.backup_every=1", "--max_iterations", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, happens)
+        assert train(*keys) == code
+    assert not list(run.glob("checkpoints/*"))
+    assert "sav" not in "".join(capfd.readouterr())
+    assert train(*keys, "nerf.netwidth=24", "data.classes=[car, mug]") == 0  # other networks, other photographs
+    assert newest_iteration(run) == 1
+
+
 # ---------------------------------------------------------------- processes
 
 

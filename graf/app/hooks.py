@@ -207,8 +207,7 @@ class ScoreHook:
             text = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items())
             metric = trainer.config.training.save_best
             if output == "render" and is_better(scores, trainer.progress.best or None, metric):
-                trainer.progress.best = scores.as_dict()
-                self.checkpoints.save(trainer, BEST_CHECKPOINT)
+                self._save_best(trainer, scores)
                 text += f"; the best so far by {metric}"
             logger.info("iteration %d: %s", iteration, text)
         if self.consistency is not None:
@@ -217,6 +216,16 @@ class ScoreHook:
             numbers = {name: float(value) for name, value in values if name != "objects" and value is not None}
             self.log.scores(iteration, {f"consistency_{name}": value for name, value in numbers.items()})
             logger.info("iteration %d: %s", iteration, report.text())
+
+    def _save_best(self, trainer: Trainer, scores: Scores) -> None:
+        """Save model_best.pt, which holds its own score; a score counts as the best only where its file was written."""
+        progress = trainer.progress
+        former, progress.best = progress.best, scores.as_dict()
+        try:
+            self.checkpoints.save(trainer, BEST_CHECKPOINT)
+        except BaseException:
+            progress.best = former
+            raise
 
 
 @dataclass

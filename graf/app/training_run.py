@@ -26,7 +26,7 @@ from graf.app.tuned_run import refuse_tuned
 from graf.base.files import remove_leftovers, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
-from graf.evaluation.extractor import Extractor
+from graf.evaluation.extractor import Extractor, ExtractorError
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import Precision, choose_precision
@@ -177,14 +177,20 @@ class TrainingRun:
         return progress.iteration >= training.max_iterations and min(done) >= progress.iteration
 
     def go_on(self, started: float, snapshot: Path | None, profile: int | None) -> None:
-        """Train until the end or until asked to stop; what has been reached is saved, whatever ends it."""
+        """Train until the end or until asked to stop; what has been reached is saved, whatever ends it.
+
+        What ends before the first step leaves nothing: weights that nothing was learned with would bind the next start
+        to photographs and keys that may have been put right by then.
+        """
         config, trainer, processes = self.config, self.trainer, self.processes
         progress = trainer.progress
         start = progress.iteration
 
         def describe() -> str:
             iteration = progress.iteration
-            return f"finishing iteration {iteration + 1}, then saving" if trainer.in_step else "saving"
+            if trainer.in_step:
+                return f"finishing iteration {iteration + 1}, then saving"
+            return "saving" if iteration else "stopping"
 
         with ExitStack() as stack:
             request = stack.enter_context(StopRequest(describe if processes.is_first else None))
@@ -208,10 +214,12 @@ class TrainingRun:
             except Stopped as stopped:
                 trainer.stop_reason = str(stopped)
             except Exception:
-                if not trainer.in_step:  # the state is whole: what has failed was a photograph, a disk, a score
+                # the state is whole: what has failed was a photograph, a disk, a score
+                if progress.iteration and not trainer.in_step:
                     self._save_after_failure(save)
                 raise
-            save.save_reached(trainer)
+            if progress.iteration:
+                save.save_reached(trainer)
 
     def _open_log(self) -> RunLog:
         """Write down how the run goes on, and continue its records from there."""
@@ -317,7 +325,7 @@ def open_run(
     if meta is not None and file is not None:
         read_dataset_info(meta, file)
         resuming.check_photographs(photographs, info, meta, config, file, accept_new_data)
-    extractor = builders.find_extractor(config) if config.training.fid_every else None
+    extractor = find_same_extractor(config, processes) if config.training.fid_every else None
     pose_sampler = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, info))
     trainer = builders.build_trainer(
         config, info, pose_sampler, precision, device, checkpoint is None, processes, trust
@@ -360,3 +368,25 @@ def read_same(checkpoints: list[Path], processes: Processes) -> tuple[Path, dict
 
     file = processes.by_first(read)
     return file, processes.together(lambda: found[0] if found else read_checkpoint(file))
+
+
+def find_same_extractor(config: Config, processes: Processes) -> Extractor:
+    """The feature extractor that the first process finds, which the others then need too: their features are one score.
+
+    What it has downloaded the others of its machine find. Raises ExtractorError.
+    """
+    found: list[Extractor] = []
+
+    def find() -> str:
+        found.append(builders.find_extractor(config))
+        return "offline" if found[0].suffix else "inception"
+
+    def find_like_first(kind: str) -> Extractor:
+        evaluation = config.evaluation.model_copy(update={"feature_extractor": kind})
+        try:
+            return builders.find_extractor(config.model_copy(update={"evaluation": evaluation}))
+        except ExtractorError as error:
+            raise ExtractorError(f"process {processes.rank} cannot score as process 0 does: {error}") from error
+
+    kind = processes.by_first(find)
+    return processes.together(lambda: found[0] if found else find_like_first(kind))

@@ -11,9 +11,11 @@ import torch
 from graf.app import hooks
 from graf.app.runs import RunFolder
 from graf.config import Config
+from graf.evaluation.fidelity import Scores
 from graf.evaluation.grids import Showcase
 from graf.evaluation.renderer import Renders
 from graf.geometry.views import Cameras, Views
+from graf.runtime.checkpoint import SaveError, read_checkpoint
 from graf.runtime.distributed import Processes
 from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog, SilentLog
@@ -104,6 +106,32 @@ def test_a_checkpoint_is_saved_when_its_time_has_come_and_once_an_iteration(tmp_
     before = (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns
     hook.save_reached(trainer_at(9, **settings))
     assert (run.checkpoints / "model_00000009.pt").stat().st_mtime_ns == before
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_no_best_one(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, total=9, start=0, progress=False)
+    caches = CacheRelease("never", CPU, make_timer(CPU))
+    checkpoints = hooks.CheckpointHook(RunFolder(tmp_path), {}, caches, log)
+    found = iter([9.0, 5.0, 5.0])
+    task = SimpleNamespace(
+        protocol=SimpleNamespace(batch_size=4),
+        score=lambda *_: Scores({"fid": next(found)}, {"iteration": trainer.progress.iteration}),
+    )
+    photographs = {"render": SimpleNamespace(fingerprint=lambda: "")}
+    hook = hooks.ScoreHook(task, photographs, RunFolder(tmp_path), log, checkpoints, caches)  # type: ignore[arg-type]
+    trainer = trainer_at(3, fid_every=3, save_best="fid")
+    trainer.state = {"progress": trainer.progress}
+    hook(trainer, {})
+    trainer.progress.iteration = 6
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, "RETRY_AFTER", (0.0, 0.0))
+        patch.setattr(hooks, "save_checkpoint", lambda *_: (_ for _ in ()).throw(SaveError("no space")))
+        with pytest.raises(SaveError):
+            hook(trainer, {})
+    assert trainer.progress.best == {"iteration": 3, "fid": 9.0}  # as model_best.pt has it
+    hook.catch_up(trainer)
+    best = read_checkpoint(tmp_path / "checkpoints" / "model_best.pt")["objects"]["progress"]["best"]
+    assert best == trainer.progress.best == {"iteration": 6, "fid": 5.0}
 
 
 def test_the_trainer_is_asked_to_stop_by_a_signal_or_by_the_clock(monkeypatch):
