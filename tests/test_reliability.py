@@ -473,12 +473,12 @@ def test_a_checkpoint_of_an_older_format_lets_the_budget_decide(train, tmp_path,
     assert asked == ["smoke"]
 
 
-def test_a_budget_is_decided_once_and_again_when_asked(train, monkeypatch, capsys):
-    keys = (*BARE, "training.memory_budget=2GiB")
-    assert train(*keys, "--max_iterations", "1") == 0
+def test_a_budget_is_decided_once_and_again_where_it_is_another_one(train, monkeypatch, capsys):
+    """The same command goes on with the sizes that a full memory has taught it, however it names the budget."""
+    assert train(*BARE, "training.memory_budget=2GiB", "--max_iterations", "1") == 0
     assert "the fastest that fits training.memory_budget=2GiB" in capsys.readouterr().out
     monkeypatch.setattr(training_run, "choose_for_budget", lambda *_, **__: pytest.fail("decided again"))
-    assert train(*keys, "--max_iterations", "2") == 0
+    assert train(*BARE, "--memory_budget", "2GiB", "--max_iterations", "2") == 0
     assert "the fastest that fits" not in capsys.readouterr().out
     asked: list[str] = []
 
@@ -487,7 +487,7 @@ def test_a_budget_is_decided_once_and_again_when_asked(train, monkeypatch, capsy
         return trainer.memory
 
     monkeypatch.setattr(training_run, "choose_for_budget", note)
-    assert train(*BARE, "--memory_budget", "2GiB", "--max_iterations", "3") == 0
+    assert train(*BARE, "--memory_budget", "1GiB", "--max_iterations", "3") == 0
     assert asked == ["smoke"]
 
 

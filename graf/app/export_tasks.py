@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -98,7 +99,7 @@ def describe_program(trained: TrainedGenerator) -> dict[str, Any]:
         "far": caster.far,
         "bounding_radius": caster.bounding_radius,
         "camera_distance": renderer.cameras.radius,
-        "fov_degrees": trained.dataset_info.fov,
+        "fov_degrees": renderer.fov,
         "background": renderer.generator.background_colour.tolist(),
         "iteration": trained.iteration,
         "graf": __version__,
@@ -120,7 +121,9 @@ def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOp
     views = turntable_views(renderer, renderer.class_index(class_name), pictures.count, pictures.elevations)
     provenance = {"class": class_name, "object": name, "iteration": opened.trained.iteration, "graf": __version__}
     write_transforms(folder, renderer, z, views, provenance | {"truncation": renderer.truncation})
-    keys = f"data.type=transforms data.datadir={shlex.quote(str(folder))} data.imsize={renderer.resolution}"
     near, far = renderer.caster.near, renderer.caster.far
-    keys += f" data.radius={renderer.cameras.radius:g} data.near={near:g} data.far={far:g}"
-    return f"wrote {folder}; to train on it: graf train --config toys expname={shlex.quote(name)} {keys}"
+    expname, datadir = (json.dumps(text, ensure_ascii=False) for text in (name, str(folder)))  # texts in YAML too
+    keys = [f"expname={expname}", "data.type=transforms", f"data.datadir={datadir}"]
+    keys += [f"data.imsize={renderer.resolution}", f"data.radius={renderer.cameras.radius:g}"]
+    keys += [f"data.near={near:g}", f"data.far={far:g}"]
+    return f"wrote {folder}; to train on it: {shlex.join(['graf', 'train', '--config', 'toys', *keys])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -46,7 +47,6 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
             options.resume or "auto",
             accept_new_data=options.accept_new_data,
             trust=options.trust,
-            plan_again=options.memory_budget is not None,
             memory_snapshot=options.memory_snapshot,
             profile=options.profile,
             started=started,
@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str], program: str) -> argparse.Namespac
         "--config", default="default", help="YAML file, or name of a shipped configuration (default: %(default)s)"
     )
     parser.add_argument(
-        "--use_amp", action="store_const", const="true", help="mixed precision where the device gains from it"
+        "--use_amp", action="store_const", const=True, help="mixed precision where the device gains from it"
     )
     parser.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps")
     parser.add_argument("--resume", help="auto: newest checkpoint of the run (default); none: afresh; or a file")
@@ -146,7 +146,11 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def collect_overrides(options: argparse.Namespace) -> list[str]:
-    """The flags as overrides of configuration keys, before the explicit ones."""
+    """The flags as overrides of configuration keys, before the explicit ones.
+
+    Their values are written as JSON, which is YAML: a folder `runs #2`, or 2024, is a text to the shell too.
+    """
     flags = ("device", "outdir", "max_iterations", "max_minutes", "memory_budget", "use_amp")
     values = {f"training.{flag}": getattr(options, flag) for flag in flags} | {"seed": options.seed}
-    return [f"{key}={value}" for key, value in values.items() if value is not None] + list(options.overrides)
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
+    return given + list(options.overrides)

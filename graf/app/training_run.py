@@ -48,7 +48,6 @@ def train(
     *,
     accept_new_data: bool,
     trust: bool,
-    plan_again: bool,
     memory_snapshot: bool,
     profile: int | None,
     started: float,
@@ -58,10 +57,9 @@ def train(
     """Run a configuration; returns whether it has done all its iterations.
 
     resume: as for choose_run_folder; accept_new_data: go on though photographs have changed; trust: take files
-    from outside the run folder that an old torch cannot read safely; plan_again: decide anew
-    what fits training.memory_budget; memory_snapshot: write CUDA's allocation history; profile: write a trace of so
-    many steps; started: time.monotonic() from which training.max_minutes counts; program: what to type to go on;
-    errors: is told the run folder.
+    from outside the run folder that an old torch cannot read safely; memory_snapshot: write CUDA's allocation history;
+    profile: write a trace of so many steps; started: time.monotonic() from which training.max_minutes counts; program:
+    what to type to go on; errors: is told the run folder.
     """
     launch = Launch.read(os.environ)
     setup_console(launch.rank)
@@ -81,7 +79,7 @@ def train(
     with ExitStack() as stack:
         checkpoints = processes.by_first(lambda: take_folder(stack, folder, checkpoints, resume))
         errors.folder = folder.path if processes.is_first else None
-        run = open_run(config, folder, checkpoints, accept_new_data, trust, plan_again, device, precision, processes)
+        run = open_run(config, folder, checkpoints, accept_new_data, trust, device, precision, processes)
         if run.is_complete:
             logger.info(
                 "%s has already run its %d iterations; raise training.max_iterations, or use --resume none",
@@ -301,7 +299,6 @@ def open_run(
     checkpoints: list[Path],
     accept_new_data: bool,
     trust: bool,
-    plan_again: bool,
     device: torch.device,
     precision: Precision,
     processes: Processes,
@@ -343,7 +340,7 @@ def open_run(
         if processes.is_first:
             resuming.bring_best(file, folder, trainer)
         has_sizes = bool(checkpoint["objects"]["limits"])  # older formats have none
-        keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta, device, precision) and not plan_again
+        keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta, device, precision)
         if not keeps_sizes:
             resuming.forget_sizes(config, trainer)
         elif trainer.memory != builders.build_memory_settings(config, device.type):

@@ -8,6 +8,8 @@ import pytest
 
 from graf import __version__
 from graf.app.command_line import COMMANDS, main
+from graf.app.train_command import collect_overrides, parse_arguments
+from graf.config import load_config
 
 KEYS = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[]", "--max_iterations", "1")
 
@@ -53,6 +55,19 @@ def test_every_command_explains_itself_under_its_own_name(command, capsys):
 def test_what_is_no_command_is_answered_with_the_commands(arguments, capsys):
     assert exit_code(*arguments) == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "outdir", ["runs", "runs #2", "2024", "null", "no", "1e5", "a: b", "'quoted'", "ordner für 🦆"]
+)
+def test_a_flag_of_train_is_taken_as_it_was_typed(outdir):
+    arguments = ["--outdir", outdir, "--device", "cuda:1", "--memory_budget", "8GiB", "--use_amp", "--seed", "3"]
+    config = load_config(
+        "smoke", collect_overrides(parse_arguments([*arguments, "--max_minutes", "1e-6"], "graf train"))
+    )
+    training = config.training
+    assert (training.outdir, training.device, training.memory_budget) == (outdir, "cuda:1", "8GiB")
+    assert (training.use_amp, training.max_minutes, config.seed) == (True, 1e-6, 3)
 
 
 @pytest.mark.parametrize(

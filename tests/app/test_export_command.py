@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +21,9 @@ from graf.app.command_line import main
 from graf.app.loading import open_checkpoint
 from graf.app.run_arguments import object_code
 from graf.base.errors import UserError
+from graf.config import load_config
 from graf.inversion.object_file import ObjectFile
+from graf.models.camera_refinement import STORED_FACTOR, CameraRefinement
 from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.torch_release import torch_release
 from graf.sharing.programs import OLDEST_TORCH
@@ -102,11 +106,25 @@ def test_a_field_is_exported_by_the_command_with_what_rendering_it_takes(smoke_r
     assert json.loads(extra["graf.json"])["classes"] == list(graf.load(smoke_run.folder, device="cpu").classes)
 
 
-def test_pictures_of_an_object_by_name(smoke_run, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "set"), "--resolution", "8"]
+def test_a_program_is_told_the_lens_that_was_learned(trained):
+    renderer, cameras = trained.renderer, CameraRefinement(4, 1)
+    cameras.load_state_dict(cameras.state_dict() | {"lens": STORED_FACTOR * torch.tensor(0.1)})
+    generator = copy.copy(renderer.generator)
+    generator.cameras = cameras
+    moved = replace(trained, renderer=replace(renderer, generator=generator))
+    half_width = math.tan(math.radians(trained.dataset_info.fov / 2)) / math.exp(0.1)
+    fov = export_tasks.describe_program(moved)["fov_degrees"]
+    assert fov == pytest.approx(2 * math.degrees(math.atan(half_width)))
+
+
+def test_pictures_of_an_object_by_name_and_the_command_that_trains_on_them(smoke_run, tmp_path, capsys):
+    out = ["--out", "set #2: [a] käfer", "--resolution", "32"]
     assert main(["export", str(smoke_run.folder), "--transforms", "3", "--class", "duck", "--seed", "2", *out]) == 0
-    assert "data.type=transforms" in capsys.readouterr().out
-    found = json.loads((tmp_path / "set" / "transforms.json").read_text())
+    command = shlex.split(capsys.readouterr().out.partition("to train on it: ")[2])
+    assert command[:4] == ["graf", "train", "--config", "toys"]
+    config = load_config("toys", command[4:])
+    assert (config.expname, config.data.type, config.data.datadir) == ("duck_2", "transforms", out[1])
+    found = json.loads((tmp_path / out[1] / "transforms.json").read_text())
     assert (found["graf"]["class"], found["graf"]["object"], len(found["frames"])) == ("duck", "duck_2", 3)
 
 
