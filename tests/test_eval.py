@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from graf.app import eval_command, eval_options
+from graf.app import eval_command, eval_options, eval_tasks
 from graf.evaluation import renderer
 from graf.evaluation.fidelity import read_scores
 from graf.geometry.cameras import median_height
@@ -295,6 +296,26 @@ def test_consistency_is_measured_and_written(look_sharp):
     assert other["psnr"] != report["psnr"]
 
 
+@pytest.mark.parametrize(
+    "v_list", [(0.3,), (0.5,), (0.55,), (0.9,), (1.0,), (0.0,), (0.52, 0.55), (0.2, 0.4), (0.6, 0.9)]
+)
+def test_the_camera_of_the_elevation_video_goes_up_once_and_down_once_past_every_height(monkeypatch, v_list):
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(eval_tasks, "_write_path", lambda *arguments: seen.append(arguments[-1]) or [])
+    renderer = SimpleNamespace(cameras=SimpleNamespace(v_list=v_list))
+    options = SimpleNamespace(frames=12)
+    eval_tasks.write_elevation(
+        SimpleNamespace(renderer=renderer, options=options, classes=[0], codes=lambda: torch.zeros(1, 4))
+    )
+    steps = seen[0].diff()
+    assert (steps[:6] < 0).all()  # v falls as the camera rises
+    assert (steps[6:] > 0).all()
+    low, high = seen[0].max(), seen[0].min()
+    assert 0 <= high <= min(v_list) + 1e-6
+    assert max(v_list) - 1e-6 <= low <= 1
+    assert low - high >= 0.14
+
+
 # ---------------------------------------------------------------- which run, which checkpoint
 
 
@@ -304,6 +325,16 @@ def test_a_checkpoint_finds_its_run_from_anywhere(look, smoke_run):
     assert code == 0, stderr
     assert "backup_00000004.pt, iteration 4" in stdout
     assert written_by(stdout)[0].parent == smoke_run.folder / "eval"
+
+
+def test_a_checkpoint_is_shown_in_the_folder_of_a_run_that_has_none_yet(look, smoke_run, copied_run):
+    shutil.rmtree(copied_run / "checkpoints")
+    backup = smoke_run.folder / "checkpoints" / "backup_00000004.pt"
+    picture = ["--grid", "--views", 1, "--classes", "car"]
+    code, stdout, stderr = look("--checkpoint", backup, *picture, run_folder=copied_run)
+    assert code == 0, stderr
+    assert "backup_00000004.pt, iteration 4" in stdout
+    assert written_by(stdout)[0].parent == copied_run / "eval"
 
 
 def test_the_newest_run_is_the_one_that_saved_last_its_best_alone_counts(look, copied_run, capsys):

@@ -19,7 +19,7 @@ from graf.app import builders
 from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog
 from graf.app.loading import open_checkpoint
-from graf.app.runs import find_run
+from graf.app.runs import find_run, named_run
 from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
 from graf.evaluation.camera_paths import read_path, render_path
@@ -87,9 +87,9 @@ def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
 def open_evaluation(options: EvalOptions) -> Evaluation:
     """Find run and checkpoint and open the averaged generator."""
     setup_console()
-    run, files = find_run(options.run or options.checkpoint, options.outdir, options.trust)
-    if options.checkpoint:
-        _, files = find_run(options.checkpoint, trust=options.trust)
+    run, files = find_run(options.checkpoint or options.run, options.outdir, options.trust)
+    if options.run is not None:
+        run = named_run(options.run)
     prepare_allocator()
     device = pick_device(options.device)
     configure_backends(device)
@@ -172,7 +172,7 @@ def write_elevation(evaluation: Evaluation) -> list[Path]:
     v_list, frames = evaluation.renderer.cameras.v_list, evaluation.options.frames
     low, high = max(v_list), min(v_list)
     if low - high < 0.05:  # one height: show what the field has learned around it
-        low, high = min(low + 0.15, 0.5), max(high - 0.15, 0.0)
+        low, high = max(low, min(low + 0.15, 0.5)), max(high - 0.15, 0.0)
     swing = 0.5 - 0.5 * torch.cos(2 * torch.pi * torch.arange(frames) / frames)
     u = torch.full_like(swing, 0.125)
     return _write_path(evaluation, "elevation", z.expand(len(u), *z.shape), classes, u, low + (high - low) * swing)

@@ -44,29 +44,38 @@ def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted:
     debug: print the traceback of a failure too; interrupted: what to say after Ctrl-C.
     """
     log = ErrorLog()
-    try:
-        with _short_thread_failures(debug), _lost_readers():
-            return command(log)
-    except KeyboardInterrupt:
-        print(f"error: {interrupted}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        with deaf():
-            _tell(error, log, debug)
-        return 1
+    with _lost_readers():
+        try:
+            with _short_thread_failures(debug):
+                return command(log)
+        except KeyboardInterrupt:
+            _say(f"error: {interrupted}")
+            return 130
+        except Exception as error:
+            with deaf():
+                _tell(error, log, debug)
+            return 1
 
 
 def _tell(error: Exception, log: ErrorLog, debug: bool) -> None:
     """Print what went wrong, unless another process does."""
     if debug:
-        traceback.print_exception(error)
+        _say("".join(traceback.format_exception(error)).rstrip())
     message = explain_failure(error)
     if message is None:
         where = "its traceback is above" if debug and log.folder is None else log.keep(error)
         what = ": ".join(filter(None, (type(error).__name__, _first_line(error))))
         message = f"unexpected {what} ({where})"
     if log.tells(error):
-        print(f"error: {message}", file=sys.stderr)
+        _say(f"error: {message}")
+
+
+def _say(text: str) -> None:
+    """Print last words, after all that was printed before; that nobody may be there to read them is no failure."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 @contextmanager

@@ -142,11 +142,19 @@ def find_run(path: str | None, outdir: str = "results", trust: bool = False) -> 
     if path is None:
         run = newest_run(Path(outdir))
         return run, run.best_first()
+    run = named_run(path)
     if Path(path).suffix not in WEIGHT_SUFFIXES:
-        return RunFolder(Path(path)), RunFolder(Path(path)).best_first()
+        return run, run.best_first()
     require_origin(Path(path), trust)
+    return run, [Path(path)]
+
+
+def named_run(path: str) -> RunFolder:
+    """The run that a run folder or a file of weights names, whatever is there."""
+    if Path(path).suffix not in WEIGHT_SUFFIXES:
+        return RunFolder(Path(path))
     folder = Path(path).resolve().parent
-    return RunFolder(folder.parent if folder.name == "checkpoints" else folder), [Path(path)]
+    return RunFolder(folder.parent if folder.name == "checkpoints" else folder)
 
 
 def require_origin(file: Path, trust: bool) -> None:

@@ -67,7 +67,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         again = rows is not None and start > 0
         first_hidden = start if again else start + 1
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_hidden if start else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_hidden)
         if rows is not None and again and rows.exists():
             for line in rows.read_text(encoding="utf-8").splitlines():
                 self._write_again(line, start)

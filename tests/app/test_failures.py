@@ -3,10 +3,13 @@
 import errno
 import hashlib
 import importlib
+import io
 import os
 import pkgutil
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -366,6 +369,36 @@ def test_a_request_to_stop_does_not_cut_the_message_short(read_error, in_thread)
     else:
         assert run() == 1
     assert read_error() == "error: process 1 of 2 has ended"
+
+
+class LostReader(io.StringIO):
+    """Standard error of a program whose terminal has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (UserError("no"), 1), (ValueError("bug"), 1)])
+@pytest.mark.parametrize("debug", [False, True])
+def test_last_words_that_nobody_reads_change_no_exit_code_and_no_error_log(tmp_path, monkeypatch, error, code, debug):
+    def command(log: ErrorLog) -> int:
+        log.folder = tmp_path
+        raise error
+
+    monkeypatch.setattr(sys, "stderr", LostReader())
+    assert run_command(command, debug=debug, interrupted="interrupted") == code
+    assert (tmp_path / "error.log").is_file() == isinstance(error, ValueError)
+
+
+def test_a_program_without_readers_exits_with_the_code_of_its_failure():
+    """Python itself tries at its end to write what is left, and exits with 120 where it cannot."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "nowhere"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(command, stdout=writer, stderr=writer, env=buffered) as process:
+        os.close(writer)
+        assert process.wait(30) == 1
 
 
 def test_only_failures_that_a_person_can_put_right_are_foreseen():

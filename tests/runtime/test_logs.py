@@ -201,6 +201,14 @@ def test_tensorboard_gets_scalars_and_images_and_hides_what_a_resume_repeats(tmp
     assert read_events(tmp_path, "samples") == [(20, 6)]
 
 
+def test_tensorboard_has_every_step_once_where_a_kill_came_before_the_first_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for value in (1.0, 2.0):
+        with make_log(tmp_path, monitoring=["tensorboard"]) as log:
+            log.scalars(1, {"loss/g": value})
+    assert read_events(tmp_path, "loss/g") == [(1, 2.0)]
+
+
 def test_tensorboard_has_every_step_once_where_a_kill_came_between_a_line_and_its_scores(tmp_path: Path) -> None:
     """The scores of the iteration that was reached had been written, but not saved: they are measured again."""
     pytest.importorskip("tensorboard")
