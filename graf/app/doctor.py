@@ -19,12 +19,21 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from graf.app.builders import build_cameras, build_pose_sampler, describe_dataset, mean_radius, open_photographs
+from graf.app.builders import (
+    DatasetInfo,
+    build_cameras,
+    build_pose_sampler,
+    describe_dataset,
+    mean_radius,
+    open_photographs,
+)
 from graf.app.failures import ErrorLog, run_command
+from graf.app.refined_cameras import build_camera_refinement
 from graf.config import Config, DataConfig, load_config
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.pictures import to_uint8
 from graf.geometry.cameras import Intrinsics, elevation_from_height, project_points
+from graf.geometry.rays import Patches
 from graf.geometry.views import NUM_UNIFORMS
 from graf.runtime.logs import setup_console
 
@@ -40,13 +49,27 @@ SAMPLED_POSES = 500  # drawn where poses are sampled during training
 class Inspection:
     """An opened data set with its cameras as training would see them.
 
-    poses: (N, 4, 4) of the photographs, or sampled ones where they are unknown; fov: in degrees.
+    poses: (N, 4, 4) of the photographs, or sampled ones where they are unknown; shown: the part that each photograph
+    shows of the image plane of dataset_info.fov.
     """
 
     config: DataConfig
     dataset: PhotoDataset
+    dataset_info: DatasetInfo
     poses: Tensor
-    fov: float
+    shown: Patches
+
+    @property
+    def fov(self) -> float:
+        """Field of view, degrees, with the lens as data.refined_cameras knows it."""
+        known = self.config.refined_cameras
+        return self.dataset_info.fov if known is None else known.fov
+
+    @property
+    def elevations(self) -> list[float]:
+        """Degrees above the horizon of each height, as data.refined_cameras knows them."""
+        known = self.config.refined_cameras
+        return [elevation_from_height(v) for v in self.dataset.v_list] if known is None else list(known.elevations)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +104,12 @@ def inspect_data(config: Config) -> Inspection:
         views = pose_sampler.select(range(len(dataset)))
     else:
         views = pose_sampler.pick(torch.rand(SAMPLED_POSES, NUM_UNIFORMS, generator=torch.Generator().manual_seed(0)))
-    return Inspection(config.data, dataset, views.poses, dataset_info.fov)
+    poses, shown = views.poses, Patches.whole(len(views))
+    refinement = build_camera_refinement(config.data, dataset_info)
+    if refinement is not None:
+        with torch.no_grad():
+            poses, shown = refinement(views, shown)
+    return Inspection(config.data, dataset, dataset_info, poses, shown)
 
 
 def describe(inspection: Inspection) -> list[str]:
@@ -99,7 +127,7 @@ def describe(inspection: Inspection) -> list[str]:
             line += f", known instances: {len(known.unique())} (in {len(known)} photographs)"
         lines.append(line)
     if dataset.poses_known:
-        lines += _describe_views(dataset)
+        lines += _describe_views(inspection)
     else:
         lines.append(f"poses unknown: sampled with u in {data.umin}..{data.umax}, v in {data.vmin}..{data.vmax}")
     lines.append("sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.report.sizes.most_common(8)))
@@ -123,12 +151,11 @@ def describe(inspection: Inspection) -> list[str]:
     return lines + [f"problem: {problem}" for problem in problems or ["none found"]]
 
 
-def _describe_views(dataset: PhotoDataset) -> list[str]:
-    lines = []
-    for height_idx, v in enumerate(dataset.v_list):
+def _describe_views(inspection: Inspection) -> list[str]:
+    dataset, lines = inspection.dataset, []
+    for height_idx, (v, degrees) in enumerate(zip(dataset.v_list, inspection.elevations, strict=True)):
         count = int((dataset.labels[:, 1] == height_idx).sum())
-        elevation = f"elevation {elevation_from_height(v):.0f} degrees"
-        lines.append(f"  height {height_idx}, v = {v:.3f} ({elevation}): {count} photographs")
+        lines.append(f"  height {height_idx}, v = {v:.3f} (elevation {degrees:.0f} degrees): {count} photographs")
     sectors = Counter((dataset.labels[:, 2] // 45 * 45).tolist())
     lines.append("  angles: " + ", ".join(f"{first}-{first + 44}: {sectors[first]}" for first in range(0, 360, 45)))
     return lines
@@ -193,12 +220,10 @@ def draw_overlays(inspection: Inspection) -> Image.Image:
     members = members[: 6 * OVERLAY_COLUMNS]
     rows = -(-len(members) // OVERLAY_COLUMNS)
     sheet = Image.new("RGB", (OVERLAY_COLUMNS * OVERLAY_TILE, rows * (OVERLAY_TILE + CAPTION)), "white")
-    intrinsics = Intrinsics.from_fov(OVERLAY_TILE, inspection.fov)
     for place, index in enumerate(members):
         tile = Image.new("RGB", (OVERLAY_TILE, OVERLAY_TILE + CAPTION), "white")
         _paste_photograph(tile, dataset, index, (0, 0), OVERLAY_TILE)
-        pose = inspection.poses[index if dataset.poses_known else 0]
-        _draw_sphere(ImageDraw.Draw(tile), pose, intrinsics, dataset.poses_known)
+        _draw_sphere(ImageDraw.Draw(tile), inspection, index if dataset.poses_known else 0)
         corner = (place % OVERLAY_COLUMNS * OVERLAY_TILE, place // OVERLAY_COLUMNS * (OVERLAY_TILE + CAPTION))
         sheet.paste(tile, corner)
     return sheet
@@ -217,17 +242,25 @@ def outline_sphere(pose: Tensor, count: int = 96) -> Tensor:
     return (towards / distance + circle * (1 - 1 / distance**2).clamp(min=0).sqrt()).to(pose.dtype)
 
 
-def _draw_sphere(draw: ImageDraw.ImageDraw, pose: Tensor, intrinsics: Intrinsics, with_axes: bool) -> None:
+def _draw_sphere(draw: ImageDraw.ImageDraw, inspection: Inspection, number: int) -> None:
+    """Sphere and axes as the camera of that number sees them, on a photograph of OVERLAY_TILE pixels a side."""
+    pose, scale, centre = inspection.poses[number], inspection.shown.scale[number], inspection.shown.centre[number]
+    intrinsics = Intrinsics.from_fov(2, inspection.dataset_info.fov)  # the image plane's coordinates are pixels then
+
+    def project(points: Tensor) -> Tensor:
+        plane = project_points(points, pose, intrinsics)[0] - 1
+        return ((plane - centre) / scale + 1) * OVERLAY_TILE / 2
+
     if pose[:3, 3].norm() <= 1:
         return  # inside the sphere there is no outline
-    _line(draw, project_points(outline_sphere(pose), pose, intrinsics)[0], GREY, 2)
-    if not with_axes:
+    _line(draw, project(outline_sphere(pose)), GREY, 2)
+    if not inspection.dataset.poses_known:
         return
     turn = torch.linspace(0, 2 * math.pi, 96)
     equator = torch.stack((torch.cos(turn), torch.sin(turn), torch.zeros_like(turn)), dim=1)
-    _line(draw, project_points(equator, pose, intrinsics)[0], GREY, 1)
+    _line(draw, project(equator), GREY, 1)
     for axis, colour in zip(torch.eye(3), AXIS_COLOURS, strict=True):
-        ends, _ = project_points(torch.stack((torch.zeros(3), axis)), pose, intrinsics)
+        ends = project(torch.stack((torch.zeros(3), axis)))
         _line(draw, ends, colour, 3)
         _dot(draw, ends[1], 4, fill=colour)
 

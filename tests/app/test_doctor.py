@@ -115,6 +115,27 @@ def test_axes_are_drawn_where_they_project(photographs):
     assert not red[:, :150].any()
 
 
+def test_known_cameras_are_told_and_drawn_as_training_takes_them(photographs, capsys):
+    def see(**framing: float) -> tuple[float, float]:
+        """Middle and width, in pixels, of the sphere on a photograph from the side."""
+        series = {name: [framing.get(name, 0.0)] + 6 * [0.0] for name in ("log_scale", "right", "down")}
+        known = {"fov": framing.get("fov", 30.0), "elevations": [40.0], "framing": {"cup": series}}
+        assert run(photographs, f"data.refined_cameras={json.dumps(known)}") == 0
+        overlay = np.asarray(Image.open(photographs / "out" / "overlay.png")).astype(int)
+        columns = np.nonzero((abs(overlay[:320, :320] - 130).max(-1) == 0).any(0))[0]
+        return (columns[0] + columns[-1]) / 2, columns[-1] - columns[0]
+
+    middle, width = see()
+    assert abs(middle - 160) <= 1
+    assert_reported(capsys.readouterr().out, "(elevation 40 degrees): 8 photographs", "field of view 30.0 degrees")
+    assert see(right=0.1) == pytest.approx((middle + 16, width), abs=1)
+    assert see(log_scale=math.log(0.8)) == pytest.approx((middle, 0.8 * width), abs=2)
+    capsys.readouterr()
+    zoom = math.tan(math.radians(15)) / math.tan(math.radians(18))
+    assert see(fov=36.0) == pytest.approx((middle, zoom * width), abs=2)
+    assert_reported(capsys.readouterr().out, "field of view 36.0 degrees")
+
+
 def test_camera_plot_puts_a_camera_on_x_to_the_right_of_the_middle():
     pose = pose_from_angles(torch.tensor([0.0]), torch.tensor([0.5]), 3.0)
     picture = np.asarray(draw_cameras(pose)).astype(int)
