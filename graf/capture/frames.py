@@ -81,11 +81,7 @@ def scan(source: Source) -> Scan:
     first: Frame | None = None
     for frame in progress_bar(source.read(SCAN_SIDE), desc=f"looking at {source.path.name}", total=len(source)):
         first = first or frame
-        if frame.image.shape != first.image.shape:
-            raise CaptureError(
-                f"{source.path}: {frame.source} is {_size(frame)}, {first.source} {_size(first)} (reduced); expected "
-                "frames of one camera, all upright or all on their side"
-            )
+        _check_size(source, frame, first)
         scanned = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
         times.append(frame.time)
         sharpness.append(cv2.Laplacian(scanned, cv2.CV_32F).var())
@@ -96,13 +92,30 @@ def scan(source: Source) -> Scan:
     return Scan(np.array(times), np.array(sharpness), np.stack(grey), np.stack(thumbnails))
 
 
+def read_frames(source: Source, numbers: Sequence[int]) -> list[Frame]:
+    """The chosen frames in full. Raises CaptureError where they differ in size, which a quick look may not show."""
+    frames = list(source.read(FULL_SIDE, numbers))
+    for frame in frames:
+        _check_size(source, frame, frames[0])
+    return frames
+
+
+def _check_size(source: Source, frame: Frame, first: Frame) -> None:
+    if frame.image.shape != first.image.shape:
+        raise CaptureError(
+            f"{source.path}: {frame.source} is read as {_size(frame)}, {first.source} as {_size(first)}; expected "
+            "frames of one camera with one zoom, all upright or all on their side"
+        )
+
+
 def choose_frames(seen: Scan, count: int, start: float = 0.0, length: float | None = None) -> list[int]:
     """Numbers of `count` frames, evenly spaced over `length` frames from `start`, each the sharpest of those around it.
 
-    A frame that shows the same as the chosen one before it is left out. Without `length` the first and the last frame
-    are the ends. Raises CaptureError where `count` is more than there is.
+    A frame that shows the same as the chosen one before it is left out. Without `length`, or where it reaches beyond
+    the last frame by more than a step, the first and the last frame are the ends. Raises CaptureError where `count` is
+    more than there is.
     """
-    is_open = length is None
+    is_open = length is None or start + length - len(seen) > length / count
     available = len(seen) - start if length is None else min(length, len(seen) - start)
     if count > round(available):
         raise CaptureError(
@@ -138,7 +151,7 @@ def select_frames(source: Source, count: int | None, most: int | None = None) ->
     seen = scan(source)
     if count is None:
         count = min(len(seen), most or len(seen))
-    return list(source.read(FULL_SIDE, choose_frames(seen, count)))
+    return read_frames(source, choose_frames(seen, count))
 
 
 def fit_within(image: Picture, side: int) -> Picture:

@@ -6,12 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from graf.base.extras import import_optional
 from graf.capture.errors import CaptureError
 from graf.capture.frames import MIN_FRAMES, Frame, fit_within
-from graf.data.images import DECODER_ERRORS, FORMATS, IMAGE_SUFFIXES, quiet_decoders
+from graf.data.images import (
+    DECODER_ERRORS,
+    FORMATS,
+    IMAGE_SUFFIXES,
+    has_alpha,
+    quiet_decoders,
+    to_8_bit,
+    turn_upright,
+)
 from graf.data.labels import natural_key
 
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
@@ -56,14 +64,12 @@ def read_photograph(file: Path, side: int, time: float = 0.0) -> Frame:
         with quiet_decoders(), Image.open(file, formats=formats) as opened:
             fov = _diagonal_fov(opened)
             opened.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
-            upright = ImageOps.exif_transpose(opened)
-            has_alpha = upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info
-            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-            pixels = np.asarray(upright.convert("RGBA" if has_alpha else "RGB"))
+            upright = to_8_bit(turn_upright(opened))
+            is_transparent = has_alpha(upright)
+            pixels = np.asarray(upright.convert("RGBA" if is_transparent else "RGB"))
     except DECODER_ERRORS as error:
         raise CaptureError(f"{file} cannot be read ({error}); repair or remove it") from error
-    alpha = fit_within(pixels[..., 3], side) if has_alpha else None
+    alpha = fit_within(pixels[..., 3], side) if is_transparent else None
     return Frame(fit_within(np.ascontiguousarray(pixels[..., :3]), side), time, file.name, alpha, fov)
 
 

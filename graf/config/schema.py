@@ -136,7 +136,11 @@ class DataConfig(Section):
         None, description="what a run has learned of them: where refine_cameras starts, or what is used without it"
     )
     max_megapixels: float = Field(
-        100.0, gt=0, le=178, description="larger photographs are skipped and reported; decoding takes 4 bytes a pixel"
+        100.0,
+        gt=0,
+        le=178,
+        description="larger photographs are skipped and reported; decoding takes 4 bytes a pixel, 12 with "
+        "transparency or 16 bits and 4 more to turn it upright, of four photographs at once",
     )
     strict: bool = Field(False, description="an unusable file is an error instead of a report")
     cache_mib: int = Field(512, ge=0, description="decoded images are kept in memory up to this size, MiB")
@@ -513,7 +517,7 @@ class Config(Section):
     @field_validator("expname")
     @classmethod
     def _is_a_folder_everywhere(cls, value: str) -> str:
-        if value.endswith(".") or value.partition(".")[0].upper() in _DEVICES:
+        if value.endswith(".") or is_device(value):
             raise ValueError("Windows has no such folder: it ends in a dot, or is the name of a device; choose another")
         return value
 
@@ -652,6 +656,11 @@ def _ccsr_contradictions(ccsr: CcsrConfig) -> Iterator[str]:
         yield f"ccsr.weights={ccsr.weights!r}: only for ccsr.trunk=rrdb, found ccsr.trunk={ccsr.trunk}"
     if ccsr.freeze_trunk and ccsr.weights is None:
         yield "ccsr.freeze_trunk=true: an untrained trunk would stay untrained; set ccsr.weights too"
+
+
+def is_device(name: str) -> bool:
+    """Whether a file of that name would be a device on Windows, as aux and con.txt are."""
+    return name.partition(".")[0].upper() in _DEVICES
 
 
 def parse_bytes(text: str) -> int:

@@ -1,5 +1,6 @@
 """What is read of videos and photographs, which frames are chosen, and what is said of sources that are none."""
 
+import struct
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from PIL import Image
 pytest.importorskip("cv2")
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
+from graf.capture import frames as frames_module  # noqa: E402
 from graf.capture import video as video_module  # noqa: E402
 from graf.capture.errors import CaptureError  # noqa: E402
 from graf.capture.frames import Scan, choose_frames, scan, select_frames  # noqa: E402
@@ -129,6 +131,12 @@ def test_a_turn_may_end_a_little_after_the_frames_do():
     assert choose_frames(make_scan(thumbnails), 13, 0, 39.5) == [round(39.5 / 13 * n) for n in range(13)]
 
 
+def test_of_a_part_of_a_turn_all_is_used():
+    thumbnails = np.random.default_rng(0).integers(0, 255, (24, 8, 8, 3)).astype(np.uint8)
+    assert choose_frames(make_scan(thumbnails), 24, 0, 48.0) == list(range(24))
+    assert choose_frames(make_scan(thumbnails), 8, 2, 44.0) == [2, 5, 8, 11, 14, 17, 20, 23]
+
+
 def test_duplicates_are_dropped(tmp_path, write_video, corner_frames):
     twice = corner_frames[[0, 1, 2, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11]]
     source = open_source(write_video(tmp_path / "v.mp4", twice))
@@ -175,6 +183,26 @@ def test_exif_orientation_and_focal_length_are_used(tmp_path, corner_frames):
     assert frame.image.shape == (64, 48, 3)
     assert frame.image[:12, -12:].mean() > 200  # the corner is at the upper right now
     assert frame.diagonal_fov == pytest.approx(2 * np.degrees(np.arctan(np.hypot(36, 24) / 2 / 26)), abs=0.01)
+
+
+def test_exif_that_cannot_be_written_again_is_read(tmp_path, corner_frames):
+    tags = struct.pack("<HHIf", 0x0132, 11, 1, 1.5) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.fromarray(corner_frames[0]).save(tmp_path / "a.jpg", exif=exif)
+    assert read_photograph(tmp_path / "a.jpg", 200).image.shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(np.int32, "integer values"), (np.float32, "floating-point pixels")])
+def test_pixels_without_a_known_range_are_refused(tmp_path, kind, reason):
+    Image.fromarray(np.full((48, 64), 70_000, kind)).save(tmp_path / "a.tif")
+    with pytest.raises(CaptureError, match=rf"a\.tif cannot be read \({reason}"):
+        read_photograph(tmp_path / "a.tif", 200)
+
+
+def test_16_bit_is_scaled_as_in_training(tmp_path):
+    values = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 21
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_photograph(tmp_path / "a.png", 200).image[..., 0], np.round(values / 257))
 
 
 def test_transparency_is_kept(tmp_path, corner_frames):
@@ -288,8 +316,16 @@ def test_a_damaged_photograph_is_named(tmp_path, corner_frames):
 def test_photographs_of_several_sizes_are_an_error(tmp_path, corner_frames):
     folder = write_photographs(tmp_path / "p", corner_frames)
     Image.fromarray(np.rot90(corner_frames[0])).save(folder / "photo99.png")
-    with pytest.raises(CaptureError, match=r"photo99\.png is 48x64"):
+    with pytest.raises(CaptureError, match=r"photo99\.png is read as 48x64"):
         scan(open_source(folder))
+
+
+def test_photographs_that_are_alike_only_when_reduced_are_an_error(tmp_path, monkeypatch, corner_frames):
+    monkeypatch.setattr(frames_module, "SCAN_SIDE", 32)
+    folder = write_photographs(tmp_path / "p", corner_frames)
+    Image.fromarray(corner_frames[7]).resize((48, 36)).save(folder / "photo7.png")
+    with pytest.raises(CaptureError, match=r"photo7\.png is read as 48x36, photo0\.png as 64x48; expected .* one zoom"):
+        select_frames(open_source(folder), 12)
 
 
 def test_a_video_that_is_cut_off_is_used_as_far_as_it_goes(tmp_path, write_video, corner_frames, caplog):

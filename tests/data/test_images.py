@@ -1,14 +1,15 @@
 """Every kind of image file ends as the same 8-bit RGB square."""
 
 import contextlib
+import struct
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
-from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size
+from graf.data.images import UnreadableImage, quiet_decoders, read_image, read_image_size, turn_upright
 
 RNG = np.random.default_rng(0)
 
@@ -85,6 +86,57 @@ def test_exif_orientation_is_applied_before_the_crop(tmp_path):
     found = read_image(path, 8, True)
     assert found[:, 3, 7].tolist() == [255, 0, 0]
     assert found[:, 3, 0].tolist() == [255, 255, 255]
+
+
+DATE_AS_NUMBER = (0x0132, 11, 1, struct.pack("<f", 1.5))
+WIDTH_AS_TEXT = (0x0100, 2, 4, b"abc\0")
+
+
+@pytest.mark.parametrize("odd", [DATE_AS_NUMBER, WIDTH_AS_TEXT])
+def test_odd_exif_beside_an_intact_picture_turns_it_as_it_says(tmp_path, odd):
+    """Tags that Pillow reads and cannot write again."""
+    tags = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in (odd, (0x0112, 3, 1, struct.pack("<HH", 6, 0))))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    array = np.zeros((8, 16, 3), np.uint8)
+    array[:, :8] = 255
+    path = save(tmp_path, array, "x.jpg", exif=exif, quality=95)
+    assert read_image_size(path) == (8, 16)
+    found = read_image(path, 8, True)
+    assert found[:, 0].min() > 240  # what was left is above
+    assert found[:, 7].max() < 15
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["exif.png", "xmp.png", "exif.jpg", "exif.tif"])
+def test_the_size_that_is_told_is_that_of_the_upright_picture(tmp_path, kind, orientation):
+    exif, info = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = orientation
+    info.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{orientation}"/>')
+    options = {"pnginfo": info} if kind.startswith("xmp") else {"exif": exif}
+    array = RNG.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    path = save(tmp_path, array, kind, **options)
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        assert read_image_size(path) == upright.size
+        np.testing.assert_array_equal(turn_upright(image), upright)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK"])
+@pytest.mark.parametrize("imsize", [8, 9])
+def test_what_is_right_already_is_not_copied_and_nothing_else_changes(tmp_path, mode, imsize):
+    pixels = RNG.integers(0, 256, (24, 40, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert("RGB" if mode in ("P", "CMYK") else mode).convert(mode)
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path)
+    with Image.open(path) as image:
+        copied = image.copy().convert("RGBA" if "A" in mode else "RGB")
+    if "A" in mode:
+        copied = Image.alpha_composite(Image.new("RGBA", copied.size, "white"), copied).convert("RGB")
+    box = (8, 0, 32, 24)
+    square = copied.reduce(3, box) if imsize == 8 else copied.resize((9, 9), Image.Resampling.BICUBIC, box=box)
+    assert torch.equal(read_image(path, imsize, True), as_tensor(np.array(square)))
+    with Image.open(path) as image:
+        assert turn_upright(image) is image
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (9, 8)])
