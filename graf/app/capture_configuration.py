@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
 from graf.config.loading import ConfigError, read_yaml
+from graf.config.schema import is_device
+from graf.data.labels import MAX_NAME
 
 INHERITED = "coil100.yaml"  # how real turntables are trained
 POSED_INHERITED = "lego128.yaml"  # and photographs with true poses
@@ -20,7 +23,8 @@ V_LIST_LINE = re.compile(r"^(\s*v_list:\s*)\[[^\]]*\]", re.MULTILINE)
 class SetCamera:
     """The cameras of a set: distance in units of the unit sphere, field of view in degrees, and its heights v.
 
-    masked: whether pictures are transparent around the objects.
+    masked: whether pictures are transparent around the objects; of a set that is there its pictures tell, and
+    data.white_bkgd, which a person may have changed, only without any.
     """
 
     radius: float
@@ -108,7 +112,11 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -
 
 def _run_name(folder: Path) -> str:
     """The folder's name as expname may be: letters, digits, and _ . - behind the first."""
-    return re.sub(r"[^\w.-]", "_", folder.resolve().name).lstrip(".-") or "photos"
+    signs = unicodedata.normalize("NFKC", folder.resolve().name)
+    name = "".join(sign if sign.isalpha() or sign.isdecimal() or sign in "_.-" else "_" for sign in signs)
+    name = name.lstrip(".-")
+    name = f"_{name}" if is_device(name) else name
+    return name.encode()[:MAX_NAME].decode(errors="ignore").rstrip(".") or "photos"
 
 
 def _quote(text: str) -> str:

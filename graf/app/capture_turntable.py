@@ -10,13 +10,14 @@ from pathlib import Path
 from graf.app.capture_configuration import SetCamera, compose_set_configuration, next_steps, read_set_camera
 from graf.base.files import replace_file
 from graf.capture.errors import CaptureError
-from graf.capture.frames import DEFAULT_FRAMES, FULL_SIDE, Frame, Picture, choose_frames, scan
+from graf.capture.frames import DEFAULT_FRAMES, Frame, Picture, choose_frames, read_frames, scan
 from graf.capture.framing import PHONE_FOV, Camera, Framing, cut, frame_masks, frame_whole, picture_side
 from graf.capture.masks import draw_masks, find_odd_masks, masks_of
 from graf.capture.photo_set import (
     Subject,
     add_photographs,
     check_subject,
+    has_masks,
     height_index,
     read_rows,
     widest_extent,
@@ -119,12 +120,15 @@ def _read_cameras(options: TurntableOptions, rows: Sequence[LabelRow]) -> SetCam
             "back, or choose another folder"
         )
     is_masked = options.mask != "none"
-    if known is not None and known.masked != is_masked:
-        have = "transparent around their objects" if known.masked else "not transparent around their objects"
-        want = "leave out --mask none" if known.masked else "use --mask none"
+    masked = has_masks(options.out, rows)
+    if masked is None and known is not None:
+        masked = known.masked
+    if masked not in (None, is_masked):
+        have = "transparent around their objects" if masked else "not transparent around their objects"
+        want = "leave out --mask none" if masked else "use --mask none"
         raise CaptureError(
-            f"--mask {options.mask}: the pictures of {options.out} are {have} (data.white_bkgd in {CAPTURE_FILE}), and "
-            f"all of a set have to be alike; {want}, or choose another folder"
+            f"--mask {options.mask}: the pictures of {options.out} are {have}, and all of a set have to be alike; "
+            f"{want}, or choose another folder"
         )
     return known
 
@@ -140,7 +144,7 @@ def _look(options: TurntableOptions) -> tuple[Turn, list[Frame], list[int]]:
         available = round(min(turn.length, len(seen) - turn.start))
         count = available if is_folder else min(DEFAULT_FRAMES, available)
     numbers = choose_frames(seen, count, turn.start, turn.length)
-    frames = list(source.read(FULL_SIDE, numbers))
+    frames = read_frames(source, numbers)
     angles = [wrap_angle(options.first_angle + turn.angle(number)) for number in numbers]
     return turn, frames, angles
 

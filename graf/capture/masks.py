@@ -74,7 +74,7 @@ def read_mask(folder: Path, frame: Frame) -> Picture:
     if file is None:
         raise CaptureError(f"--mask {folder}: no mask for {frame.source}; expected {names[0]} there")
     mask = read_photograph(file, max(frame.image.shape))
-    values = mask.image.max(axis=2) if mask.alpha is None else mask.alpha
+    values = mask.image.max(axis=2) if mask.alpha is None or mask.alpha.min() >= 128 else mask.alpha
     if abs(values.shape[0] * frame.image.shape[1] - values.shape[1] * frame.image.shape[0]) > max(values.shape):
         raise CaptureError(f"{file} is {values.shape[1]}x{values.shape[0]}, not of the shape of {frame.source}")
     return _binary(_resize(values, frame.image.shape[:2]))

@@ -40,7 +40,12 @@ class Subject:
 
     def shows(self, row: LabelRow) -> bool:
         """Whether a photograph is of this object from this height."""
-        return (row.class_name, row.instance, row.height) == (self.class_name, self.instance, self.height)
+        return Subject.of(row) == self
+
+    @classmethod
+    def of(cls, row: LabelRow) -> Subject:
+        """What a photograph shows."""
+        return cls(row.class_name, row.instance, row.height)
 
     @property
     def name(self) -> str:
@@ -109,20 +114,35 @@ def widest_extent(folder: Path, rows: Iterable[LabelRow]) -> float | None:
     """
     held: Any = None
     for row in rows:
-        try:
-            with Image.open(folder / row.file, formats=FORMATS) as image:
-                if image.mode != "RGBA":
-                    return None
-                columns = (np.asarray(image.getchannel("A")) >= 128).any(axis=0)
-        except DECODER_ERRORS as error:
-            raise CaptureError(
-                f"{folder / row.file} cannot be read ({error}), from which the object's scale is taken; put it back"
-            ) from error
+        with _open_picture(folder / row.file) as image:
+            if image.mode != "RGBA":
+                return None
+            columns = (np.asarray(image.getchannel("A")) >= 128).any(axis=0)
         held = columns if held is None or held.shape != columns.shape else held | columns
     if held is None or not held.any():
         return None
     places = np.nonzero(held)[0]
     return float((places[-1] - places[0] + 1) / len(held))
+
+
+def has_masks(folder: Path, rows: Iterable[LabelRow]) -> bool | None:
+    """Whether the pictures of a set are transparent around their objects, as the first that captures made tells; None
+    where there is none. Raises CaptureError where it cannot be read.
+    """
+    for row in rows:
+        if _was_captured(row) and (folder / row.file).is_file():
+            with _open_picture(folder / row.file) as image:
+                return image.mode == "RGBA"
+    return None
+
+
+@contextmanager
+def _open_picture(file: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except DECODER_ERRORS as error:
+        raise CaptureError(f"{file} cannot be read ({error}), which new pictures have to fit; put it back") from error
 
 
 def add_photographs(
@@ -146,7 +166,7 @@ def add_photographs(
     labels = _compose_labels(folder / LABELS_FILE, {row.file for row in replaced}, added)
     _tell_of(place, configuration, labels)
     for row in replaced:
-        if _was_captured(row, subject):
+        if _was_captured(row):
             (folder / row.file).unlink(missing_ok=True)
             _remove_empty((folder / row.file).parent)
     return [*(row for row in rows if not subject.shows(row)), *added]
@@ -193,9 +213,10 @@ def _compose_labels(file: Path, replaced: set[str], added: Sequence[LabelRow]) -
     return stream.getvalue()
 
 
-def _was_captured(row: LabelRow, subject: Subject) -> bool:
-    """Whether a photograph lies where captures of the subject put theirs; one of a person's own is not removed."""
-    return re.fullmatch(rf"{re.escape(subject.name)}(-\d+)?/[^/]+", row.file) is not None
+def _was_captured(row: LabelRow) -> bool:
+    """Whether a photograph has the folder and the name that captures give theirs; one of a person's own has not."""
+    name = re.escape(Subject.of(row).name)
+    return re.fullmatch(rf"{name}(-\d+)?/{name}_\d{{3}}(-\d+)?\.png", row.file) is not None
 
 
 def free_folder(folder: Path, name: str) -> Path:

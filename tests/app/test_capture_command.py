@@ -17,9 +17,10 @@ imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 from graf.app import capture_command, capture_turntable  # noqa: E402
 from graf.app.capture_command import main  # noqa: E402
+from graf.app.capture_configuration import _run_name  # noqa: E402
 from graf.app.command_line import main as graf  # noqa: E402
 from graf.capture import photo_set  # noqa: E402
-from graf.config import load_config  # noqa: E402
+from graf.config import Config, load_config  # noqa: E402
 from graf.data.shapes import CLASS_NAMES  # noqa: E402
 from graf.data.synthetic import render_views  # noqa: E402
 from graf.geometry.cameras import Intrinsics, height_from_elevation, pose_from_angles  # noqa: E402
@@ -204,17 +205,20 @@ def test_another_height_of_an_object_keeps_its_scale(sources, mug, capsys):
 
 def test_what_is_there_is_replaced_only_when_asked_and_files_of_a_persons_own_stay(sources, mug, capsys):
     (mug / "own").mkdir()
-    (mug / "own" / "mine.png").write_bytes((mug / labels(mug)[0]["file"]).read_bytes())
+    own = ("own/mine.png", "mug/my_own_closeup.png", "mug/mug_left.png")
+    for file in own:
+        (mug / file).write_bytes((mug / labels(mug)[0]["file"]).read_bytes())
     with open(mug / "labels.csv", "a") as stream:
-        stream.write("own/mine.png,mug,0,7,\n")
+        stream.writelines(f"{file},mug,0,7,\n" for file in own)
     before = contents(mug)
     assert capture(sources.mug_backwards, "--class", "mug") == 1
-    assert "13 photographs of mug are there already" in capsys.readouterr().err
+    assert "15 photographs of mug are there already" in capsys.readouterr().err
     assert contents(mug) == before
     assert capture(sources.mug_backwards, "--class", "mug", "--replace") == 0
     rows = labels(mug)
     assert len(rows) == 12
-    assert sorted(path.name for path in mug.iterdir() if path.is_dir()) == ["capture_check", "mug-2", "own"]
+    assert sorted(path.name for path in mug.iterdir() if path.is_dir()) == ["capture_check", "mug", "mug-2", "own"]
+    assert sorted(path.name for path in (mug / "mug").iterdir()) == ["mug_left.png", "my_own_closeup.png"]
     assert (mug / "own" / "mine.png").is_file()
     assert all((mug / row["file"]).is_file() for row in rows)
 
@@ -286,6 +290,50 @@ def test_photographs_with_masks_of_their_own_and_without_any(sources, photos, tm
         assert image.mode == "RGB"
 
 
+def test_another_background_in_capture_yaml_does_not_keep_objects_out(sources, mug):
+    file = mug / "capture.yaml"
+    file.write_text(file.read_text().replace("white_bkgd: true", "white_bkgd: false"))
+    assert capture(sources.house, "--class", "house") == 0
+    assert "white_bkgd: false" in file.read_text()
+    assert [row["class"] for row in labels(mug)] == ["mug"] * 12 + ["house"] * 12
+
+
+def test_photographs_of_several_sizes_are_named(sources, photos, tmp_path, capsys):
+    folder = tmp_path / "shots"
+    shutil.copytree(sources.mug, folder)
+    with Image.open(folder / "20.png") as image:
+        image.resize((96, 96)).save(folder / "20.png")
+    assert main([str(folder), *KNOWN, "--class", "mug"]) == 1
+    assert "20.png is read as 96x96, 0.png as 128x128" in capsys.readouterr().err
+
+
+def any_names(count):
+    """Names of folders, of signs of one byte in UTF-8 to four."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        signs = random.integers(1, random.choice([0x80, 0x800, 0xD800, 0x20000]), random.integers(1, 60)).tolist()
+        yield "".join(chr(sign) for sign in signs if chr(sign) != "/" and not 0xD800 <= sign < 0xE000)
+
+
+def test_a_folder_of_any_name_gives_a_name_that_a_run_may_have():
+    odd = [
+        "10m²",
+        "½ pint",
+        "photos etc.",
+        "aux",
+        "con.photos",
+        "x" * 200,
+        "日" * 70,
+        "Fu\u0308ße",
+        ".hidden",
+        "\udce9",
+    ]
+    for name in (*odd, *any_names(300)):
+        found = _run_name(Path(name))
+        assert Config(expname=found).expname == found
+        assert len(found.encode()) <= 100
+
+
 def no_configuration(folder):
     (folder / "capture.yaml").unlink()
 
@@ -334,6 +382,7 @@ def test_a_picture_of_the_set_that_is_gone_is_named(sources, mug, capsys):
         (["{mug}", "--frames", "4"], "--frames 4: expected 8 to 3600"),
         (["{mug}", "--frames", "200"], "--frames 200: there are"),
         (["{mug}", "--class", "a/b"], "--class: class 'a/b'"),
+        (["{mug}", "--class", "あ" * 90], "at most 100 bytes in UTF-8"),
         (["{mug}", "--class", "mug", "--walkaround"], "--out mug"),
         (["{mug}", "--mask", "nowhere"], "--mask nowhere: no such folder"),
         (["nowhere.mp4"], "nowhere.mp4: no such file"),

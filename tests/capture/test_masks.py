@@ -69,7 +69,7 @@ def test_none_takes_everything_and_transparency_wins_over_auto(mug_film):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg.png"])
-@pytest.mark.parametrize("mode", ["L", "1", "I;16", "RGBA", "large"])
+@pytest.mark.parametrize("mode", ["L", "1", "I;16", "RGBA", "opaque RGBA", "large"])
 def test_mask_files_are_found_by_name(tmp_path, mug_film, name, mode):
     truth = mug_film.masks[0]
     mask = Image.fromarray(truth)
@@ -81,7 +81,7 @@ def test_mask_files_are_found_by_name(tmp_path, mug_film, name, mode):
     elif mode == "I;16":
         mask = Image.fromarray(np.where(truth > 127, np.uint16(65535), np.uint16(20000)))  # 20000 is dark
     else:
-        mask = mask.point(lambda value: 255 * (value > 127)).convert(mode)
+        mask = mask.point(lambda value: 255 * (value > 127)).convert(mode.removeprefix("opaque "))
     mask.save(tmp_path / name)
     found = masks_of([Frame(mug_film.frames[0], 0, "a.jpg")], str(tmp_path))[0]
     assert overlap(found, truth) > 0.99
