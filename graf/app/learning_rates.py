@@ -98,7 +98,7 @@ def find_rates(config: Config, iterations: int, resume: str, accept_new_data: bo
         own = start.training_super_resolution() if player.suffix == "sr" else start
         tests.append(measure_range(own, player.suffix, RateRange(iterations=iterations)))
         logger.info("%s", describe(tests[-1], player, trainer))
-    plot, table = (Path(config.training.outdir) / f"{config.expname}_lr_range{suffix}" for suffix in (".png", ".csv"))
+    plot, table = (config.run_folder.with_name(f"{config.expname}_lr_range{suffix}") for suffix in (".png", ".csv"))
     plot.parent.mkdir(parents=True, exist_ok=True)
     save_png(plot, draw_panels([_make_panel(test) for test in tests]))
     write_atomically(table, _write_table(tests))

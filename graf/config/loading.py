@@ -7,9 +7,11 @@ what is allowed and the nearest valid key.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -62,11 +64,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r}: expected section.key=value, as in training.batch_size=4")
+        keys = key.strip().split(".")
         try:
-            value = load_yaml(text)
+            value = load_yaml(text, _text_keys(), keys[-1])
         except YamlProblem as error:
             raise ConfigError(f"override {override[:200]!r}: the value is not YAML ({_one_line(error)})") from error
-        _set(values, key.strip().split("."), value, override)
+        _set(values, keys, value, override)
     return build_config(values)
 
 
@@ -82,6 +85,8 @@ def build_config(values: Mapping[str, Any]) -> Config:
         for problem in error.errors():
             key = _key_of(problem["loc"])
             message = str(problem["msg"]).removeprefix("Value error, ")
+            if problem["type"] in ("model_type", "model_attributes_type"):
+                message = "expected keys of this section, and no value of its own"
             message = message[:1].lower() + message[1:] if key else message
             found.setdefault((key, repr(problem["input"])), []).append(message)
         lines = []
@@ -95,7 +100,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
 
 def _key_of(location: Sequence[int | str]) -> str:
     """The key that pydantic's location is in, with a place in a list but without the kinds of value that it tried."""
-    keys, parts = {*_all_keys(), *_sections(Config)}, [str(part) for part in location]
+    keys, parts = {*_all_keys(), *_all_sections()}, [str(part) for part in location]
     length = max((n for n in range(len(parts) + 1) if ".".join(parts[:n]) in keys), default=len(parts))
     places = [str(part) for part in location[length:] if isinstance(part, int)]
     return ".".join([*parts[:length], *places])
@@ -107,7 +112,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _seen:
         raise ConfigError(f"{path}: inherit_from goes in a circle: {' -> '.join(map(str, (*_seen, path)))}")
     try:
-        values = load_yaml(path.read_text(encoding="utf-8")) or {}
+        values = load_yaml(path.read_text(encoding="utf-8"), _text_keys()) or {}
     except YamlProblem as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -115,15 +120,16 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
     parent = values.pop("inherit_from", None)
+    values = _drop_empty(values, Config)
     if parent is None:
         return values
     beside = path.parent / str(parent)
-    return _merge(read_yaml(beside if beside.exists() else Path(str(parent)), (*_seen, path)), values)
+    return _merge(read_yaml(beside if os.path.isfile(beside) else Path(str(parent)), (*_seen, path)), values)
 
 
 def _find(path: Path, asked_by: str) -> Path:
     """The file at `path`, else the shipped one of that name: `default`, `default.yaml` or `configs/default.yaml`."""
-    if path.is_file():
+    if os.path.isfile(path):
         return path.resolve()
     names = sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))
     name = path.name.removesuffix(".yaml")
@@ -140,6 +146,17 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _drop_empty(values: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Without sections in which nothing stands, as where all of it is commented out: they say nothing."""
+    sections = _sections(model)
+    kept = {name: value for name, value in values.items() if value is not None or sections.get(name) is None}
+    for name, value in kept.items():
+        section = sections.get(name)
+        if section is not None and isinstance(value, Mapping):
+            kept[name] = _drop_empty(value, section)
+    return kept
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
@@ -171,6 +188,28 @@ def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, st
     return keys
 
 
+def _all_sections() -> list[str]:
+    """Every section with its dots, each once."""
+    names = [key.split(".") for key in _all_keys()]
+    return list(dict.fromkeys(".".join(parts[:n]) for parts in names for n in range(1, len(parts))))
+
+
+@cache
+def _text_keys(model: type[BaseModel] = Config) -> frozenset[str]:
+    """Names of the keys whose values are text, or lists of it."""
+    names: set[str] = set()
+    for name, section in _sections(model).items():
+        if section is not None:
+            names |= _text_keys(section)
+        elif _holds_text(model.model_fields[name].annotation):
+            names.add(name)
+    return frozenset(names)
+
+
+def _holds_text(kind: Any) -> bool:
+    return kind is str or any(_holds_text(part) for part in get_args(kind))
+
+
 def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """A line for each key that no section has."""
     sections = _sections(model)
@@ -186,7 +225,7 @@ def _unknown_keys(values: Mapping[str, Any], model: type[BaseModel], prefix: str
 
 def _nearest_key(key: str) -> str:
     """The most similar key; a key that is right but for its section counts as nearest."""
-    keys, last = [*_all_keys(), *_sections(Config)], key.rpartition(".")[2]
+    keys, last = [*_all_keys(), *_all_sections()], key.rpartition(".")[2]
     same_name = [other for other in keys if other.rpartition(".")[2] == last]
     return same_name[0] if same_name else max(keys, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
 

@@ -7,6 +7,7 @@ everything else takes plain arguments.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -116,7 +117,9 @@ class DataConfig(Section):
     )
     vmax: float = Field(0.45, ge=0, le=1, description="largest height v where poses are sampled (image_folder)")
     v_list: tuple[float, ...] | None = Field(
-        None, min_length=1, description="height v of each height_idx; null: the set's own"
+        None,
+        min_length=1,
+        description="height v of each height_idx; null: the set's own, which a turntable's does not tell",
     )
     num_views: int = Field(8, ge=1, le=360, description="azimuths of a sample grid, and azimuth bins of the class loss")
     angle_direction: Literal["ccw", "cw"] = Field(
@@ -535,8 +538,8 @@ class Config(Section):
 
     @property
     def run_folder(self) -> Path:
-        """outdir/expname."""
-        return Path(self.training.outdir) / self.expname
+        """outdir/expname, with ~ for the home folder."""
+        return Path(os.path.expanduser(self.training.outdir)) / self.expname
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML that `load_config` reads back to an equal Config."""

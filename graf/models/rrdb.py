@@ -6,6 +6,7 @@ named as in BasicSR and Real-ESRGAN: conv_first, body.N.rdb1.conv1, conv_body, c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def load_esrgan_weights(trunk: RRDBTrunk, path: Path | str, trust: bool = False)
     harm. Raises UntrustedFile, and WeightsError when the file is missing, cannot be read with weights_only=True, or
     matches no tensor.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     found = _read_tensors(path, trust)
     renamed = translate_names(found)
     own = trunk.state_dict()

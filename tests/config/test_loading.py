@@ -70,6 +70,18 @@ def test_a_folder_of_the_same_name_is_no_configuration(tmp_path, monkeypatch):
     assert load_config("default").expname == "default"
 
 
+def test_a_folder_beside_a_file_is_not_what_it_inherits_from(write, tmp_path):
+    (tmp_path / "smoke").mkdir()
+    assert load_config(write("mine.yaml", "inherit_from: smoke\nexpname: mine")) == load_config(
+        "smoke", ["expname=mine"]
+    )
+
+
+def test_a_name_that_no_disk_has_is_no_file():
+    with pytest.raises(ConfigError, match="x: no such file"):
+        load_config("x" * 300)
+
+
 @pytest.mark.parametrize("parent", ["smoke", "smoke.yaml"])
 def test_any_file_can_inherit_from_a_shipped_one(parent, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -132,6 +144,36 @@ def test_exponents_without_a_dot_are_numbers(write, text, value):
     assert load_config(write("b.yaml", ""), [f"training.lr_g={text}"]).training.lr_g == value
 
 
+@pytest.mark.parametrize(("text", "seed"), [("010", 10), ("0x1F", 31), ("0o17", 15), ("+7", 7), ("0", 0)])
+def test_whole_numbers_are_those_of_yaml_1_2(write, text, seed):
+    assert load_config(write("a.yaml", f"seed: {text}")).seed == seed
+    assert load_config(write("b.yaml", ""), [f"seed={text}"]).seed == seed
+
+
+@pytest.mark.parametrize("override", ["data.radius=3:30", "seed=1:10", "seed=0b11"])
+def test_what_is_no_number_in_yaml_1_2_is_an_error(write, override):
+    key, value = override.split("=")
+    with pytest.raises(ConfigError, match=f"{key}='{value}': input should be a valid"):
+        load_config(write("a.yaml", ""), [override])
+
+
+@pytest.mark.parametrize("text", ["2024", "007", "2024_05_01", "2024-05-01", "12e456", "on", "0x10", "1.50"])
+def test_text_is_taken_as_it_is_typed(write, text):
+    file = write("a.yaml", f"expname: {text}\ndata: {{datadir: {text}, classes: [{text}, duck]}}")
+    overrides = [f"expname={text}", f"data.datadir={text}", f"data.classes=[{text}, duck]"]
+    for config in (load_config(file), load_config(write("b.yaml", ""), overrides)):
+        assert (config.expname, config.data.datadir, config.data.classes) == (text, text, (text, "duck"))
+        assert load_config(write("resolved.yaml", config.to_yaml())) == config
+
+
+def test_a_section_in_which_all_is_commented_out_says_nothing(write):
+    write("parent.yaml", "data: {near: 1.0}\ndiscriminator: {augment: {colour: 0.5}}")
+    empty = "data:\n  # near: 2\ndiscriminator:\n  augment:\n"
+    assert load_config(write("a.yaml", empty)) == Config()
+    config = load_config(write("b.yaml", f"inherit_from: parent.yaml\n{empty}"))
+    assert (config.data.near, config.discriminator.augment.colour) == (1.0, 0.5)
+
+
 # ------------------------------------------------------------------------------------------------------------ overrides
 
 
@@ -172,6 +214,9 @@ def test_the_value_of_an_override_may_hold_an_equals_sign(write):
         ("training.batchsize=3", "did you mean training.batch_size"),
         ("training.batch_size=0", "greater than or equal to 1"),
         ("training.monitor_every=5", "use training.print_every"),
+        ("data=", "^data=None: expected keys of this section"),
+        ("data.synthetic=5", "^data.synthetic=5: expected keys of this section"),
+        ("discriminator.augmant.colour=1", "did you mean discriminator.augment"),
     ],
 )
 def test_a_wrong_override_is_named(write, override, message):
@@ -188,6 +233,7 @@ def test_a_wrong_override_is_named(write, override, message):
         {},
         {"training": {"lr_g": 1e-7, "betas": [0.1, 0.9], "max_minutes": 0.5, "monitoring": []}},
         {"expname": "1e3", "data": {"datadir": "5e-4"}},  # strings that look like numbers
+        {"data": {"datadir": "3:30", "classes": ["010", "0o17", "1_000", "0b1"]}},
         {"data": {"classes": ["14", "1e5", "null", "yes", "Größe: 1", "-"], "datadir": "~/a b"}},
         {"data": {"file_pattern": r"(?P<class>\w+)__(?P<angle>\d+)\.png", "v_list": [0, 0.1, 1]}},
         {"nerf": {"bounding_radius": 1, "background": "learned"}, "evaluation": {"inception_weights": "a#b"}},
@@ -212,3 +258,9 @@ def test_the_resolved_file_lists_every_key():
 
 def test_the_run_folder_is_outdir_and_name():
     assert build_config({"expname": "a", "training": {"outdir": "x/y"}}).run_folder == Path("x/y/a")
+
+
+def test_the_run_folder_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert build_config({"expname": "a", "training": {"outdir": "~/runs"}}).run_folder == tmp_path / "runs" / "a"
