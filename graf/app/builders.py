@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from graf.app.refined_cameras import build_camera_refinement
-from graf.config import Config, ConfigError, DataConfig, Section, batch_too_large
+from graf.config import PATCH_SIZES, Config, ConfigError, DataConfig, Section, batch_too_large
 from graf.data.datasets import DataSettings, PhotoDataset, PosedPhotographs, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
@@ -112,9 +112,11 @@ def _check_resolution(config: Config, photographs: PhotoDataset) -> None:
         return
     text = f"{number} of {total} photographs are smaller than super-resolved images, {wanted} x {wanted} pixels"
     if number == total:
+        largest = max(sides) // scale
+        smaller = f"set data.imsize to at most {largest}, " if largest >= PATCH_SIZES[0] else ""
         raise ConfigError(
-            f"data.imsize={data.imsize}, ccsr.scale={scale}: {text}, the largest square is {max(sides)}; set "
-            f"data.imsize to at most {max(sides) // scale}, lower ccsr.scale, or set ccsr.enabled=false"
+            f"data.imsize={data.imsize}, ccsr.scale={scale}: {text}, the largest square is {max(sides)}; {smaller}"
+            "lower ccsr.scale, or set ccsr.enabled=false"
         )
     warn_once(f"{text}: they are enlarged, and super-resolution learns their blur")
 

@@ -29,6 +29,7 @@ from graf.app.builders import (
 )
 from graf.app.failures import ErrorLog, run_command
 from graf.app.refined_cameras import build_camera_refinement
+from graf.base.errors import UserError
 from graf.config import Config, DataConfig, load_config
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.pictures import to_uint8
@@ -132,11 +133,14 @@ def describe(inspection: Inspection) -> list[str]:
         lines.append(f"poses unknown: sampled with u in {data.umin}..{data.umax}, v in {data.vmin}..{data.vmax}")
     lines.append("sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in dataset.report.sizes.most_common(8)))
     lines.append(f"read as {dataset.imsize}x{dataset.imsize}")
-    if data.heldout_every and dataset.poses is None and dataset.poses_known:
-        angles = labels[[not split for split in dataset.index.splits], 2].unique()
-        heldout = len(angles[:: data.heldout_every])
+    if data.heldout_every:
+        if data.type in ("turntable", "synthetic"):
+            what, total = "angles", len(labels[[not split for split in dataset.index.splits], 2].unique())
+        else:  # those that cannot be read were counted too when the set was split
+            what, total = "photographs", len(dataset) + len(dataset.report.unreadable)
+        heldout = len(range(0, total, data.heldout_every))
         halves = f"{heldout - heldout // 2} for test, {heldout // 2} for validation"
-        lines.append(f"held out: {heldout} of {len(angles)} angles, {halves}")
+        lines.append(f"held out: {heldout} of {total} {what}, {halves}")
     if given := Counter(split for split in dataset.index.splits if split):
         lines.append("split by labels.csv: " + ", ".join(f"{count} for {split}" for split, count in given.items()))
     radii = inspection.poses[:, :3, 3].norm(dim=1)
@@ -162,15 +166,18 @@ def _describe_views(inspection: Inspection) -> list[str]:
 
 
 def write_pictures(inspection: Inspection, folder: Path) -> list[Path]:
-    """Write contact_sheet.png, cameras.png and overlay.png into `folder`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write contact_sheet.png, cameras.png and overlay.png into `folder`; returns their paths. Raises UserError."""
     pictures = {
         "contact_sheet.png": draw_contact_sheet(inspection.dataset),
         "cameras.png": draw_cameras(inspection.poses),
         "overlay.png": draw_overlays(inspection),
     }
-    for name, picture in pictures.items():
-        picture.save(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            picture.save(folder / name)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
     return [folder / name for name in pictures]
 
 

@@ -23,7 +23,7 @@ from graf.base.files import create_folder, remove_leftovers, write_atomically
 from graf.capture.errors import CaptureError
 from graf.data.errors import DataError
 from graf.data.images import DECODER_ERRORS, FORMATS
-from graf.data.labels import CAPTURE_FILE, LABELS_FILE, LABELS_HEADER, LabelRow, check_name, read_labels_csv
+from graf.data.labels import CAPTURE_FILE, LABELS_FILE, LABELS_HEADER, LabelRow, check_name, read_labels_csv, spell_path
 from graf.runtime.run_lock import LockedError, RunLock, UnwritableError
 
 COLUMNS = (*LABELS_HEADER, "instance")
@@ -202,7 +202,7 @@ def _compose_labels(file: Path, replaced: set[str], added: Sequence[LabelRow]) -
         with file.open(newline="", encoding="utf-8-sig") as former:
             reader = csv.DictReader(former)
             columns = list(dict.fromkeys([*(reader.fieldnames or ()), *COLUMNS]))
-            kept = [entry for entry in reader if entry["file"].strip().replace("\\", "/") not in replaced]
+            kept = [entry for entry in reader if spell_path(entry["file"]) not in replaced]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -178,7 +178,8 @@ class PhotoDataset(Dataset[tuple[Tensor, Tensor]]):
         digest = hashlib.sha256(f"{self.v_list}".encode())
         poses = self.poses if self.poses is not None else [None] * len(self)
         for name, file, label, pose in zip(self.index.names(), self._files, self.labels.tolist(), poses, strict=True):
-            digest.update(f"{name} {file[0]} {label} {None if pose is None else pose.tolist()}\n".encode())
+            line = f"{name} {file[0]} {label} {None if pose is None else pose.tolist()}\n"
+            digest.update(line.encode(errors="surrogateescape"))  # names of files may be any bytes
         return digest.hexdigest()[:16]
 
     @cached_property

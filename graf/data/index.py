@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,6 @@ from graf.data.labels import (
     read_labels_csv,
 )
 from graf.geometry.cameras import angle_label, angles_from_pose
-from graf.runtime.run_lock import NAME as LOCK_FILE
 
 MAX_DERIVED_HEIGHTS = 8
 NAMES_SHOWN = 5
@@ -47,6 +47,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)  # labelled, but no such file
     not_images: list[str] = field(default_factory=list)  # other files; harmless, so not an error even when strict
     outside: list[str] = field(default_factory=list)  # used, but links or paths lead out of the folder to them
+    repeated: list[str] = field(default_factory=list)  # folders left out, as links lead to what was read already
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the usable photographs
 
     def problems(self) -> list[tuple[str, list[str]]]:
@@ -63,6 +64,7 @@ class LoadReport:
         harmless = [
             ("files that are not images", self.not_images),
             ("photographs outside of the folder, by links or paths", self.outside),
+            ("folders that links lead to a second time, left out", self.repeated),
         ]
         noted = self.problems() + [(what, names) for what, names in harmless if names]
         return [f"{len(names)} {what}: {_list_names(names)}" for what, names in noted]
@@ -135,9 +137,11 @@ def index_turntable(root: Path, v_list: Sequence[float] | None, file_pattern: st
         )
     report = LoadReport()
     labels_path = root / LABELS_FILE
-    if labels_path.is_file():
+    if os.path.isfile(labels_path):
         rows = _list_labelled(root, read_labels_csv(labels_path), report)
         source = str(labels_path)
+        if not rows:
+            raise DataError(f"{labels_path}: has no rows; expected one for each photograph, or remove the file")
     else:
         pattern = compile_file_pattern(file_pattern)
         rows = []
@@ -257,8 +261,8 @@ def _note_outside(root: Path, paths: Sequence[Path], report: LoadReport) -> None
 
 
 def _check_folder(root: Path, expected: str) -> None:
-    if not root.is_dir():
-        found = "is a file" if root.exists() else "does not exist"
+    if not os.path.isdir(root):
+        found = "is a file" if os.path.exists(root) else "does not exist"
         raise DataError(
             f"data.datadir={root} {found}; expected a folder of {expected}; correct data.datadir, or use "
             f"data.type=synthetic, which makes its own data"
@@ -268,7 +272,8 @@ def _check_folder(root: Path, expected: str) -> None:
 def _list_images(root: Path, report: LoadReport) -> list[str]:
     """Image files under `root` in natural order, relative to it; other files go into the report."""
     images = []
-    for file in _list_files(root):
+    files, report.repeated = _list_files(root)
+    for file in files:
         if Path(file).suffix.lower() in IMAGE_SUFFIXES:
             images.append(file)
         else:
@@ -276,31 +281,54 @@ def _list_images(root: Path, report: LoadReport) -> list[str]:
     return images
 
 
-def _list_files(root: Path) -> list[str]:
-    files, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+def _list_files(root: Path) -> tuple[list[str], list[str]]:
+    """Files under `root` in natural order, relative to it, but for hidden ones, which are no part of a set; and folders
+    that are left out, as links lead there from elsewhere too. Raises DataError for a folder that cannot be read.
+    """
+    files, repeated, seen = [], [], set()
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        inside = Path(folder).relative_to(root)
         real = os.path.realpath(folder)
-        if real in seen:  # a link back to where we have been
+        if real in seen:
+            repeated.append(inside.as_posix())
             folders.clear()
             continue
         seen.add(real)
-        inside = Path(folder).relative_to(root)
-        files += [(inside / name).as_posix() for name in names]
-    return sorted(files, key=natural_key)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        files += [(inside / name).as_posix() for name in names if not _is_hidden(name)]
+    return sorted(files, key=natural_key), repeated
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename} cannot be read ({error.strerror}); allow it to be read, or move it out of data.datadir"
+    ) from error
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that programs keep for themselves: .git, ._a.png and __MACOSX of macOS."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list[LabelRow]:
     """Rows whose file exists; image files that labels.csv leaves out go into the report, wherever they are.
 
     Except companions of labelled photographs: depth/a.png and mask/a.png belong to a.png; and what graf capture writes
-    besides photographs.
+    besides photographs. A name that only another form of Unicode tells from a file's, as on a Mac, is that file's.
     """
-    present = [row for row in rows if (root / row.file).is_file()]
-    report.missing += [row.file for row in rows if not (root / row.file).is_file()]
-    labelled = {PurePosixPath(row.file) for row in rows}
+    files, _ = _list_files(root)
+    forms = {unicodedata.normalize("NFC", file): file for file in files}
+    present = []
+    for row in rows:
+        found = row.file if os.path.isfile(root / row.file) else forms.get(unicodedata.normalize("NFC", row.file))
+        if found is None:
+            report.missing.append(row.file)
+        else:
+            present.append(replace(row, file=found))
+    labelled = {PurePosixPath(row.file) for row in present}
     folders = {PurePosixPath("."), *(file.parent for file in labelled)}
-    own_files = (LABELS_FILE, CAPTURE_FILE, LOCK_FILE)
-    for file in map(PurePosixPath, _list_files(root)):
+    own_files = (LABELS_FILE, CAPTURE_FILE)
+    for file in map(PurePosixPath, files):
         if file in labelled or str(file) in own_files or file.parts[0] == CAPTURE_FOLDER:
             continue
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -317,11 +345,11 @@ def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list
 
 
 def _find_transforms(path: Path) -> Path:
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     _check_folder(path, "NeRF photographs with transforms_train.json, or that file itself")
     for name in ("transforms_train.json", "transforms.json"):
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     others = sorted(other.name for other in path.glob("*.json"))
     raise DataError(
@@ -335,6 +363,8 @@ def _read_transforms(path: Path) -> tuple[float, list[Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); expected NeRF's camera_angle_x and frames") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); allow it to be read") from error
     keys = list(content) if isinstance(content, dict) else [type(content).__name__]
     frames = content.get("frames") if isinstance(content, dict) else None
     angle = content.get("camera_angle_x") if isinstance(content, dict) else None
@@ -366,10 +396,9 @@ def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:
 
 
 def _find_frame_image(root: Path, file: str) -> Path | None:
-    path = root / file
     suffixes = ["", *sorted(IMAGE_SUFFIXES, key=lambda suffix: suffix != ".png")]
-    candidates = (path.with_name(path.name + suffix) for suffix in suffixes)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    candidates = (root / f"{file}{suffix}" for suffix in suffixes)
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
 def _list_names(names: Iterable[str]) -> str:

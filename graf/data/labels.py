@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -122,6 +122,8 @@ def read_labels_csv(path: Path) -> list[LabelRow]:
         raise DataError(f"{path}: is not UTF-8 text ({error}); save it as UTF-8 (in Excel: CSV UTF-8)") from error
     except csv.Error as error:
         raise DataError(f"{path}: is not a CSV file ({error}); expected {','.join(LABELS_HEADER)}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); allow it to be read") from error
 
 
 def _read_rows(path: Path) -> list[LabelRow]:
@@ -144,6 +146,11 @@ def _read_rows(path: Path) -> list[LabelRow]:
     return rows
 
 
+def spell_path(file: str) -> str:
+    """A path as labels.csv may hold it (./a.png, a\\b.png) in the one form in which paths are compared."""
+    return PurePosixPath(file.strip().replace("\\", "/")).as_posix()
+
+
 def _read_row(entry: dict[str, str | None], where: str) -> LabelRow:
     values = {column: (entry.get(column) or "").strip() for column in LABELS_HEADER + OPTIONAL_COLUMNS}
     for column in ("file", "class"):
@@ -161,8 +168,7 @@ def _read_row(entry: dict[str, str | None], where: str) -> LabelRow:
         raise DataError(f"{where}: angle {values['angle']!r}; expected degrees") from error
     if values["split"] not in ("", *SPLITS):
         raise DataError(f"{where}: split {values['split']!r}; expected {', '.join(SPLITS)} or nothing")
-    file = values["file"].replace("\\", "/")
-    return LabelRow(file, values["class"], height, angle, values["instance"], values["split"])
+    return LabelRow(spell_path(values["file"]), values["class"], height, angle, values["instance"], values["split"])
 
 
 def check_heights(rows: Iterable[LabelRow], v_list: Sequence[float], source: str) -> None:

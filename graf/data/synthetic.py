@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -281,7 +282,9 @@ def ensure_synthetic(datadir: str | Path, settings: SyntheticSettings) -> Path:
     """
     root = Path(datadir)
     folder = root / settings.folder_name
-    if (folder / LABELS_FILE).is_file():
+    if os.path.exists(folder):
+        if not (folder / LABELS_FILE).is_file():
+            raise DataError(f"{folder}: {LABELS_FILE} is missing; put it back, or remove the folder to render it anew")
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -290,7 +293,7 @@ def ensure_synthetic(datadir: str | Path, settings: SyntheticSettings) -> Path:
             if not folder.exists():  # else another process was faster, with the same pictures
                 (Path(temporary) / folder.name).rename(folder)
     except OSError as error:
-        if not (folder / LABELS_FILE).is_file():
+        if not os.path.isfile(folder / LABELS_FILE):
             raise DataError(
                 f"data.datadir={root} cannot be written ({error}); the synthetic set needs a folder with free space"
             ) from error

@@ -5,6 +5,7 @@ The logger is "graf"; rooms that may not import this one use its children (`logg
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -70,8 +71,12 @@ class _ForgivingStream:
 def setup_console(rank: int = 0) -> None:
     """Show the "graf" logger's INFO lines and above on the console; calling it again changes nothing.
 
+    What the console's encoding lacks, as names of files that are not UTF-8, is escaped, as stderr does by itself.
+
     Of several processes the first one speaks; of the others only warnings are heard, with their number.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank and not logger.filters:
         _silent_bars.add(rank)

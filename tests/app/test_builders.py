@@ -132,6 +132,12 @@ def test_photographs_smaller_than_super_resolved_images_are_counted_and_refused_
     if len(sizes) == 1:
         with pytest.raises(ConfigError, match=rf"{message} photographs are smaller .* data\.imsize to at most 16"):
             builders.open_photographs(config)
+        photographs.report.sizes = Counter({(40, 60): 2})  # 10 pixels would be less than any patch
+        with pytest.raises(
+            ConfigError, match=r"the largest square is 40; lower ccsr\.scale, or set ccsr\.enabled=false"
+        ):
+            builders.open_photographs(config)
+        photographs.report.sizes = Counter(sizes)
     else:
         assert builders.open_photographs(config) is photographs
         assert f"{message} photographs are smaller" in caplog.text

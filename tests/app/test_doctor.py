@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -92,6 +93,28 @@ def test_errors_are_one_line_and_an_exit_code(photographs, capsys, override):
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     assert "data." in error
+
+
+def test_what_is_held_out_of_photographs_without_angles_is_said(photographs, capsys):
+    assert run(photographs, "data.type=image_folder", "data.vmin=0.2", "data.heldout_every=2") == 0
+    assert "held out: 5 of 9 photographs, 3 for test, 2 for validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("out", ["config.yaml", "x" * 300])
+def test_pictures_that_cannot_be_written_are_one_line(photographs, capsys, out):
+    assert run(photographs, "--out", str(photographs / out)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: --out {photographs / out}: cannot be written (")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_a_name_that_is_not_utf8_is_reported_on_a_console_that_is(photographs, capsys):
+    try:
+        (photographs / "photos" / os.fsdecode(b"caf\xe9.png")).write_text("broken")
+    except OSError:  # macOS
+        pytest.skip("this file system has UTF-8 names only")
+    assert run(photographs) == 0
+    assert_reported(capsys.readouterr().out, r"1 photographs without a label: caf\udce9.png")
 
 
 def test_sphere_outline_is_tangent_to_the_lines_of_sight():

@@ -384,6 +384,94 @@ def test_a_crop_takes_the_central_square_of_that_side(tmp_path):
     assert cropped.fingerprint() != open_dataset(settings(tmp_path, imsize=16)).fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["turntable", "image_folder"])
+def test_hidden_files_and_folders_are_no_photographs(turntable, kind):
+    before = open_dataset(settings(turntable, type=kind))
+    for name in (".ipynb_checkpoints/obj5__0-1.png", ".trash/cat__0.png", "__MACOSX/obj5__0.png", "._obj5__0.png"):
+        write_photo(turntable / name)
+    after = open_dataset(settings(turntable, type=kind))
+    assert (after.class_names, after.paths) == (before.class_names, before.paths)
+    assert not after.report.lines()
+
+
+def test_a_hidden_file_that_labels_csv_names_counts(turntable):
+    write_photo(turntable / ".mine" / "a.png", 77)
+    (turntable / "labels.csv").write_text("file,class,height,angle\n.mine/a.png,cup,0,0\n")
+    assert grey_values(open_dataset(settings(turntable))) == [77]
+
+
+@pytest.mark.parametrize("kind", ["turntable", "image_folder"])
+def test_a_folder_that_may_not_be_read_is_an_error(turntable, kind, monkeypatch):
+    write_photo(turntable / "secret" / "obj5__7.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"secret cannot be read \(Permission denied\); allow it to be read"):
+        open_dataset(settings(turntable, type=kind))
+
+
+def test_transforms_that_may_not_be_read_are_an_error(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    folder = write_transforms(tmp_path, 2)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(DataError, match=r"transforms_train\.json cannot be read \(Permission denied\)"):
+        open_dataset(transforms(folder))
+
+
+def test_names_that_no_disk_has_are_missing(turntable):
+    (turntable / "labels.csv").write_text(f"file,class,height,angle\nobj5__0.png,a,0,0\n{'x' * 300}.png,a,0,5\n")
+    assert open_dataset(settings(turntable)).report.missing == [f"{'x' * 300}.png"]
+    with pytest.raises(DataError, match="does not exist"):
+        open_dataset(settings("x" * 300))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_names_that_are_not_utf8_have_a_fingerprint(turntable):
+    before = open_dataset(settings(turntable, type="image_folder")).identity
+    try:
+        os.rename(turntable / "obj5__0.png", os.fsencode(turntable) + b"/caf\xe9.png")
+    except OSError:  # macOS
+        pytest.skip("this file system has UTF-8 names only")
+    dataset = open_dataset(settings(turntable, type="image_folder"))
+    assert len(dataset) == 24
+    assert dataset.identity != before
+
+
+def test_a_labelled_name_in_another_form_of_unicode_is_found(turntable):
+    for number, name in enumerate(("cafe\u0301.png", "\u212b.png")):  # as a Mac writes them
+        write_photo(turntable / name, 50 + number)
+    rows = "".join(f"{name},cup,0,{number}\n" for number, name in enumerate(("caf\u00e9.png", "\u00c5.png")))
+    (turntable / "labels.csv").write_text(f"file,class,height,angle\n{rows}", encoding="utf-8")
+    dataset = open_dataset(settings(turntable))
+    assert grey_values(dataset) == [50, 51]
+    assert not dataset.report.missing
+    assert not any("caf" in name for name in dataset.report.unlabelled)
+
+
+def test_a_labels_csv_without_rows_says_so(turntable):
+    (turntable / "labels.csv").write_text("file,class,height,angle\n\n")
+    with pytest.raises(DataError, match=r"labels\.csv: has no rows; expected one for each photograph"):
+        open_dataset(settings(turntable))
+
+
+def test_a_folder_that_two_links_lead_to_is_read_once_and_reported(tmp_path):
+    for number in range(3):
+        write_photo(tmp_path / "real" / f"{number}.png")
+    (tmp_path / "set").mkdir()
+    for name in ("beta", "alpha"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "real", target_is_directory=True)
+    dataset = open_dataset(settings(tmp_path / "set", type="image_folder"))
+    assert (dataset.class_names, len(dataset)) == (["alpha"], 3)
+    assert "1 folders that links lead to a second time, left out: beta" in dataset.report.lines()
+
+
 def test_labels_of_missing_photographs_are_reported(turntable):
     (turntable / "labels.csv").write_text("file,class,height,angle\nobj5__0.png,cup,0,0\ngone.png,cup,0,5\n")
     assert open_dataset(settings(turntable)).report.missing == ["gone.png"]
@@ -530,6 +618,16 @@ def test_missing_frames_are_reported(tmp_path):
     dataset = open_dataset(transforms(tmp_path))
     assert dataset.report.missing == ["./train/r_1"]
     assert dataset.labels[:, 2].tolist() == [0, 240]
+
+
+@pytest.mark.parametrize("file", ["", "/", ".", "..", "\0"])
+def test_frames_whose_paths_are_no_files_are_missing(tmp_path, file):
+    content = json.loads((write_transforms(tmp_path, 3) / "transforms_train.json").read_text())
+    content["frames"][1]["file_path"] = file
+    (tmp_path / "transforms_train.json").write_text(json.dumps(content))
+    dataset = open_dataset(transforms(tmp_path))
+    assert dataset.report.missing == [file]
+    assert len(dataset) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Labels from file names and labels.csv."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from graf.data.labels import (
     LabelRow,
     balance_instances,
     check_heights,
+    check_name,
     compile_file_pattern,
     natural_key,
     number_labels,
@@ -121,6 +124,7 @@ def test_csv_may_tell_instance_and_split(tmp_path):
             "line 3: split 'val'; expected train, validation, test or nothing",
         ),
         ("file,class,height,angle\na.png,cup,0,0\na.png,cup,0,5\n", "line 3: 'a.png' is already in line 2"),
+        ("file,class,height,angle\na/b.png,cup,0,0\n.\\a//b.png,pot,0,5\n", "line 3: 'a/b.png' is already in line 2"),
     ],
 )
 def test_csv_errors_name_file_line_and_value(tmp_path, text, message):
@@ -143,6 +147,23 @@ def test_a_file_that_is_no_utf8_table_says_so(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_labels_csv(path)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    path = write_csv(tmp_path, "file,class,height,angle\n")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"labels\.csv: cannot be read \(Permission denied\)"):
+        read_labels_csv(path)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "a\nb", "\udce9", "x" * 101, "あ" * 34])
+def test_names_that_files_cannot_have_are_refused(name):
+    with pytest.raises(DataError, match=r"here: class .* at most 100 bytes"):
+        check_name(name, "class", "here")
+    assert check_name("あ" * 33, "class", "here") == "あ" * 33
 
 
 def test_a_name_without_the_optional_angle_of_its_pattern_has_no_label():

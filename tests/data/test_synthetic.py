@@ -303,6 +303,9 @@ def test_second_opening_renders_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "render_views", refuse)
     assert ensure_synthetic(tmp_path, SMALL) == folder
+    (folder / "labels.csv").unlink()
+    with pytest.raises(DataError, match=r"labels\.csv is missing; put it back, or remove the folder"):
+        ensure_synthetic(tmp_path, SMALL)
 
 
 @pytest.mark.parametrize(
