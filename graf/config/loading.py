@@ -86,7 +86,7 @@ def build_config(values: Mapping[str, Any]) -> Config:
             key = _key_of(problem["loc"])
             message = str(problem["msg"]).removeprefix("Value error, ")
             if problem["type"] in ("model_type", "model_attributes_type"):
-                message = "expected keys of this section, and no value of its own"
+                message = "this is a section; expected its keys, each with a value"
             message = message[:1].lower() + message[1:] if key else message
             found.setdefault((key, repr(problem["input"])), []).append(message)
         lines = []

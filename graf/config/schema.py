@@ -119,7 +119,7 @@ class DataConfig(Section):
     v_list: tuple[float, ...] | None = Field(
         None,
         min_length=1,
-        description="height v of each height_idx; null: the set's own, which a turntable's does not tell",
+        description="height v of each height_idx; null: the set's own; a turntable set has none",
     )
     num_views: int = Field(8, ge=1, le=360, description="azimuths of a sample grid, and azimuth bins of the class loss")
     angle_direction: Literal["ccw", "cw"] = Field(

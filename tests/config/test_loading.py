@@ -214,8 +214,8 @@ def test_the_value_of_an_override_may_hold_an_equals_sign(write):
         ("training.batchsize=3", "did you mean training.batch_size"),
         ("training.batch_size=0", "greater than or equal to 1"),
         ("training.monitor_every=5", "use training.print_every"),
-        ("data=", "^data=None: expected keys of this section"),
-        ("data.synthetic=5", "^data.synthetic=5: expected keys of this section"),
+        ("data=", "^data=None: this is a section; expected its keys"),
+        ("data.synthetic=5", "^data.synthetic=5: this is a section; expected its keys"),
         ("discriminator.augmant.colour=1", "did you mean discriminator.augment"),
     ],
 )
@@ -261,6 +261,6 @@ def test_the_run_folder_is_outdir_and_name():
 
 
 def test_the_run_folder_may_be_in_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
     assert build_config({"expname": "a", "training": {"outdir": "~/runs"}}).run_folder == tmp_path / "runs" / "a"

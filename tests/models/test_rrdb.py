@@ -135,6 +135,13 @@ def test_files_load_in_every_layout_and_wrapper(tmp_path, layout, wrapper):
     assert_same_output(source, trunk)
 
 
+def test_a_file_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    torch.save(small_trunk().state_dict(), tmp_path / "w.pth")
+    assert not load_esrgan_weights(small_trunk(), "~/w.pth", trust=True).missing
+
+
 def test_the_average_is_preferred_where_a_file_has_both(tmp_path):
     source, other, trunk = small_trunk(), small_trunk(), small_trunk()
     torch.save({"params": other.state_dict(), "params_ema": source.state_dict()}, tmp_path / "w.pth")
