@@ -404,4 +404,5 @@ def _find_frame_image(root: Path, file: str) -> Path | None:
 def _list_names(names: Iterable[str]) -> str:
     all_names = list(names)
     more = f" and {len(all_names) - NAMES_SHOWN} more" if len(all_names) > NAMES_SHOWN else ""
-    return ", ".join(all_names[:NAMES_SHOWN]) + more
+    listed = ", ".join(all_names[:NAMES_SHOWN]) + more
+    return listed.encode(errors="backslashreplace").decode()  # names of files may be any bytes, logs are UTF-8

@@ -108,7 +108,7 @@ def test_pictures_that_cannot_be_written_are_one_line(photographs, capsys, out):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
-def test_a_name_that_is_not_utf8_is_reported_on_a_console_that_is(photographs, capsys):
+def test_a_name_that_is_not_utf8_is_reported_in_utf8(photographs, capsys):
     try:
         (photographs / "photos" / os.fsdecode(b"caf\xe9.png")).write_text("broken")
     except OSError:  # macOS
