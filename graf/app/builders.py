@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from graf.app.refined_cameras import build_camera_refinement
 from graf.config import PATCH_SIZES, Config, ConfigError, DataConfig, Section, batch_too_large
-from graf.data.datasets import DataSettings, PhotoDataset, PosedPhotographs, open_dataset
+from graf.data.datasets import DataSettings, PhotoDataset, PosedPhotographs, is_at_hand, open_dataset
 from graf.data.downsampled import DownsampledPhotographs
 from graf.data.errors import DataError
 from graf.data.images import square_side
@@ -82,13 +82,22 @@ class DatasetInfo:
 
 def open_photographs(config: Config, subset: str = "train") -> PhotoDataset:
     """The data set of a configuration. subset: "train", "validation", "test" or "all"."""
-    values = config.data.model_dump() | {"radius": mean_radius(config.data), "imsize": config.photo_size}
-    photographs = open_dataset(DataSettings.from_mapping(values, subset))
+    photographs = open_dataset(_data_settings(config, subset))
     if photographs.poses is not None:
         _check_scale(config, photographs.poses)
     if config.ccsr.enabled:
         _check_resolution(config, photographs)
     return photographs
+
+
+def has_photographs(config: Config) -> bool:
+    """Whether the photographs are there to be opened: the synthetic ones may have to be rendered first."""
+    return is_at_hand(_data_settings(config, "train"))
+
+
+def _data_settings(config: Config, subset: str) -> DataSettings:
+    values = config.data.model_dump() | {"radius": mean_radius(config.data), "imsize": config.photo_size}
+    return DataSettings.from_mapping(values, subset)
 
 
 def _check_scale(config: Config, poses: Tensor) -> None:

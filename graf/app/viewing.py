@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from graf.app import builders
 from graf.app.loading import TrainedGenerator, open_checkpoint
@@ -23,6 +24,9 @@ from graf.base.errors import UserError
 from graf.config import Config
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.pictures import Picture, to_uint8
+from graf.evaluation.renderer import Renderer
+from graf.geometry.rays import Patches
+from graf.geometry.views import Views
 from graf.runtime.checkpoint import CheckpointError
 from graf.runtime.interrupt import StopRequest
 from graf.runtime.logs import logger, setup_console
@@ -95,14 +99,6 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
     """The page of a run and, with --follow, what brings it new checkpoints; both end with the block."""
     setup_console()
     import_viser()  # what is missing is told before a run is opened
-    if options.host not in LOCAL_HOSTS:
-        logger.warning(
-            "--host %s: whoever reaches this address can use the viewer: there is no password, and nothing is "
-            "encrypted; without --host only this machine can, and `ssh -L %d:localhost:%d` brings it to another",
-            options.host,
-            options.port,
-            options.port,
-        )
     with ExitStack() as stack:
         if options.follow:
             stack.enter_context(give_way())
@@ -112,6 +108,14 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
             seen = sign([])
         server = ViewerServer(build_exhibit(opened.trained, opened.folder, options), options.host, options.port)
         stack.callback(server.stop)
+        if options.host not in LOCAL_HOSTS:
+            logger.warning(
+                "--host %s: whoever reaches this address can use the viewer: there is no password, and nothing is "
+                "encrypted; without --host only this machine can, and `ssh -L %d:localhost:%d` brings it to another",
+                options.host,
+                server.port,
+                server.port,
+            )
         if options.follow:
             follower = Follower(opened.folder.saved, seen, lambda: _take_newest(server, opened, options))
             follower.start()
@@ -158,29 +162,35 @@ def describe(trained: TrainedGenerator, folder: RunFolder) -> str:
 def build_exhibit(trained: TrainedGenerator, folder: RunFolder, options: ViewOptions) -> Exhibit:
     """A trained generator with what is known of its photographs."""
     renderer, info = trained.renderer, trained.dataset_info
-    config = renderer.config
-    if options.datadir is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"datadir": options.datadir})})
     return Exhibit(
         renderer,
         describe(trained, folder),
         info.instance_names,
-        find_photographs(config, info),
+        find_photographs(renderer, info, options.datadir),
         options.height or min(4 * renderer.resolution, MAX_HEIGHT),
         options.seed,
     )
 
 
-def find_photographs(config: Config, info: builders.DatasetInfo) -> tuple[Photograph, ...]:
-    """Training cameras with their photographs or, where these are not at hand, the labels' cameras alone."""
+def find_photographs(
+    renderer: Renderer, info: builders.DatasetInfo, datadir: str | None = None
+) -> tuple[Photograph, ...]:
+    """Training cameras with their photographs or, where these are not at hand, the labels' cameras alone.
+
+    datadir: where the photographs are, if not in the run's data.datadir.
+    """
+    config = renderer.config
+    known = {"classes": info.class_names}  # the folder may have got others since
+    data = config.data.model_copy(update=known if datadir is None else known | {"datadir": datadir})
+    config = config.model_copy(update={"data": data})
     try:
         photographs = _open_if_there(config)
     except (UserError, OSError) as error:
         logger.info("training cameras are shown without photographs, which cannot be used: %s", error)
         photographs = None
     if photographs is None or not photographs.poses_known:
-        return _cameras_of_labels(config, info)
-    views = builders.build_pose_sampler(config, photographs, builders.build_cameras(config, info)).views
+        return _cameras_of_labels(renderer, info)
+    poses = _find_poses(renderer, builders.build_pose_sampler(config, photographs, renderer.cameras).views)
     found = []
     for class_idx, name in enumerate(photographs.class_names):
         members = torch.nonzero(photographs.labels[:, 0] == class_idx)[:, 0].tolist()
@@ -188,30 +198,35 @@ def find_photographs(config: Config, info: builders.DatasetInfo) -> tuple[Photog
         step = max(1.0, len(members) / CAMERAS_PER_CLASS)
         for place in range(min(CAMERAS_PER_CLASS, len(members))):
             index = members[int(place * step)]
-            found.append(Photograph(views.poses[index], name, _shrink(to_uint8(photographs[index][0]))))
+            found.append(Photograph(poses[index], name, _shrink(to_uint8(photographs[index][0]))))
     return tuple(found)
 
 
 def _open_if_there(config: Config) -> PhotoDataset | None:
     """The photographs, but None where opening them would have to draw the synthetic toys first."""
-    root = Path(config.data.datadir).expanduser()
-    if config.data.type == "synthetic" and not any(root.glob("synthetic_*")):
+    if not builders.has_photographs(config):
+        root = Path(config.data.datadir).expanduser()
         logger.info("%s: the synthetic photographs are not there: training cameras are shown without them", root)
         return None
     return builders.open_photographs(config)
 
 
-def _cameras_of_labels(config: Config, info: builders.DatasetInfo) -> tuple[Photograph, ...]:
+def _cameras_of_labels(renderer: Renderer, info: builders.DatasetInfo) -> tuple[Photograph, ...]:
     """Where labels place cameras: eight azimuths at each height, the same for every class."""
     if not info.poses_known:
         return ()
-    cameras = builders.build_cameras(config, info)
     labels = torch.tensor([(0, height, angle, -1) for height in range(len(info.v_list)) for angle in range(0, 360, 45)])
-    poses = cameras.views_of_labels(labels).poses
+    poses = _find_poses(renderer, renderer.cameras.views_of_labels(labels))
     return tuple(Photograph(pose, name) for name in info.class_names for pose in poses)
 
 
-def _shrink(image: torch.Tensor) -> Picture:
+def _find_poses(renderer: Renderer, views: Views) -> Tensor:
+    """Where the cameras of photographs stand (B, 4, 4), as training renders them: elevations may have been learned."""
+    poses, _ = renderer.generator.aim(views.to(renderer.device), Patches.whole(len(views), renderer.device))
+    return poses.cpu()
+
+
+def _shrink(image: Tensor) -> Picture:
     """A thumbnail of a photograph (3, H, W), uint8."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL)))

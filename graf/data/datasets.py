@@ -202,6 +202,14 @@ class PosedPhotographs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return image, self.photographs.labels[number], self.poses[number]
 
 
+def is_at_hand(settings: DataSettings) -> bool:
+    """Whether a data set can be opened without rendering the synthetic set first."""
+    if settings.type != "synthetic":
+        return True
+    folder = Path(settings.datadir).expanduser() / _synthetic_settings(settings).folder_name
+    return (folder / LABELS_FILE).is_file()
+
+
 def open_dataset(settings: DataSettings) -> PhotoDataset:
     """Index, split, check and (where it fits the cache) decode a data set; log what was skipped.
 

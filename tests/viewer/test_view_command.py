@@ -1,14 +1,17 @@
 """`graf view` as people type it: it serves, follows, warns, writes its page, and says what is wrong."""
 
 import atexit
+import math
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +27,10 @@ from graf.base.errors import UserError
 from graf.base.extras import name_install_command
 from graf.config import ConfigError
 from graf.evaluation.renderer import Renderer
+from graf.geometry.cameras import angles_from_pose, elevation_from_height
 from graf.mesh import ColouredMesh, MeshOptions
 from graf.mesh.extraction import EmptySurface
+from graf.models.camera_refinement import STORED_FACTOR, CameraRefinement
 from graf.runtime import interrupt
 from graf.runtime.interrupt import STOP_SIGNALS
 from graf.viewer.follow import sign
@@ -83,9 +88,11 @@ def test_another_host_is_warned_about_and_sigterm_ends_the_viewer_as_ctrl_c_does
     """In this process, which it leaves without a thread."""
     monkeypatch.setattr(viewing.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
     arguments = [str(smoke_run.folder), "--device", "cpu", "--host", "0.0.0.0", "--port", "18290"]
-    assert main(arguments) == 0
+    with socket.create_server(("0.0.0.0", 18290)):  # so that the next port is used
+        assert main(arguments) == 0
     assert "--host 0.0.0.0: whoever reaches this address can use the viewer" in caplog.text
-    assert "open http://0.0.0.0:18290 in a browser" in caplog.text
+    assert "`ssh -L 18291:localhost:18291`" in caplog.text
+    assert "open http://0.0.0.0:18291 in a browser" in caplog.text
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("graf-view")]
 
 
@@ -213,27 +220,47 @@ def test_a_run_that_is_not_there_is_told(restored_process, capsys, monkeypatch):
 
 def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_run, restored_process, monkeypatch):
     trained = open_checkpoint([smoke_run.folder / "checkpoints" / "model_00000006.pt"], torch.device("cpu"))
-    config = trained.renderer.config
-    at_hand = config.model_copy(update={"data": config.data.model_copy(update={"datadir": str(smoke_run.data)})})
-    photographs = find_photographs(at_hand, trained.dataset_info)
+    renderer, info = trained.renderer, trained.dataset_info
+    photographs = find_photographs(renderer, info, str(smoke_run.data))
     per_class = [sum(1 for photograph in photographs if photograph.class_name == name) for name in ("car", "mug")]
     assert 0 < min(per_class) <= max(per_class) <= CAMERAS_PER_CLASS
     assert all(photograph.thumbnail.shape == (64, 64, 3) for photograph in photographs)
     assert all(photograph.thumbnail.dtype == np.uint8 for photograph in photographs)
     radii = torch.stack([photograph.camera_to_world[:3, 3].norm() for photograph in photographs])
-    assert radii.allclose(torch.tensor(config.data.radius))
+    assert radii.allclose(torch.tensor(renderer.config.data.radius))
 
     def refuse(config: object) -> None:
         raise ConfigError("data.near=9: the cameras stand 3 from the origin")
 
     with monkeypatch.context() as patch:
         patch.setattr(viewing.builders, "open_photographs", refuse)
-        unusable = find_photographs(at_hand, trained.dataset_info)
+        unusable = find_photographs(renderer, info, str(smoke_run.data))
     assert all(photograph.thumbnail is None for photograph in unusable)
     assert unusable
 
-    missing = config.model_copy(update={"data": config.data.model_copy(update={"datadir": "elsewhere"})})
-    bare = find_photographs(missing, trained.dataset_info)
-    assert len(bare) == len(trained.dataset_info.class_names) * len(trained.dataset_info.v_list) * 8
+    bare = find_photographs(renderer, info, "elsewhere")
+    assert len(bare) == len(info.class_names) * len(info.v_list) * 8
     assert all(photograph.thumbnail is None for photograph in bare)
     assert not Path("elsewhere").exists()  # a viewer draws no data set
+    (own,) = smoke_run.data.glob("synthetic_*")
+    shutil.copytree(own, Path("elsewhere", "synthetic_of_another_run"))
+    assert find_photographs(renderer, info, "elsewhere")[0].thumbnail is None
+    assert [folder.name for folder in Path("elsewhere").iterdir()] == ["synthetic_of_another_run"]
+
+
+def test_training_cameras_stand_where_training_has_found_them(smoke_run):
+    """With and without photographs, also where the folder has a class that the run does not know."""
+    trained = open_checkpoint([smoke_run.folder / "checkpoints" / "model_00000006.pt"], torch.device("cpu"))
+    renderer, info = trained.renderer, replace(trained.dataset_info, class_names=("car", "duck", "house"))
+    cameras = CameraRefinement(len(info.class_names), len(info.v_list)).requires_grad_(False)
+    cameras.elevation += STORED_FACTOR * math.radians(5)
+    renderer.generator.cameras = cameras
+    learned = torch.tensor([elevation_from_height(v) + 5 for v in info.v_list])
+    for datadir, has_thumbnails in ((str(smoke_run.data), True), ("elsewhere", False)):
+        photographs = find_photographs(renderer, info, datadir)
+        assert {photograph.thumbnail is not None for photograph in photographs} == {has_thumbnails}
+        _, v = angles_from_pose(torch.stack([photograph.camera_to_world for photograph in photographs]))
+        elevations = torch.tensor([elevation_from_height(float(height)) for height in v])
+        is_learned = (elevations[:, None] - learned).abs() < 1e-3
+        assert is_learned.any(dim=0).all()
+        assert is_learned.any(dim=1).all()
