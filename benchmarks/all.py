@@ -181,6 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = sorted({part.name for part in (*GPU_PARTS, *CPU_PARTS)})
     parser.add_argument("--parts", nargs="+", choices=names, help="some of them (default: all)")
     options = parser.parse_args(arguments)
+    here = GPU_PARTS if options.gpu else CPU_PARTS
+    if unknown := sorted(set(options.parts or ()) - {part.name for part in here}):
+        how, known = "with" if options.gpu else "without", ", ".join(part.name for part in here)
+        parser.error(f"--parts {' '.join(unknown)}: expected {how} --gpu some of {known}")
     started = time.monotonic()
     environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}  # logs are whole, whatever ends a part
     if not options.gpu:
@@ -191,11 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = "gpu" if options.gpu else "cpu"
     folder = (options.into or ROOT / "benchmarks" / kind).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        part
-        for part in (GPU_PARTS if options.gpu else CPU_PARTS)
-        if options.parts is None or part.name in options.parts
-    ]
+    parts = [part for part in here if options.parts is None or part.name in options.parts]
     command = f"python -m benchmarks.all{' --gpu' if options.gpu else ''} --minutes {options.minutes:g}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: the running part is ended too
     seconds = 60 * options.minutes - (time.monotonic() - started)

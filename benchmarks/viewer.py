@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, format_table, hardware, write_section
-from graf.base.extras import import_optional
 
 SECONDS = 10.0
 SIDE = 400  # pixels of the page, which is square so that a picture of 128 rows has 128 columns
@@ -71,12 +70,15 @@ def viewer(run: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], int
 @contextmanager
 def open_page(port: int) -> Iterator[Any]:
     """A page of the viewer in a headless Chromium, when the first full picture has come."""
-    playwright_api = import_optional("playwright.sync_api", "viewer")
+    try:
+        from playwright import sync_api
+    except ModuleNotFoundError:
+        raise SystemExit("playwright is not installed; run: pip install -r requirements-dev.txt") from None
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         raise SystemExit("no Chromium is installed here")
     arguments = ["--headless=new", "--no-sandbox", "--enable-unsafe-swiftshader"]
-    with playwright_api.sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
         page = browser.new_page(viewport={"width": SIDE, "height": SIDE})
         page.add_init_script(CLOCK)

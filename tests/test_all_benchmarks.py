@@ -114,6 +114,23 @@ def test_a_machine_without_a_gpu_is_one_clear_error(tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--parts", "tests"], "--parts tests: expected without --gpu some of throughput, memory, quality, scaling"),
+        (
+            ["--gpu", "--parts", "quality", "memory"],
+            "--parts memory: expected with --gpu some of throughput, ",
+        ),
+    ],
+)
+def test_parts_that_do_not_run_here_are_refused(tmp_path, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--into", str(tmp_path / "results")])
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("parts", [GPU_PARTS, CPU_PARTS], ids=["gpu", "cpu"])
 def test_every_part_names_a_module_that_is_there_and_options_that_it_takes(tmp_path, parts):
     for part in parts:

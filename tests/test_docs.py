@@ -55,7 +55,9 @@ def test_every_option_that_a_page_shows_exists(page, help_texts, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_between_pages_lead_to_files_that_are_there(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+        path = (page.parent / target).resolve()
+        assert path.exists(), f"{page.name}: {target}"
+        assert path.is_relative_to(DOCS), f"{page.name}: {target} is not part of the site"
 
 
 def test_the_site_has_every_page_once():

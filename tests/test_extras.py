@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks import viewer
 from graf.base import extras
 from graf.base.extras import MissingExtra, import_optional, name_install_command
 
@@ -14,6 +15,12 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch):
     with pytest.raises(MissingExtra) as caught:
         import_optional("viser", "viewer")
     assert str(caught.value) == f"viser is not installed; run: {name_install_command('viewer')}"
+
+
+def test_a_package_of_a_benchmark_alone_comes_with_the_requirements_of_development(monkeypatch):
+    monkeypatch.setitem(sys.modules, "playwright", None)
+    with pytest.raises(SystemExit, match=r"pip install -r requirements-dev\.txt"), viewer.open_page(0):
+        pass
 
 
 @pytest.mark.parametrize("is_checkout", [True, False])
