@@ -409,12 +409,16 @@ def probe_inception(machine: Machine) -> Answer:
     file, failures = find_inception_weights(evaluation.inception_weights)
     if file is not None:
         return OK, str(file), ""
-    found = f"none ({failures[0]})"
-    is_needed = evaluation.feature_extractor == "inception" and machine.config.training.fid_every > 0
-    if is_needed and not evaluation.download:
-        return PROBLEM, found, "set evaluation.inception_weights, or evaluation.feature_extractor=offline"
-    fallback = "" if is_needed else "; where that fails, scores are fid_offline and kid_offline"
-    return NOTE, found, ("they are downloaded when scores are first computed" if evaluation.download else "") + fallback
+    found, is_scored = f"none ({failures[0]})", machine.config.training.fid_every > 0
+    is_needed = evaluation.feature_extractor == "inception"
+    without = "scores are fid_offline and kid_offline"
+    if is_needed:
+        without = "training cannot start" if is_scored else "graf eval --fid_kid ends"
+    if evaluation.download:
+        when = "before the first step" if is_scored else "by graf eval --fid_kid"
+        return NOTE, found, f"they are downloaded {when}; where that fails, {without}"
+    hint = f"without them {without}; set evaluation.inception_weights, or evaluation.feature_extractor=offline"
+    return (PROBLEM if is_needed and is_scored else NOTE), found, hint
 
 
 def probe_ffmpeg(machine: Machine) -> Answer:

@@ -261,10 +261,34 @@ def test_weights_of_inception(monkeypatch, tmp_path):
     for kind, verdict in kinds.items():
         keys = [f"evaluation.feature_extractor={kind}", "evaluation.download=false", "training.fid_every=10"]
         assert ask("FID weights", Machine("smoke", keys)).verdict is verdict
-    keys = ["evaluation.feature_extractor=inception", "evaluation.download=true"]
-    found = ask("FID weights", Machine("smoke", keys))
-    assert found.verdict is NOTE
-    assert "downloaded" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "download", "every", "hint"),
+    [
+        ("inception", "true", 10, "they are downloaded before the first step; where that fails, training cannot start"),
+        (
+            "inception",
+            "true",
+            0,
+            "they are downloaded by graf eval --fid_kid; where that fails, graf eval ",
+        ),
+        ("inception", "false", 10, "without them training cannot start; set evaluation.inception_weights, or "),
+        (
+            "auto",
+            "true",
+            10,
+            "they are downloaded before the first step; where that fails, scores are fid_offline",
+        ),
+        ("auto", "false", 10, "without them scores are fid_offline and kid_offline; set evaluation.inception_weights"),
+    ],
+)
+def test_weights_of_inception_that_are_not_here_are_told_with_what_becomes_of_scores(
+    monkeypatch, tmp_path, kind, download, every, hint
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    keys = [f"evaluation.feature_extractor={kind}", f"evaluation.download={download}", f"training.fid_every={every}"]
+    assert ask("FID weights", Machine("smoke", keys)).hint.startswith(hint)
 
 
 def test_no_ffmpeg(monkeypatch, machine):
