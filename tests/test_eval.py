@@ -463,6 +463,11 @@ def test_what_is_no_checkpoint_of_a_training_is_refused(look, copied_run):
         (["--num_images", 0], "--num_images=0: expected 2"),
         (["--elevations", 20, 91], "--elevations=91.0: expected -90 to 90"),
         (["--resolution", 4], "--resolution=4: expected 8"),
+        (
+            ["--resolution", 16, "--grid", "--fid_kid"],
+            "--resolution=16: --fid_kid compares with photographs of 32",
+        ),
+        (["--resolution", 16, "--heldout"], "--resolution=16: --heldout compares with photographs of 32 x 32 pixels"),
         (["--device", "cuda:97"], "device 'cuda:97' is not available"),
         (["--classes", "car", "--fid_kid"], "--classes: expected none with --fid_kid, which measures all classes"),
         (["--classes", "car", "--heldout", "--grid"], "--classes: expected none with --heldout, which measures all"),
@@ -480,7 +485,7 @@ def test_nothing_held_out_is_said(look, copied_run, monkeypatch, smoke_run):
     change_checkpoint(copied_run, "data", heldout_every=0)
     message = error_of(look("--heldout", run_folder=copied_run))
     assert "data.heldout_every=0 holds nothing out" in message
-    assert "set data.heldout_every to another value, for example 6" in message
+    assert "set data.heldout_every=6, or add photographs" in message
 
 
 def test_missing_photographs_stop_the_scores_and_say_so(look, copied_run):

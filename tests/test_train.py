@@ -221,7 +221,9 @@ def test_splits_of_labels_csv_choose_the_best_checkpoint_and_are_reported(run_pr
     capsys.readouterr()
     keys[0] = f"data.datadir={tmp_path / 'all_seen'}"
     assert run_program("train.py", "--config", SMOKE, *keys, "expname=unsplit") == 1
-    assert "training.save_best=psnr: there are no photographs to compare with" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "training.save_best=psnr: there are no photographs to compare with" in said.err
+    assert "set data.heldout_every=6, or add photographs" in said.out + said.err
 
 
 def test_a_term_that_a_resumed_run_leaves_out_is_logged_no_more(train, tmp_path):

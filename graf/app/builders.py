@@ -321,7 +321,10 @@ def build_validation(config: Config, renderer: Renderer, split: str = "validatio
     known = torch.nonzero(shows_known_object(renderer.generator, photographs.labels))[:, 0].tolist()
     chosen = known[:: -(-len(known) // NUM_VALIDATION)] if known else []
     if not chosen:
-        info_once(f"nothing is measured on the {split} split: it shows no known instance")
+        info_once(
+            f"nothing is measured on the {split} split: it shows no known instance; hold out photographs of some "
+            "(data.heldout_every)"
+        )
         return None
     images = torch.stack([real[index][0] for index in chosen])
     return ValidationTask(renderer, images, build_pose_sampler(config, photographs, renderer.cameras).select(chosen))

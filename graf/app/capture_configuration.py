@@ -16,6 +16,7 @@ from graf.data.labels import MAX_NAME
 
 INHERITED = "coil100.yaml"  # how real turntables are trained
 POSED_INHERITED = "lego128.yaml"  # and photographs with true poses
+HELDOUT_EVERY = 6  # data.heldout_every of both
 V_LIST_LINE = re.compile(r"^(\s*v_list:\s*)\[[^\]]*\]", re.MULTILINE)
 
 
@@ -64,9 +65,12 @@ def compose_set_configuration(file: Path, camera: SetCamera, *, many_objects: bo
     return changed
 
 
-def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: bool, side: int) -> None:
-    """Write capture.yaml for photographs with true poses; `keys` of the section data, such as data.radius."""
-    folder = file.parent
+def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: bool, side: int, count: int) -> None:
+    """Write capture.yaml for `count` photographs with true poses; `keys` of the section data, such as data.radius.
+
+    Of few the first and the last are held out, since every sixth would leave none for validation.
+    """
+    folder, are_few = file.parent, count <= HELDOUT_EVERY
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train.",
         f"inherit_from: {POSED_INHERITED if side >= 128 else INHERITED}",
@@ -77,10 +81,12 @@ def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: 
         f"  white_bkgd: {'true' if masked else 'false'}",
         "  v_list: null             # heights follow from the poses",
         "  refine_cameras: false",
+        *([f"  heldout_every: {count - 1}         # one for test, one for validation"] if are_few else []),
         *(f"  {key.removeprefix('data.')}: {value:g}" for key, value in keys.items()),
         "nerf:",
         "  bounding_radius: 1",
         f"  background: {'white' if masked else 'learned'}",
+        *(["training:", "  drop_last: false         # there may be no whole batch"] if are_few else []),
         "",
     ]
     write_atomically(file, "\n".join(lines))

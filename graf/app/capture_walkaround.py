@@ -71,7 +71,13 @@ def _capture(options: WalkOptions) -> list[str]:
             draw_masks(pictures, aimed.masks, aimed.names).save(stream, format="PNG")
         lines.append(f"wrote {sheet}: the object should be bright in it and everything else dark red")
     config_file = options.out / CAPTURE_FILE
-    write_posed_configuration(config_file, training_overrides(aimed), masked=masks is not None, side=aimed.lens.width)
+    write_posed_configuration(
+        config_file,
+        training_overrides(aimed),
+        masked=masks is not None,
+        side=aimed.lens.width,
+        count=len(aimed),
+    )
     try:
         transforms = write_transforms(options.out, aimed)
     except BaseException:

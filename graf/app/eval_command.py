@@ -51,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     detail.add_argument("--frames", type=int, help="frames of a video (default: %(default)s)")
     detail.add_argument("--fps", type=int, help="frames per second (default: %(default)s)")
     detail.add_argument("--num_images", type=int, help="generated images for --fid_kid (default: as in training)")
-    detail.add_argument("--resolution", type=int, help="side of the renders, pixels (default: data.imsize)")
+    detail.add_argument(
+        "--resolution", type=int, help="side of grids and videos, pixels (default: data.imsize, as of what is scored)"
+    )
     detail.add_argument("--device", help="auto | cpu | cuda | cuda:1 | mps (default: %(default)s)")
     detail.add_argument("--chunk", type=int, help="rays rendered at once; smaller needs less memory")
     detail.add_argument("--debug", action="store_true", help="show the traceback of a failure")

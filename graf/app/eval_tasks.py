@@ -106,6 +106,12 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
     logger.info("%s, iteration %d, on %s", opened.file, opened.iteration, describe_device(device))
     if options.sr and renderer.ccsr is None:
         raise ConfigError("--sr: this run has no super-resolution; train one with ccsr.enabled=true")
+    compared = [f"--{name}" for name in ("fid_kid", "heldout") if name in options.actions]
+    if compared and renderer.resolution != config.data.imsize:
+        raise ConfigError(
+            f"--resolution={renderer.resolution}: {compared[0]} compares with photographs of {config.data.imsize} x "
+            f"{config.data.imsize} pixels (data.imsize); leave --resolution out"
+        )
     heights = options.heights or [height_from_elevation(degrees) for degrees in options.elevations or ()]
     return Evaluation(
         options=options,

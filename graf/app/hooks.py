@@ -342,8 +342,8 @@ def build_score_hook(
     real, validation = builders.real_images(photographs, renderer.ccsr), builders.build_validation(config, renderer)
     if validation is None and config.training.save_best == "psnr":
         raise ConfigError(
-            "training.save_best=psnr: there are no photographs to compare with in the validation split; set "
-            "data.heldout_every=6, say so in a column split of labels.csv, or use save_best=kid"
+            "training.save_best=psnr: there are no photographs to compare with in the validation split; hold some out, "
+            "as is said above, or use training.save_best=kid"
         )
     return ScoreHook(task, real, folder, log, checkpoints, checkpoints.caches, consistency, validation)
 

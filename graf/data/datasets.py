@@ -260,20 +260,22 @@ def _synthetic_settings(settings: DataSettings) -> SyntheticSettings:
 def _choose_subset(index: PhotoIndex, settings: DataSettings) -> list[int]:
     every, subset = settings.heldout_every, settings.subset
     splits = list(index.splits)
+    undecided = [number for number, split in enumerate(splits) if not split]
+    by_angle = settings.type in ("turntable", "synthetic")
+    places = index.labels[:, 2] if by_angle else torch.arange(len(index.paths))
+    distinct = places[undecided].unique().tolist()  # sorted
     if every:
-        by_angle = settings.type in ("turntable", "synthetic")
-        places = index.labels[:, 2] if by_angle else torch.arange(len(index.paths))
-        undecided = [number for number, split in enumerate(splits) if not split]
-        heldout = places[undecided].unique()[::every].tolist()  # unique() sorts
-        split_at = {place: ("test", "validation")[number % 2] for number, place in enumerate(heldout)}
+        split_at = {place: ("test", "validation")[number % 2] for number, place in enumerate(distinct[::every])}
         for number in undecided:
             splits[number] = split_at.get(int(places[number]), "")
     chosen = [number for number, split in enumerate(splits) if subset in ("all", split or "train")]
     if not chosen:
+        is_helped = subset != "train" and len(distinct) > 2  # then one of each split can be held out, and one be left
+        other_value = f"set data.heldout_every={min(6, len(distinct) - 1)}, or " if is_helped else ""
         raise DataError(
             f"{index.root}: data.heldout_every={every} {'leaves' if every else 'holds nothing out, which leaves'} no "
             f"photograph of {len(splits)} in the subset {subset!r}, nor does a column split of {LABELS_FILE} put one "
-            f"there; set data.heldout_every to another value, for example 6"
+            f"there; {other_value}add photographs{' from other angles' if by_angle else ''}"
         )
     return chosen
 

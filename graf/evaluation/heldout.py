@@ -55,7 +55,7 @@ class HeldoutPhotographs:
         if len(self.images) < 2 or len(self.views) != len(self.images):
             raise HeldoutError(
                 f"the held-out set has {len(self.images)} images and {len(self.views)} views: expected at least 2 of "
-                f"each; set data.heldout_every, for example to 6"
+                "each; hold more out (a smaller data.heldout_every, the column split of labels.csv), or add photographs"
             )
         for class_idx in self.classes():
             if class_idx not in self.training_means:

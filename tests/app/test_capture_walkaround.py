@@ -16,8 +16,9 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 
-from graf.app import capture_walkaround
+from graf.app import builders, capture_walkaround
 from graf.app.capture_command import main
+from graf.app.capture_configuration import write_posed_configuration
 from graf.app.command_line import main as graf
 from graf.capture import posed
 from graf.capture.cameras import Lens, PosedPhotographs
@@ -78,6 +79,21 @@ def test_a_walk_becomes_a_set_with_true_poses_that_the_doctor_passes(shots, caps
         assert image.mode == "RGBA"
         held = np.asarray(image.getchannel("A")) > 127
     assert 0.2 < held.mean() < 0.8
+
+
+@pytest.mark.parametrize("count", [4, 6, 7])
+def test_a_set_of_few_photographs_has_some_for_training_validation_and_test(tmp_path, views, count):
+    images, poses = views
+    few = [str(number) for number in range(count)]
+    posed.write_transforms(
+        tmp_path, PosedPhotographs(images[:count], None, poses[:count], Lens.from_fov(SIZE, SIZE, FOV), few)
+    )
+    keys = {"data.radius": 8, "data.near": 7, "data.far": 9}
+    write_posed_configuration(tmp_path / "capture.yaml", keys, masked=False, side=SIZE, count=count)
+    config = load_config(tmp_path / "capture.yaml")
+    numbers = [len(builders.open_photographs(config, subset)) for subset in ("train", "validation", "test")]
+    assert numbers == [count - 2, 1, 1]
+    builders.check_batch_size(config, numbers[0])
 
 
 def test_a_walk_is_not_mixed_with_what_is_there(shots, capsys):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
@@ -113,6 +114,26 @@ def test_an_unreadable_photograph_does_not_move_the_split(turntable):
 def test_heldout_without_a_split_is_an_error(turntable):
     with pytest.raises(DataError, match="heldout_every=0 holds nothing out"):
         open_dataset(settings(turntable, subset="test"))
+
+
+@pytest.mark.parametrize(("count", "every"), [(3, 6), (6, 6), (4, 0), (5, 5)])
+@pytest.mark.parametrize("kind", ["turntable", "image_folder"])
+def test_what_is_advised_for_an_empty_split_leaves_photographs_in_all(tmp_path, kind, count, every):
+    for number in range(count):
+        write_photo(tmp_path / f"obj__{10 * number}.png")
+    with pytest.raises(DataError, match=r"set data\.heldout_every=\d, or add photographs") as caught:
+        open_dataset(settings(tmp_path, type=kind, heldout_every=every, subset="validation"))
+    advised = int(re.search(r"set data\.heldout_every=(\d)", str(caught.value))[1])
+    for subset in ("train", "validation", "test"):
+        assert len(open_dataset(settings(tmp_path, type=kind, heldout_every=advised, subset=subset)))
+
+
+@pytest.mark.parametrize(("count", "subset"), [(2, "validation"), (1, "train")])
+def test_where_no_split_is_possible_photographs_are_asked_for(tmp_path, count, subset):
+    for number in range(count):
+        write_photo(tmp_path / f"obj__{10 * number}.png")
+    with pytest.raises(DataError, match=r"put one there; add photographs from other angles$"):
+        open_dataset(settings(tmp_path, heldout_every=6, subset=subset))
 
 
 def test_labels_csv_wins_over_file_names(turntable):
