@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graf.config import Config, ConfigError
-from graf.runtime.checkpoint import CheckpointError, read_checkpoint, read_iteration
+from graf.runtime.checkpoint import CheckpointError, ReadError, read_checkpoint, read_iteration
 from graf.runtime.logs import logger, warn_once
 from graf.runtime.torch_release import require_trust
 from graf.sharing.weights import read_weights
@@ -76,12 +76,15 @@ class RunFolder:
 def read_first(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """The first of several checkpoints that can be read, and its contents; every one before it is reported.
 
-    Raises the CheckpointError of the first one where none can be read.
+    Raises the CheckpointError of the first one where none can be read, and ReadError where the system cannot read one
+    that may be whole: whoever stepped over it would go back for nothing.
     """
     failures: list[CheckpointError] = []
     for file in files:
         try:
             contents = read_weights(file) if file.suffix == WEIGHTS_ALONE else read_checkpoint(file)
+        except ReadError:
+            raise
         except CheckpointError as error:
             failures.append(error)
             continue
@@ -102,7 +105,7 @@ def set_aside(refused: Sequence[Path]) -> None:
 
 
 def _iteration(file: Path) -> int:
-    """The iteration of a checkpoint: in its name, its seal, else inside; -1 where it cannot be read."""
+    """The iteration of a checkpoint: in its name, its seal, else inside; -1 where it is damaged. Raises ReadError."""
     numbered = _NUMBERED.fullmatch(file.name)
     if numbered:
         return int(numbered[1])
@@ -111,6 +114,8 @@ def _iteration(file: Path) -> int:
         return sealed
     try:
         return int(read_checkpoint(file)["meta"]["iteration"])
+    except ReadError:
+        raise
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         warn_once(f"{error}" if isinstance(error, CheckpointError) else f"{file}: does not tell its iteration")
         return -1

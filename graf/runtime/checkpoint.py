@@ -46,6 +46,10 @@ class SaveError(CheckpointError):
     """The system could not write a checkpoint, for a reason that may pass."""
 
 
+class ReadError(CheckpointError):
+    """The system could not read a checkpoint, for a reason that may pass: the file itself may be whole."""
+
+
 def save_checkpoint(path: Path | str, objects: Mapping[str, Stateful], meta: Mapping[str, Any]) -> None:
     """Write the objects' states and `meta` (plain Python values) to `path`, wholly or not at all.
 
@@ -123,7 +127,8 @@ def _count_free_mib(path: Path) -> str:
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """The contents of a checkpoint, of this format or an older one, on the CPU: `format`, `meta`, `objects`.
 
-    Raises `CheckpointError` when the file is missing, cut short, or not a checkpoint of this program.
+    Raises `ReadError` when the system cannot read the file, and `CheckpointError` when it is missing, cut short, or not
+    a checkpoint of this program.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,6 +138,12 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     except Exception as error:  # which one a foreign file raises depends on its first bytes: KeyError, EOFError, ...
         if is_out_of_memory(error):
             raise
+        cause = _find_os_error(error)
+        if cause is not None:
+            raise ReadError(
+                f"{path}: could not be read ({cause.strerror or _first_line(cause)}), and may be whole: try again when "
+                "that has passed, or move it out of its folder to go on without it"
+            ) from error
         raise CheckpointError(
             f"{path}: cannot be read: it is cut short or not a checkpoint of this program "
             f"({type(error).__name__}: {_first_line(error)}); {_suggest_other(path)}"
@@ -192,8 +203,10 @@ def _from_format_1(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suggest_other(path: Path) -> str:
-    others = [other for other in list_checkpoints(path.parent) or sorted(path.parent.glob("*.pt")) if other != path]
-    return f"try {others[-1]}" if others else "there is no other checkpoint in that folder: start a new run"
+    others = [other for other in path.parent.glob("*.pt") if other != path]
+    if not others:
+        return "there is no other checkpoint in that folder: start a new run"
+    return f"try {max(others, key=lambda other: (read_iteration(other) or 0, other.name))}"
 
 
 def restore(

@@ -1,5 +1,6 @@
 """Run folders: where a run goes on, which run and checkpoint are the newest, and what changed in a configuration."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, newest_run, read_first
 from graf.config import Config, ConfigError
-from graf.runtime.checkpoint import CheckpointError, save_checkpoint
+from graf.runtime import sealed_archive
+from graf.runtime.checkpoint import CheckpointError, ReadError, save_checkpoint
 
 
 def make_run(folder: Path, *checkpoints: str, age: float = 0) -> RunFolder:
@@ -73,6 +75,24 @@ def test_the_newest_checkpoint_that_can_be_read_is_used_and_the_others_are_repor
         (run.checkpoints / whole).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"model_00000400\.pt: cannot be read"):
         read_first(run.newest_first())
+
+
+@pytest.mark.parametrize("newest", ["model_00000300.pt", "model_best.pt"])
+def test_the_newest_checkpoint_is_not_stepped_over_while_the_system_cannot_read_it(tmp_path, monkeypatch, newest):
+    run = make_run(tmp_path / "toys")
+    save_checkpoint(run.checkpoints / "model_00000200.pt", {}, {"iteration": 200})
+    save_checkpoint(run.checkpoints / newest, {}, {"iteration": 300})
+
+    def stale(file, *arguments):
+        if Path(file).name == newest:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(file))
+        return open(file, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_archive, "open", stale, raising=False)
+        with pytest.raises(ReadError, match=f"{newest}: could not be read"):
+            read_first(run.newest_first())
+    assert read_first(run.newest_first())[1]["meta"] == {"iteration": 300}
 
 
 def test_the_newest_checkpoint_is_found_without_loading_any(tmp_path, monkeypatch):

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from graf.base import files
-from graf.runtime import logs
+from graf.runtime import logs, sealed_archive
 from graf.runtime.amp import NoOpScaler, Precision
 from graf.runtime.checkpoint import (
     CheckpointError,
+    ReadError,
     checkpoint_name,
     list_checkpoints,
     prune_checkpoints,
@@ -346,14 +347,52 @@ def test_a_truncated_or_foreign_file_is_one_line_that_names_it_and_the_next_step
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("others", "newest"),
+    [
+        ({"backup_00000800.pt": 800, "model_best.pt": 850}, "model_best.pt"),
+        ({"backup_00000800.pt": 800, "model_best.pt": 300}, "backup_00000800.pt"),
+        ({"model_00000500.pt": 500, "model_best.pt": 300, "backup_00000800.pt": 800}, "backup_00000800.pt"),
+    ],
+)
+def test_a_damaged_file_names_the_newest_other_one_of_any_kind(
+    tmp_path: Path, others: dict[str, int], newest: str
+) -> None:
+    for name, iteration in others.items():
+        save_checkpoint(tmp_path / name, {}, {"iteration": iteration})
+    damaged = tmp_path / checkpoint_name(900)
+    damaged.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"try .*{newest}$"):
+        read_checkpoint(damaged)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("stage", ["open", "torch.load"])
+def test_what_the_system_cannot_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, code: int
+) -> None:
+    path = tmp_path / checkpoint_name(900)
+    save_checkpoint(path, {}, {})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    target = (sealed_archive, "open") if stage == "open" else (torch, "load")
+    monkeypatch.setattr(*target, fail, raising=False)
+    with pytest.raises(ReadError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: could not be read ({os.strerror(code)}), and may be whole: try again")
+
+
 def test_every_truncation_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"layer": torch.nn.Linear(2, 2)}, {})
     whole = path.read_bytes()
     for size in range(0, len(whole), 97):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError) as caught:
             read_checkpoint(path)
+        assert not isinstance(caught.value, ReadError)
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
