@@ -111,7 +111,7 @@ class _Deferred(torch.autograd.Function):
             for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
         ]
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        totals: list[Tensor | None] = [None] * len(wanted)
+        totals = [_Total() for _ in wanted]
         start = 0
         for number in range(ctx.num_chunks):
             with torch.enable_grad(), ctx.autocast():
@@ -125,13 +125,30 @@ class _Deferred(torch.autograd.Function):
             ends, given = zip(*attached, strict=True)
             parts = torch.autograd.grad(ends, wanted, given, allow_unused=True)
             del outputs, attached, ends, given
-            totals = [_add(total, part) for total, part in zip(totals, parts, strict=True)]
+            for total, part in zip(totals, parts, strict=True):
+                total.add(part)
             start = stop
         remaining = iter(totals)
-        return None, None, None, *(next(remaining) if need else None for need in needed)
+        return None, None, None, *(next(remaining).value if need else None for need in needed)
 
 
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total.add_(part)
+class _Total:
+    """Gradients of one input, added up; None where there was none.
+
+    Only in memory of its own: autograd may return one tensor as the gradient of several inputs, a view of the gradient
+    that came in, or one number expanded.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self._own = False
+
+    def add(self, part: Tensor | None) -> None:
+        if part is None:
+            return
+        if self.value is None:
+            self.value = part
+        elif self._own:
+            self.value.add_(part)
+        else:
+            self.value, self._own = self.value + part, True

@@ -91,6 +91,23 @@ def test_what_the_runner_returns_is_the_chunks_output_and_its_gradient(strategy:
 
 
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
+def test_inputs_that_autograd_gives_one_gradient_tensor_get_their_own_sums(strategy: str) -> None:
+    """a + b gives both its gradient, x + ... the one that came in, and a sum one number, expanded."""
+    a, b, summed = (torch.zeros(1, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shared = torch.zeros(1, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def render(number: int, shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (shared[0] + (number + 1) * (a + b) + summed.sum(),)
+
+    (output,) = evaluate_chunks(render, 3, (shared,), [a, b, summed], strategy)
+    output.retain_grad()
+    (2 * output).sum().backward()
+    for leaf, expected in ((a, 12), (b, 12), (shared, 6), (summed, 36)):
+        torch.testing.assert_close(leaf.grad, torch.full_like(leaf, expected))
+    torch.testing.assert_close(output.grad, torch.full_like(output, 2))
+
+
+@pytest.mark.parametrize("strategy", ["dense", "checkpoint", "deferred"])
 def test_without_gradients_the_runner_sees_every_chunk_once(strategy: str) -> None:
     seen: list[int] = []
 
