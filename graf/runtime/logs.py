@@ -33,13 +33,23 @@ _silent_bars: set[int] = set()  # of this process's number, where another one sh
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes through `tqdm.write`, so that a progress bar survives: warnings to stderr, the rest to stdout."""
+    """Writes through `tqdm.write`, so that a progress bar survives: warnings to stderr, the rest to stdout.
+
+    rank: the number of this process, which of several all but the first one say.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__()
+        self.rank = rank
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             is_warning = record.levelno >= logging.WARNING
             prefix = f"{record.levelname.lower()}: " if is_warning else ""
+            prefix += f"process {self.rank}: " if self.rank else ""
             tqdm.write(prefix + self.format(record), file=sys.stderr if is_warning else sys.stdout)
+        except OSError:  # as with bars, whoever read it has gone, or the disk is full: no line ends a program
+            pass
         except Exception:  # logging's convention: a failing log line is reported on stderr, it never stops the program
             self.handleError(record)
 
@@ -78,16 +88,10 @@ def setup_console(rank: int = 0) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if rank and not logger.filters:
+    if rank:
         _silent_bars.add(rank)
-        logger.addFilter(lambda record: _mark(record, rank))
     if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(ConsoleHandler())
-
-
-def _mark(record: logging.LogRecord, rank: int) -> bool:
-    record.msg = f"process {rank}: {record.msg}"
-    return True
+        logger.addHandler(ConsoleHandler(rank))
 
 
 def progress_bar(items: Iterable[Any] | None = None, disable: bool = False, **options: Any) -> tqdm:

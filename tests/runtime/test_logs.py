@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -53,6 +54,33 @@ def test_each_line_is_shown_once_however_often_the_console_is_set_up(capsys: pyt
     captured = capsys.readouterr()
     assert captured.out == "hello\n"
     assert captured.err == "warning: 3 files skipped\n"
+
+
+def test_all_but_the_first_process_say_their_number_in_warnings_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "_silent_bars", set())
+    setup_console(1)
+    for name in ("graf", "graf.base"):  # rooms below this one use its children
+        logging.getLogger(name).info("hello")
+        logging.getLogger(name).warning("of %s", name)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "warning: process 1: of graf\nwarning: process 1: of graf.base\n"
+
+
+def test_lines_without_a_reader_are_dropped_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=True))
+        setup_console()
+        for line in ("one", "two"):
+            logging.getLogger("graf").info(line)
+        logging.getLogger("graf").warning("three")
+    assert capsys.readouterr().err == "warning: three\n"
 
 
 def test_a_line_leaves_the_progress_bar_in_one_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
