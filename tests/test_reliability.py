@@ -24,6 +24,7 @@ from graf.config import Config
 from graf.evaluation.fidelity import read_scores
 from graf.evaluation.renderer import Renderer
 from graf.models.generator import Generator
+from graf.runtime import interrupt, trackers
 from graf.runtime.checkpoint import SaveError, read_checkpoint
 from graf.runtime.memory_settings import MemorySettings
 from graf.training.trainer import Trainer
@@ -188,6 +189,33 @@ def test_a_later_second_signal_stops_at_once(run_in_group, tmp_path):
     assert not [pid for pid in workers if is_running(pid)]
     assert set(os.listdir("/dev/shm")) <= before
     assert stderr.splitlines()[-1].startswith("error: interrupted before the step was finished")
+
+
+@pytest.mark.parametrize(("flags", "code"), [((), 0), (("--max_minutes", "1e-9"), 75)])
+def test_once_all_is_saved_signals_leave_the_trackers_alone_and_the_run_ends_as_it_would(
+    train, monkeypatch, capfd, flags, code
+):
+    closed: list[str] = []
+
+    class Slow(trackers.TensorBoard):
+        """Takes as long to finish as W&B where the network is slow."""
+
+        def close(self) -> None:
+            closed.append("begun")
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            closed.append("ended")
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", ("TensorBoard", Slow))
+    monkeypatch.setattr(interrupt, "SAME_REQUEST", -1.0)  # the second one comes later
+    keys = ("training.fid_every=0", "training.sample_every=0", "training.monitoring=[tensorboard]")
+    assert train(*keys, *flags) == code
+    assert closed == ["begun"]
+    printed = capfd.readouterr()
+    assert "SIGINT: all is saved, closing the records; again to stop without" in printed.err
+    assert "the trackers were left before they had finished" in printed.err
+    assert "nothing was saved" not in printed.err
+    assert "run folder: " in printed.out
 
 
 @pytest.mark.parametrize(("flags", "code"), [((), 75), (("--exit_zero_when_stopped",), 0)])
@@ -408,7 +436,11 @@ def test_a_save_that_fails_is_tried_again(train, tmp_path, monkeypatch, caplog):
     assert waits == list(hooks.RETRY_AFTER)
     assert "first; trying again in 1 s" in caplog.text
     failures += [SaveError(f"number {number}") for number in range(3)]
+    waits.clear()
     assert train(*BARE, "--max_iterations", "2") == 1
+    assert waits == list(hooks.RETRY_AFTER)
+    saved = tmp_path.glob("results/smoke/checkpoints/model_*")
+    assert [file.name for file in saved] == ["model_00000001.pt"]  # nor is it tried once more after that failure
 
 
 def test_learned_cameras_that_a_disk_refuses_are_written_again(train, tmp_path, monkeypatch, caplog):

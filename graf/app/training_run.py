@@ -30,7 +30,7 @@ from graf.evaluation.extractor import Extractor, ExtractorError
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import Precision, choose_precision
-from graf.runtime.checkpoint import read_checkpoint, restore
+from graf.runtime.checkpoint import SaveError, read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.distributed import Launch, Processes
 from graf.runtime.interrupt import Stopped, StopRequest
@@ -211,6 +211,8 @@ class TrainingRun:
                 trainer.run(batches, between)
             except Stopped as stopped:
                 trainer.stop_reason = str(stopped)
+            except SaveError:  # the disk has had its time to recover
+                raise
             except Exception:
                 # the state is whole: what has failed was a photograph, a disk, a score
                 if progress.iteration and not trainer.in_step:
@@ -218,6 +220,12 @@ class TrainingRun:
                 raise
             if progress.iteration:
                 save.save_reached(trainer)
+            if processes.is_first:
+                request.describe = lambda: "all is saved, closing the records"
+            try:
+                log.close()
+            except KeyboardInterrupt:
+                logger.warning("the trackers were left before they had finished; metrics.jsonl has everything")
 
     def _open_log(self) -> RunLog:
         """Write down how the run goes on, and continue its records from there."""

@@ -184,9 +184,11 @@ class Trackers:
         self._tell(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """Finish all; calling it again changes nothing."""
-        self._tell(lambda tracker: tracker.close())
-        self._open.clear()
+        """Finish all; calling it again, though it was interrupted, changes nothing."""
+        try:
+            self._tell(lambda tracker: tracker.close())
+        finally:
+            self._open.clear()
 
     def _tell(self, act: Callable[[Tracker], None]) -> None:
         for title, tracker in list(self._open.items()):
