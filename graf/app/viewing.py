@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from graf.evaluation.renderer import Renderer
 from graf.geometry.rays import Patches
 from graf.geometry.views import Views
 from graf.runtime.checkpoint import CheckpointError
-from graf.runtime.interrupt import StopRequest
+from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import logger, setup_console
 from graf.runtime.priority import give_way
 from graf.viewer.exhibit import Exhibit, Photograph
@@ -86,7 +86,12 @@ class ViewOptions:
 
 def view_run(options: ViewOptions) -> int:
     """Serve a run until it is asked to stop, by Ctrl-C or a signal; returns the exit code."""
-    with running_viewer(options) as server, StopRequest(lambda: "closing the viewer") as request:
+    # signals are heard before anything is opened: one that ended the program at once would leave its session giving way
+    with (
+        StopRequest(lambda: "closing the viewer") as request,
+        suppress(Stopped),
+        running_viewer(options, request) as server,
+    ):
         shown = "localhost" if options.host in LOCAL_HOSTS else options.host
         logger.info("open http://%s:%d in a browser; Ctrl-C ends", shown, server.port)
         while request.reason is None:
@@ -95,17 +100,18 @@ def view_run(options: ViewOptions) -> int:
 
 
 @contextmanager
-def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
-    """The page of a run and, with --follow, what brings it new checkpoints; both end with the block."""
+def running_viewer(options: ViewOptions, request: StopRequest) -> Iterator[ViewerServer]:
+    """The page of a run and, with --follow, what brings it new checkpoints; both end with the block. Raises Stopped."""
     setup_console()
     import_viser()  # what is missing is told before a run is opened
     with ExitStack() as stack:
         if options.follow:
             stack.enter_context(give_way())
-            opened, seen = open_followed(options)
+            opened, seen = open_followed(options, request)
         else:
             opened = open_run(options.run, options.device, options.truncation, options.trust)
             seen = sign([])
+        request.leave_if_asked()
         server = ViewerServer(build_exhibit(opened.trained, opened.folder, options), options.host, options.port)
         stack.callback(server.stop)
         if options.host not in LOCAL_HOSTS:
@@ -123,7 +129,7 @@ def running_viewer(options: ViewOptions) -> Iterator[ViewerServer]:
         yield server
 
 
-def open_followed(options: ViewOptions) -> tuple[OpenedRun, Signature]:
+def open_followed(options: ViewOptions, request: StopRequest) -> tuple[OpenedRun, Signature]:
     """The newest checkpoint of a run in training that can be read, for which it waits, and what was there before.
 
     On the CPU, unless --device names another: a GPU knows no niceness, and its memory is what training counts on.
@@ -143,6 +149,7 @@ def open_followed(options: ViewOptions) -> tuple[OpenedRun, Signature]:
             except CheckpointError as error:
                 logger.warning("%s; waiting for the next one", error)
         seen = found
+        request.leave_if_asked()
         time.sleep(EVERY)
 
 

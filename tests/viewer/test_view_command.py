@@ -32,7 +32,7 @@ from graf.mesh import ColouredMesh, MeshOptions
 from graf.mesh.extraction import EmptySurface
 from graf.models.camera_refinement import STORED_FACTOR, CameraRefinement
 from graf.runtime import interrupt
-from graf.runtime.interrupt import STOP_SIGNALS
+from graf.runtime.interrupt import STOP_SIGNALS, StopRequest
 from graf.viewer.follow import sign
 
 pytest.importorskip("viser")
@@ -94,6 +94,29 @@ def test_another_host_is_warned_about_and_sigterm_ends_the_viewer_as_ctrl_c_does
     assert "`ssh -L 18291:localhost:18291`" in caplog.text
     assert "open http://0.0.0.0:18291 in a browser" in caplog.text
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("graf-view")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_page_is_up_ends_what_gives_way(
+    smoke_run, restored_process, own_signals, monkeypatch, number
+):
+    """Else the session of the terminal would go on giving way."""
+    seen: list[str] = []
+
+    @contextmanager
+    def give_way() -> Iterator[None]:
+        seen.append("begun")
+        try:
+            yield
+        finally:
+            seen.append("ended")
+
+    Path("run").mkdir()
+    shutil.copy(smoke_run.folder / "config.yaml", "run")
+    monkeypatch.setattr(viewing, "give_way", give_way)
+    monkeypatch.setattr(viewing.time, "sleep", lambda seconds: signal.raise_signal(number))
+    assert main(["run", "--follow"]) == 0
+    assert seen == ["begun", "ended"]
 
 
 def test_a_run_in_training_is_followed_from_its_first_checkpoint_on(smoke_run, tmp_path):
@@ -183,7 +206,7 @@ def test_following_leaves_the_gpu_to_training(smoke_run, monkeypatch):
     opened = []
     monkeypatch.setattr(viewing, "open_first", lambda folder, files, device, truncation: opened.append(device))
     for device in ("auto", "cuda"):
-        viewing.open_followed(ViewOptions(str(smoke_run.folder), follow=True, device=device))
+        viewing.open_followed(ViewOptions(str(smoke_run.folder), follow=True, device=device), StopRequest())
     assert opened == ["cpu", "cuda"]
 
 
@@ -197,7 +220,7 @@ def test_a_checkpoint_that_is_saved_while_the_first_one_is_read_is_new(smoke_run
         (run / "newer").rename(newer)
 
     monkeypatch.setattr(viewing, "open_first", open_slowly)
-    _, seen = viewing.open_followed(ViewOptions(str(run), follow=True))
+    _, seen = viewing.open_followed(ViewOptions(str(run), follow=True), StopRequest())
     assert {name for name, _, _ in sign([newer]) - seen} == {"model_00000006.pt"}
 
 
