@@ -33,6 +33,10 @@ _OUT_OF_MEMORY_MESSAGES = (
     "not enough memory",  # the CPU allocator on Windows
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    # cuDNN, where memory is left for none of its algorithms. It says the same of what it cannot compute at all: then
+    # smaller parts do not help, and OutOfMemory quotes it
+    "was unable to find an engine to execute this computation",  # FIND and GET
+    "Unable to find a valid cuDNN algorithm to run convolution",
 )
 
 

@@ -176,6 +176,9 @@ def test_numpys_own_error_is_out_of_memory() -> None:
         RuntimeError("MPS backend out of memory (MPS allocated: 17.99 GB)"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
     ],
 )
 def test_known_messages_are_out_of_memory(error: BaseException) -> None:
