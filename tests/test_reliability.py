@@ -228,6 +228,8 @@ def test_a_stopped_run_has_an_exit_code_of_its_own(train, flags, code):
 def test_a_signal_during_scoring_is_heeded_between_images_and_the_score_is_made_up_for(
     train, tmp_path, monkeypatch, iteration
 ):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     rendered: list[int] = []
     original = Renderer._render_one
 
@@ -250,6 +252,9 @@ def test_a_signal_during_scoring_is_heeded_between_images_and_the_score_is_made_
     assert [row["iteration"] for row in read_scores(run / "scores.jsonl")] == [3, 6]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if row.get("kind") == "scores"] == [3, 6]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for kind in ("rgb", "depth", "opacity"):
+        assert [event.step for event in events.Images(f"samples/{kind}")] == [1, 3, 6]
     assert train() == 0  # and now nothing is left
     assert [row["iteration"] for row in read_scores(run / "scores.jsonl")] == [3, 6]
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,16 @@ def _is_last(trainer: Trainer) -> bool:
 
 def _grid_name(kind: str, iteration: int) -> str:
     return f"{kind}_{iteration:08d}.png"
+
+
+def _grid_tag(kind: str) -> str:
+    return f"samples/{kind}"
+
+
+def find_grids(folder: RunFolder, iteration: int) -> dict[str, Path]:
+    """The sample grids of an iteration by the tags under which trackers show them."""
+    ending = _grid_name("", iteration)
+    return {_grid_tag(file.name.removesuffix(ending)): file for file in folder.samples.glob(f"*{ending}")}
 
 
 @dataclass
@@ -153,7 +164,7 @@ class SampleHook:
         whole = {kind: torch.cat([share[kind] for share in shares if share]) for kind in shares[0] or shares[-1]}
         for kind, picture in tile_showcase(whole, self.showcase.columns, names, columns).items():
             save_png(self.folder.samples / _grid_name(kind, iteration), picture)
-            self.log.image(iteration, f"samples/{kind}", picture)
+            self.log.image(iteration, _grid_tag(kind), picture)
 
 
 @dataclass

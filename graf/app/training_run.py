@@ -237,6 +237,7 @@ class TrainingRun:
             total=training.max_iterations,
             start=progress.iteration,
             scored=None if self.extractor is None else min(progress.scored, progress.iteration),
+            pictures=hooks.find_grids(folder, progress.iteration) if progress.sampled == progress.iteration else None,
             monitoring=training.monitoring,
         )
 

@@ -124,7 +124,8 @@ class RunLog:
     always written, one JSON object a line: `iteration`, `time` (seconds since 1970) and the scalars, where a number
     that is not finite is a string ("nan", "inf", "-inf"); rows of :meth:`scores` have "kind": "scores" besides. A
     resumed run continues the file after dropping what an earlier attempt wrote past `start`, and scores past `scored`
-    (default: `start`). `monitoring` adds names of MONITORS; a missing or failing one is reported once.
+    (default: `start`). `pictures`: files of those at `start` by tag, for trackers that hide them with the scores.
+    `monitoring` adds names of MONITORS; a missing or failing one is reported once.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class RunLog:
         total: int,
         start: int,
         scored: int | None = None,
+        pictures: Mapping[str, Path] | None = None,
         monitoring: Sequence[str] = (),
         progress: bool = True,
     ) -> None:
@@ -145,7 +147,8 @@ class RunLog:
         scored = start if scored is None else scored
         drop_rows_after(self._metrics_path, start, scored)
         wanted = [name for name in monitoring if name in TRACKERS]
-        self._trackers = Trackers(wanted, folder, start, self._metrics_path if scored < start else None, warn_once)
+        rows = self._metrics_path if scored < start else None
+        self._trackers = Trackers(wanted, folder, start, rows, pictures or {}, warn_once)
         self._bar = tqdm(
             file=_ForgivingStream(sys.stderr),
             total=total,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from graf.base.extras import MissingExtra, import_optional
 from graf.base.files import write_atomically
@@ -56,12 +57,13 @@ class TensorBoard:
     """Event files in the run's folder, `tensorboard/`.
 
     start: events past this iteration are hidden, for they are written again. rows: a metrics.jsonl of which those at
-    `start` are written again, and its events hidden too; None: they stay.
+    `start` are written again, and its events hidden too; None: they stay. pictures: files of those at `start` by tag,
+    which are written again with the rows.
     """
 
     title = "TensorBoard"
 
-    def __init__(self, folder: Path, start: int = 0, rows: Path | None = None) -> None:
+    def __init__(self, folder: Path, start: int, rows: Path | None, pictures: Mapping[str, Path]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside TensorBoard's and protobuf's own modules
             from torch.utils.tensorboard import SummaryWriter
@@ -71,6 +73,9 @@ class TensorBoard:
         if rows is not None and again and rows.exists():
             for line in rows.read_text(encoding="utf-8").splitlines():
                 self._write_again(line, start)
+            for tag, file in pictures.items():
+                with suppress(OSError):  # removed or broken since
+                    self.image(start, tag, np.asarray(Image.open(file).convert("RGB")))
 
     def _write_again(self, line: str, iteration: int) -> None:
         row = read_row(line)
@@ -147,11 +152,11 @@ class Trackio:
         self._trackio.finish()  # not the run's own, after which Trackio would finish it once more at the program's end
 
 
-#: values of training.monitoring -> what each is called, and how it is opened: (folder, start, rows) -> a tracker
-TRACKERS: dict[str, tuple[str, Callable[[Path, int, Path | None], Tracker]]] = {
+#: values of training.monitoring -> what each is called, and how it is opened: (folder, start, rows, pictures) -> it
+TRACKERS: dict[str, tuple[str, Callable[[Path, int, Path | None, Mapping[str, Path]], Tracker]]] = {
     "tensorboard": (TensorBoard.title, TensorBoard),
-    "wandb": (WeightsAndBiases.title, lambda folder, start, rows: WeightsAndBiases(folder)),
-    "trackio": (Trackio.title, lambda folder, start, rows: Trackio(folder)),
+    "wandb": (WeightsAndBiases.title, lambda folder, *_: WeightsAndBiases(folder)),
+    "trackio": (Trackio.title, lambda folder, *_: Trackio(folder)),
 }
 
 
@@ -159,14 +164,20 @@ class Trackers:
     """All trackers of a run, as one; what any of them raises is told to `warn` once, and ends that one alone."""
 
     def __init__(
-        self, names: Sequence[str], folder: Path, start: int, rows: Path | None, warn: Callable[[str], None]
+        self,
+        names: Sequence[str],
+        folder: Path,
+        start: int,
+        rows: Path | None,
+        pictures: Mapping[str, Path],
+        warn: Callable[[str], None],
     ) -> None:
         self._warn = warn
         self._open: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
             title, opener = TRACKERS[name]
             try:
-                self._open[title] = opener(folder, start, rows)
+                self._open[title] = opener(folder, start, rows, pictures)
             except MissingExtra as error:
                 warn(f"monitoring: {error}, or leave {name} out; the run goes on without it")
             except ImportError as error:  # TensorBoard's, which is no extra

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from graf.base.extras import name_install_command
 from graf.runtime import logs
@@ -244,12 +245,16 @@ def test_tensorboard_has_every_step_once_where_a_kill_came_between_a_line_and_it
         for iteration in (10, 20):
             log.scalars(iteration, {"loss/g": iteration})
             log.scores(iteration, {"fid": iteration})
+            log.image(iteration, "samples/rgb", np.zeros((4, 6, 3), np.uint8))
         log.scalars(30, {"loss/g": 30})
-    with make_log(tmp_path, start=20, scored=10, monitoring=["tensorboard"]) as log:
+    Image.new("RGB", (6, 4)).save(tmp_path / "rgb.png")
+    pictures = {"samples/rgb": tmp_path / "rgb.png", "samples/depth": tmp_path / "removed.png"}
+    with make_log(tmp_path, start=20, scored=10, pictures=pictures, monitoring=["tensorboard"]) as log:
         log.scores(20, {"fid": 20})
         log.scalars(30, {"loss/g": 30})
     assert read_events(tmp_path, "loss/g") == [(10, 10), (20, 20), (30, 30)]
     assert read_events(tmp_path, "fid") == [(10, 10), (20, 20)]
+    assert read_events(tmp_path, "samples/rgb") == [(10, 6), (20, 6)]
     rows = [(row["iteration"], row.get("kind")) for row in read_lines(tmp_path)]
     assert rows == [(10, None), (10, "scores"), (20, None), (20, "scores"), (30, None)]
 

@@ -41,7 +41,7 @@ class Recorder:
 def open_recorders(monkeypatch, warnings: list[str], **recorders: Recorder) -> Trackers:
     openers = {name: (name, lambda *_, recorder=recorder: recorder) for name, recorder in recorders.items()}
     monkeypatch.setattr(trackers, "TRACKERS", openers)
-    return Trackers(list(recorders), Path(), 0, None, warnings.append)
+    return Trackers(list(recorders), Path(), 0, None, {}, warnings.append)
 
 
 def test_all_are_told_all(monkeypatch):
@@ -86,7 +86,7 @@ def test_one_that_cannot_start_is_said_and_the_others_go_on(monkeypatch, failure
     warnings: list[str] = []
     sound = Recorder()
     monkeypatch.setattr(trackers, "TRACKERS", {"broken": ("W&B", refuse), "sound": ("sound", lambda *_: sound)})
-    opened = Trackers(["broken", "sound"], Path(), 0, None, warnings.append)
+    opened = Trackers(["broken", "sound"], Path(), 0, None, {}, warnings.append)
     opened.scalars(1, {"loss": 2.0})
     opened.close()
     assert sound.calls == [("scalars", 1, {"loss": 2.0}), ("close",)]
@@ -105,7 +105,7 @@ def test_wandb_offline_keeps_a_run_in_its_folder_and_a_resume_continues_it(tmp_p
     monkeypatch.setenv("WANDB_SILENT", "true")
     warnings: list[str] = []
     for start in (0, 1):
-        opened = Trackers(["wandb"], tmp_path, start, None, warnings.append)
+        opened = Trackers(["wandb"], tmp_path, start, None, {}, warnings.append)
         opened.scalars(start + 1, {"loss": 0.5})
         opened.image(start + 1, "samples/rgb", PICTURE)
         opened.close()
@@ -125,7 +125,7 @@ def test_trackio_on_this_machine_keeps_a_run_and_a_resume_continues_it(tmp_path,
     folder = tmp_path / "run"
     folder.mkdir()
     for start in (0, 1):
-        opened = Trackers(["trackio"], folder, start, None, warnings.append)
+        opened = Trackers(["trackio"], folder, start, None, {}, warnings.append)
         opened.scalars(start + 1, {"loss": 0.5 + start})
         opened.close()
     assert warnings == []
