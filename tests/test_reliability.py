@@ -448,6 +448,21 @@ def test_a_save_that_fails_is_tried_again(train, tmp_path, monkeypatch, caplog):
     assert [file.name for file in saved] == ["model_00000001.pt"]  # nor is it tried once more after that failure
 
 
+def test_an_iteration_whose_best_checkpoint_is_refused_is_saved_all_the_same(train, tmp_path, monkeypatch):
+    original = hooks.save_checkpoint
+
+    def fail(path, *arguments):
+        if path.name == "model_best.pt":
+            raise SaveError("in use")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(hooks, "save_checkpoint", fail)
+    monkeypatch.setattr(hooks, "RETRY_AFTER", (0.0, 0.0))
+    assert train("training.monitoring=[]", "training.backup_every=0") == 1
+    saved = tmp_path.glob("results/smoke/checkpoints/*.pt")
+    assert [file.name for file in saved] == ["model_00000003.pt"]
+
+
 def test_learned_cameras_that_a_disk_refuses_are_written_again(train, tmp_path, monkeypatch, caplog):
     original, failures = hooks.write_atomically, [OSError(28, "No space left on device", "config.yaml")]
 

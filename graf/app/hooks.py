@@ -244,13 +244,14 @@ class CheckpointHook:
     """Saves model_XXXXXXXX.pt every save_every seconds and at the end, backup_XXXXXXXX.pt every backup_every steps.
 
     Of the former the last keep_checkpoints stay, the latter all. Learned cameras are also written to the run's
-    config.yaml, as data.refined_cameras.
+    config.yaml, as data.refined_cameras. `refused`: the file that could not be written, though it was tried patiently.
     """
 
     folder: RunFolder
     meta: dict[str, Any]
     caches: CacheRelease
     log: RunLog
+    refused: str | None = None
     _last: float = field(default_factory=time.monotonic)
     _saved: tuple[int, ...] = ()
 
@@ -297,9 +298,11 @@ class CheckpointHook:
         trainer.settle()
         meta = self.meta | {"iteration": trainer.progress.iteration}
         self.log.flush()
+        self.refused = name  # until it is written
         with trainer.phase("save"):
             _write_patiently(lambda: save_checkpoint(self.folder.checkpoints / name, trainer.state, meta))
             _write_patiently(lambda: self._write_cameras(trainer))
+        self.refused = None
         self.caches.after_phase()
 
     def _write_cameras(self, trainer: Trainer) -> None:

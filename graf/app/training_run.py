@@ -30,7 +30,7 @@ from graf.evaluation.extractor import Extractor, ExtractorError
 from graf.evaluation.scoring import ScoringTask
 from graf.geometry.views import PoseSampler
 from graf.runtime.amp import Precision, choose_precision
-from graf.runtime.checkpoint import SaveError, read_checkpoint, restore
+from graf.runtime.checkpoint import checkpoint_name, read_checkpoint, restore
 from graf.runtime.device import configure_backends, describe_device, pick_device
 from graf.runtime.distributed import Launch, Processes
 from graf.runtime.interrupt import Stopped, StopRequest
@@ -211,11 +211,9 @@ class TrainingRun:
                 trainer.run(batches, between)
             except Stopped as stopped:
                 trainer.stop_reason = str(stopped)
-            except SaveError:  # the disk has had its time to recover
-                raise
             except Exception:
-                # the state is whole: what has failed was a photograph, a disk, a score
-                if progress.iteration and not trainer.in_step:
+                # the state is whole: what has failed was a photograph, a disk, a score; not what would be saved now
+                if progress.iteration and not trainer.in_step and save.refused != checkpoint_name(progress.iteration):
                     self._save_after_failure(save)
                 raise
             if progress.iteration:
