@@ -196,6 +196,7 @@ def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
     with Image.open(picture) as image:
         assert image.width > 8 * 32
     report = json.loads(file.read_text())
+    assert report["never_seen"] is True
     *objects, average = report["objects"]
     assert {row["name"] for row in objects} <= set(CLASSES)
     assert sum(row["photographs"] for row in objects) == average["photographs"] == 3
@@ -203,6 +204,33 @@ def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
     for row in report["objects"]:
         assert row["name"] in stdout
         assert 0 < row["labelled"] < 40
+
+
+@pytest.mark.parametrize(
+    ("remembered", "never_seen", "warning"),
+    [
+        ({"number": 43, "identity": "others"}, False, "not those that it was on (43 photographs then, 42 now"),
+        ({"exchanged": True}, False, "the run has gone on with others than it began with; only a new run can leave"),
+        (None, None, ""),  # an older version wrote it
+    ],
+)
+def test_photographs_that_training_may_have_seen_are_not_called_unseen(
+    look, copied_run, monkeypatch, smoke_run, remembered, never_seen, warning
+):
+    monkeypatch.chdir(smoke_run.cwd)
+    file = copied_run / "checkpoints" / "model_best.pt"
+    contents = torch.load(file, weights_only=True)
+    if remembered is None:
+        del contents["meta"]["photographs"]
+    else:
+        contents["meta"]["photographs"].update(remembered)
+    with open(file, "wb") as stream:
+        write_sealed(stream, contents, {})
+    code, _, stderr = look("--heldout", run_folder=copied_run)
+    assert code == 0, stderr
+    assert ("training may have seen photographs of the test split" in stderr) == bool(warning)
+    assert warning in stderr
+    assert json.loads((copied_run / "eval" / "heldout.json").read_text())["never_seen"] is never_seen
 
 
 def test_another_seed_scores_other_objects(look, monkeypatch, smoke_run):

@@ -630,9 +630,14 @@ def test_changed_photographs_are_accepted_when_asked(train_folder, tmp_path, cap
     assert "8 photographs then, 7 now" in (error := capsys.readouterr().err)
     assert "--accept_new_data" in error
     assert train_folder("--max_iterations", "2", "--accept_new_data") == 0
-    assert "they are accepted" in capsys.readouterr().out
+    assert "they are accepted. Training may have seen some of those that are held out" in capsys.readouterr().out
     assert train_folder("--max_iterations", "3") == 0  # said once: the checkpoint knows them now
     assert "accepted" not in capsys.readouterr().out
+    assert train_folder("--max_iterations", "4", "data.heldout_every=4") == 0  # another split, asked for
+    assert "7 photographs then, 5 now" in (printed := capsys.readouterr().out)
+    assert "Training may have seen some of those that are held out from now on" in printed
+    checkpoints = tmp_path / "results" / "smoke" / "checkpoints"
+    assert read_checkpoint(checkpoints / "model_00000004.pt")["meta"]["photographs"]["exchanged"]
 
 
 def test_a_photograph_that_vanishes_in_mid_run_costs_no_iteration(train_folder, tmp_path, monkeypatch, capsys):

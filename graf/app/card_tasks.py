@@ -133,7 +133,7 @@ def describe_model(opened: OpenedRun, shown: list[ShownObject], has_video: bool)
         iteration=trained.iteration,
         facts=_list_facts(trained),
         training=_list_training(trained),
-        data=_describe_data(trained) + _describe_tuning(trained),
+        data=_describe_data(trained) + _describe_exchange(trained) + _describe_tuning(trained),
         data_name=_name_data(config),
         data_type=config.data.type,
         tags=[config.nerf.field, *(["super-resolution"] if renderer.ccsr is not None else [])],
@@ -199,6 +199,16 @@ def _describe_data(trained: TrainedGenerator) -> str:
         f"Photographs with {poses} (`data.type: {data.type}`), in a folder that was called `{_name_data(config)}`. "
         "They are not part of this folder. This card knows nothing of their origin; they may have owners, and licences "
         "of their own."
+    )
+
+
+def _describe_exchange(trained: TrainedGenerator) -> str:
+    """A sentence on photographs that were exchanged while the run went on; nothing where they were not."""
+    if not trained.photographs.get("exchanged"):
+        return ""
+    return (
+        " The run went on with others than it began with: training may have seen photographs that scores of the splits "
+        "validation and test are about."
     )
 
 

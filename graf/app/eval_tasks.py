@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graf.app import builders
+from graf.app import builders, resuming
 from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog
 from graf.app.loading import open_checkpoint
 from graf.app.runs import find_run, named_run
 from graf.base.files import write_atomically
 from graf.config import Config, ConfigError
+from graf.data.datasets import PhotoDataset
 from graf.evaluation.camera_paths import read_path, render_path
 from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
 from graf.evaluation.extractor import choose_extractor
@@ -45,12 +47,14 @@ NUM_HELDOUT_CODES = 4
 class Evaluation:
     """A trained generator, what is asked of it, and the folder that the results go to.
 
-    classes: indices of the classes that are evaluated; heights: heights v of the cameras.
+    photographs: what the checkpoint remembers of those that it was trained on; classes: indices of the classes that are
+    evaluated; heights: heights v of the cameras.
     """
 
     options: EvalOptions
     config: Config
     dataset_info: builders.DatasetInfo
+    photographs: Mapping[str, Any]
     renderer: Renderer
     folder: Path
     iteration: int
@@ -117,6 +121,7 @@ def open_evaluation(options: EvalOptions) -> Evaluation:
         options=options,
         config=config,
         dataset_info=opened.dataset_info,
+        photographs=opened.photographs,
         renderer=renderer,
         folder=run.evaluation,
         iteration=opened.iteration,
@@ -266,9 +271,9 @@ def write_consistency(evaluation: Evaluation) -> list[Path]:
 
 
 def write_heldout(evaluation: Evaluation) -> list[Path]:
-    """Renders of the test split, which training never saw, against its photographs; see graf.evaluation.heldout.
+    """Renders of the test split against its photographs; see graf.evaluation.heldout.
 
-    Figures, and a picture of both, `--views` of them in a row.
+    Figures, whether training never saw these photographs, and a picture of both, `--views` of them in a row.
     """
     config, renderer = evaluation.config, evaluation.renderer
     if not evaluation.dataset_info.poses_known:
@@ -276,6 +281,7 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             "--heldout: the views of these photographs are unknown (data.type=image_folder); it needs labels or poses"
         )
     training, heldout = (builders.open_photographs(config, subset) for subset in ("train", "test"))
+    never_seen = _never_seen(evaluation, training)
     class_means = mean_images_by_class(builders.real_images(training, renderer.ccsr)["render"])
     images, labels = _stack(builders.real_images(heldout, renderer.ccsr)["render"])
     views = builders.build_pose_sampler(config, heldout, renderer.cameras).views
@@ -318,9 +324,27 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
     super_resolve = renderer.ccsr is not None
     picture = compare_with_photographs(renderer, shown, photographs.views, evaluation.options.views, super_resolve)
     return [
-        _write_json(evaluation.folder / "heldout.json", report.as_dict()),
+        _write_json(evaluation.folder / "heldout.json", {"never_seen": never_seen} | report.as_dict()),
         save_png(evaluation.folder / "heldout.png", picture),
     ]
+
+
+def _never_seen(evaluation: Evaluation, training: PhotoDataset) -> bool | None:
+    """Whether training never saw what is held out of these photographs; None where the checkpoint does not remember.
+
+    What speaks against it is said. Splits go by rank: one photograph more or less, or another data.heldout_every, and
+    what was trained on is held out.
+    """
+    known = evaluation.photographs
+    change = resuming.compare_photographs(training, known)
+    if change is not None:
+        reason = f"they are not those that it was on ({change}); bring those back, or name their folder by --datadir"
+    elif known.get("exchanged"):
+        reason = "the run has gone on with others than it began with; only a new run can leave its test split unseen"
+    else:
+        return True if known else None
+    logger.warning("%s: training may have seen photographs of the test split: %s", training.index.root, reason)
+    return False
 
 
 def _measure_enlargement(evaluation: Evaluation, images: Tensor, views: Views) -> EnlargementReport:

@@ -63,12 +63,13 @@ def averaged_states(trained: TrainedGenerator) -> dict[str, dict[str, Tensor]]:
 
 
 def describe_trained(trained: TrainedGenerator) -> dict[str, Any]:
-    """What a checkpoint says of its run (config, dataset, iteration, machine), without places of its machine."""
+    """What a checkpoint says of its run (config, dataset, photographs, iteration, machine), without its places."""
     tuned = {key: Path(value).name for key, value in trained.tuned.items()}
     return {
         **({TUNED_KEY: tuned} if tuned else {}),
         "config": without_places(trained.renderer.config).model_dump(mode="json"),
         "dataset": asdict(trained.dataset_info),
+        "photographs": dict(trained.photographs),
         "iteration": trained.iteration,
         "machine": dict(trained.machine),
         "graf": __version__,

@@ -60,6 +60,7 @@ class TrainedGenerator:
     """What a checkpoint holds for rendering, and what it says about its run.
 
     machine: what it was trained on (device, precision, torch); empty where an older version wrote the checkpoint.
+    photographs: what it was trained on, as `resuming.describe_photographs` tells; likewise.
     tuned: of a generator that `graf invert --tune` has tuned, the photograph and the weights that it comes from; else
     empty.
     """
@@ -69,6 +70,7 @@ class TrainedGenerator:
     iteration: int
     file: Path
     machine: Mapping[str, str]
+    photographs: Mapping[str, Any]
     tuned: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -107,6 +109,12 @@ def read_words(meta: Mapping[str, Any], key: str) -> dict[str, str]:
     return {str(name): str(value) for name, value in saved.items()} if isinstance(saved, Mapping) else {}
 
 
+def read_photographs(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint remembers of the photographs of its run; empty where an older version wrote it."""
+    saved = meta.get("photographs")
+    return saved if isinstance(saved, Mapping) else {}
+
+
 def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGenerator:
     """Rebuild averaged networks from the first checkpoint that can be read, with its own configuration.
 
@@ -139,6 +147,5 @@ def open_checkpoint(files: Sequence[Path], device: torch.device) -> TrainedGener
         network.eval().requires_grad_(False)
     precision = choose_precision(config.training.use_amp, config.training.amp_dtype, device)
     renderer = builders.build_renderer(config, dataset_info, precision, device, generator, ccsr)
-    return TrainedGenerator(
-        renderer, dataset_info, iteration, file, read_words(meta, "machine"), read_words(meta, TUNED_KEY)
-    )
+    machine, photographs = read_words(meta, "machine"), read_photographs(meta)
+    return TrainedGenerator(renderer, dataset_info, iteration, file, machine, photographs, read_words(meta, TUNED_KEY))

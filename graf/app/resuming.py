@@ -11,7 +11,7 @@ import torch
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.loading import read_words
+from graf.app.loading import read_photographs, read_words
 from graf.app.runs import BEST_CHECKPOINT, RunFolder
 from graf.base.files import replace_file
 from graf.config import Config
@@ -35,9 +35,23 @@ CHOOSING_KEYS = (
 )
 
 
-def describe_photographs(photographs: PhotoDataset) -> dict[str, Any]:
-    """What a checkpoint remembers of the photographs besides DatasetInfo."""
-    return {"number": len(photographs), "identity": photographs.identity}
+def describe_photographs(photographs: PhotoDataset, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint remembers of the photographs besides DatasetInfo.
+
+    before: the same of the checkpoint that the run goes on from, empty where there is none. exchanged: whether the run
+    has trained on others too, which may be held out now.
+    """
+    exchanged = bool(before.get("exchanged")) or compare_photographs(photographs, before) is not None
+    return {"number": len(photographs), "identity": photographs.identity, "exchanged": exchanged}
+
+
+def compare_photographs(photographs: PhotoDataset, known: Mapping[str, Any]) -> str | None:
+    """How photographs differ from those that a checkpoint remembers, in words; None where they do not, or where an
+    older version wrote it, which remembers none.
+    """
+    if known.get("identity", photographs.identity) == photographs.identity:
+        return None
+    return f"{known.get('number')} photographs then, {len(photographs)} now, with other names, sizes or labels"
 
 
 def acts_on_losses(change: str) -> bool:
@@ -52,7 +66,7 @@ def check_photographs(
 
     Other classes and other known objects never go on: their embeddings and codes would be given to others. accept:
     photographs that were added, removed or labelled anew go on, which is said, as it is where the configuration asks
-    for others.
+    for others: what is held out now may be what was trained on before.
     """
     saved = meta["dataset"]
     for what, before, now in (
@@ -65,11 +79,8 @@ def check_photographs(
                 f"{photographs.index.root}: the {what} are not those of {file}: {_list_changes(before, now)}; what it "
                 "has learned of one would be given to another. Bring them back, or start anew with --resume none"
             )
-    known, current = meta.get("photographs"), describe_photographs(photographs)
-    changes = []
-    if known is not None and known != current:
-        numbers = f"{known.get('number')} photographs then, {current['number']} now"
-        changes.append(f"{numbers}, with other names, sizes or labels")
+    exchange = compare_photographs(photographs, read_photographs(meta))
+    changes = [] if exchange is None else [exchange]
     for name, label in (("v_list", "heights"), ("fov", "field of view"), ("poses_known", "poses known")):
         before, now = saved.get(name), getattr(info, name)
         if _plain(before) != _plain(now):
@@ -79,7 +90,8 @@ def check_photographs(
     text = f"{photographs.index.root}: the photographs are not those of {file}: {'; '.join(changes)}"
     if not accept and not _asks_for_others(meta["config"], config.model_dump(mode="json")):
         raise DataError(f"{text}. To go on with them give --accept_new_data, to start anew --resume none")
-    logger.info("%s; they are accepted", text)
+    seen = "" if exchange is None else ". Training may have seen some of those that are held out from now on"
+    logger.info("%s; they are accepted%s", text, seen)
 
 
 def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device, precision: Precision) -> bool:

@@ -16,7 +16,7 @@ import torch
 from graf.app import builders, hooks, resuming
 from graf.app.builders import DatasetInfo
 from graf.app.failures import ErrorLog
-from graf.app.loading import read_dataset_info, read_meta
+from graf.app.loading import read_dataset_info, read_meta, read_photographs
 from graf.app.memory_planner import choose_for_budget
 from graf.app.refined_cameras import describe_refined_cameras
 from graf.app.runs import RunFolder, choose_run_folder, describe_changes, read_first, set_aside
@@ -150,13 +150,17 @@ def take_folder(stack: ExitStack, folder: RunFolder, checkpoints: list[Path], re
 
 @dataclass
 class TrainingRun:
-    """Everything that training needs, found before its first step: the trainer is where its checkpoint was."""
+    """Everything that training needs, found before its first step: the trainer is where its checkpoint was.
+
+    described: what its checkpoints remember of the photographs.
+    """
 
     config: Config
     folder: RunFolder
     device: torch.device
     precision: Precision
     photographs: PhotoDataset
+    described: dict[str, Any]
     dataset_info: DatasetInfo
     pose_sampler: PoseSampler
     extractor: Extractor | None
@@ -251,7 +255,7 @@ class TrainingRun:
         meta = {
             "config": config.model_dump(mode="json"),
             "dataset": asdict(info),
-            "photographs": resuming.describe_photographs(self.photographs),
+            "photographs": self.described,
             "machine": {
                 "device": describe_device(self.device),
                 "precision": self.precision.describe(),
@@ -352,7 +356,10 @@ def open_run(
             resuming.forget_sizes(config, trainer)
         elif trainer.memory != builders.build_memory_settings(config, device.type):
             logger.info("memory: %s, as this run has found out", trainer.memory)
-    run = TrainingRun(config, folder, device, precision, photographs, info, pose_sampler, extractor, trainer, processes)
+    described = resuming.describe_photographs(photographs, {} if meta is None else read_photographs(meta))
+    run = TrainingRun(
+        *(config, folder, device, precision, photographs, described, info, pose_sampler, extractor, trainer, processes)
+    )
     if not run.is_complete and config.training.memory_budget is not None and not keeps_sizes:
         offline_features = extractor is not None and extractor.suffix != ""
         trainer.use(processes.by_first(lambda: choose_for_budget(config, trainer, info, offline_features)))

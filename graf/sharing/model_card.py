@@ -185,6 +185,7 @@ _ORIGIN = {
     "extractor": "features of {}",
     "truncation": "truncation {:g}",
     "seed": "seed {}",
+    "caution": "{}",
 }
 
 

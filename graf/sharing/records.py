@@ -88,7 +88,10 @@ def _provenance_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_heldout(report: Mapping[str, Any], iteration: int) -> list[Measurement]:
-    """PSNR and SSIM of the test split out of what `graf eval --heldout` wrote, of these weights alone."""
+    """PSNR and SSIM of the test split out of what `graf eval --heldout` wrote, of these weights alone.
+
+    That training may have seen its photographs is part of their provenance.
+    """
     renders, objects = report.get("renders"), report.get("objects")
     if not isinstance(renders, Mapping) or renders.get("iteration") != iteration or not isinstance(objects, list):
         return []
@@ -98,6 +101,8 @@ def _read_heldout(report: Mapping[str, Any], iteration: int) -> list[Measurement
         "iteration": iteration,
         "resolution": renders["resolution"],
     }
+    if report.get("never_seen") is False:
+        provenance["caution"] = "training may have seen these photographs"
     values = {"psnr": average.get("labelled"), "ssim": average.get("ssim")}
     return [
         Measurement(name, float(value), "test", provenance)

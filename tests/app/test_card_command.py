@@ -125,6 +125,10 @@ def test_only_scores_of_the_very_weights_are_taken_the_latest_of_each(tmp_path):
     expected = {("fid", "train"): 7.0, ("sr_fid", "train"): 6.0, ("psnr", "test"): 21.0}
     assert values == expected | {("psnr_validation", "validation"): 20.0}
     assert found["fid", "train"].provenance == {"iteration": 6, "seed": 1}
+    assert "caution" not in found["psnr", "test"].provenance
+    (tmp_path / "eval" / "heldout.json").write_text(json.dumps({"never_seen": False, **heldout}))
+    (caution,) = (score.provenance["caution"] for score in read_measurements(tmp_path, 6) if score.split == "test")
+    assert caution == "training may have seen these photographs"
     assert read_measurements(tmp_path, 7) == []
     assert describe_score("sr_fid").startswith("super-resolved: Fréchet distance of Inception features")
 

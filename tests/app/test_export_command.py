@@ -67,6 +67,7 @@ def test_the_description_holds_the_resolved_config_and_no_place_of_this_machine(
     }
     assert found["iteration"] == trained.iteration
     assert found["machine"].keys() == {"device", "precision", "torch"}
+    assert found["photographs"].keys() == {"number", "identity", "exchanged"}
 
 
 @pytest.mark.parametrize(

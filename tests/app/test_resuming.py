@@ -1,10 +1,12 @@
-"""When sizes of a checkpoint are kept: where nothing that decides them has changed; what is said of its precision."""
+"""What a checkpoint's photographs, sizes and precision mean for the run that goes on from it."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from graf.app import builders
-from graf.app.resuming import describe_precision, keeps_sizes
+from graf.app.resuming import describe_photographs, describe_precision, keeps_sizes
 from graf.config import load_config
 from graf.runtime.amp import Precision
 
@@ -60,3 +62,19 @@ def test_another_precision_than_the_checkpoints_is_said_and_keeps_no_sizes(
     meta = {"config": config.model_dump(mode="json"), "machine": machine}
     assert describe_precision(meta, precision) == said
     assert keeps_sizes(config, meta, torch.device("cpu"), precision) == (not said)
+
+
+def test_a_run_remembers_that_it_was_trained_on_other_photographs():
+    class Photographs(SimpleNamespace):
+        def __len__(self) -> int:
+            return 3
+
+    one, other = Photographs(identity="one"), Photographs(identity="other")
+    begun = describe_photographs(one, {})
+    assert begun == {"number": 3, "identity": "one", "exchanged": False}
+    assert describe_photographs(one, begun) == begun
+    changed = describe_photographs(other, begun)
+    assert changed == {"number": 3, "identity": "other", "exchanged": True}
+    assert describe_photographs(other, changed) == changed
+    assert describe_photographs(one, changed)["exchanged"]
+    assert not describe_photographs(one, {"number": 3, "identity": "one"})["exchanged"]  # of a version before
