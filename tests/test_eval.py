@@ -1,6 +1,7 @@
 """eval.py as a program: the newest run from all sides, every action, the training's own scores, and one-line errors."""
 
 import csv
+import errno
 import json
 import os
 import pkgutil
@@ -325,6 +326,19 @@ def test_consistency_is_measured_and_written(look_sharp):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(["--fid_kid"], "scores"), (["--consistency", "--classes", "car"], "consistency"), (["--heldout"], "heldout")],
+)
+def test_who_stops_reading_loses_no_file(look_sharp, monkeypatch, arguments, name):
+    def leave(text: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(eval_tasks, "print", leave, raising=False)
+    look_sharp(*arguments)
+    assert json.loads(Path("results", "smoke", "eval", f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
     "v_list", [(0.3,), (0.5,), (0.55,), (0.9,), (1.0,), (0.0,), (0.52, 0.55), (0.2, 0.4), (0.6, 0.9)]
 )
 def test_the_camera_of_the_elevation_video_goes_up_once_and_down_once_past_every_height(monkeypatch, v_list):
@@ -514,6 +528,14 @@ def test_nothing_held_out_is_said(look, copied_run, monkeypatch, smoke_run):
     message = error_of(look("--heldout", run_folder=copied_run))
     assert "data.heldout_every=0 holds nothing out" in message
     assert "set data.heldout_every=6, or add photographs" in message
+
+
+def test_a_test_split_of_one_photograph_names_the_value_found(look, copied_run, monkeypatch, smoke_run):
+    monkeypatch.chdir(smoke_run.cwd)
+    change_checkpoint(copied_run, "data", heldout_every=100)
+    message = error_of(look("--heldout", run_folder=copied_run))
+    assert "1 of the 1 photographs of the test split show an object that the generator knows" in message
+    assert "data.heldout_every=100: expected at least 2; train with a value of 2 or more that is below half" in message
 
 
 def test_missing_photographs_stop_the_scores_and_say_so(look, copied_run):

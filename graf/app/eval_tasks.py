@@ -1,6 +1,7 @@
 """What can be done with a trained generator besides training it: grids, videos, scores.
 
-It opens the run and calls graf.evaluation; it reads no command line.
+It opens the run and calls graf.evaluation; it reads no command line. Files are written before figures are printed: who
+reads these may leave, as head does.
 """
 
 from __future__ import annotations
@@ -247,13 +248,15 @@ def write_fid_kid(evaluation: Evaluation) -> list[Path]:
     real = builders.real_images(photographs, renderer.ccsr)
     if "sr" in real:
         real["bicubic"] = real["sr"]
-    rows = []
+    rows, lines = [], []
     for output, images in real.items():
         scores = task.score(output, images, images.fingerprint(), provenance)
         write_scores(evaluation.folder, scores)
-        print("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
         rows.append(scores.as_dict())
-    return [evaluation.folder / "scores.csv", _write_json(evaluation.folder / "scores.json", rows)]
+        lines.append("  ".join(f"{name} {value:.6g}" for name, value in scores.values.items()))
+    written = [evaluation.folder / "scores.csv", _write_json(evaluation.folder / "scores.json", rows)]
+    print("\n".join(lines))
+    return written
 
 
 def write_consistency(evaluation: Evaluation) -> list[Path]:
@@ -265,9 +268,10 @@ def write_consistency(evaluation: Evaluation) -> list[Path]:
     if evaluation.options.seed is not None:
         task = replace(task, seed=evaluation.seed)
     report = task.measure()
-    print(report.text())
     own = {"iteration": evaluation.iteration, "truncation": evaluation.renderer.truncation, "seed": task.seed}
-    return [_write_json(evaluation.folder / "consistency.json", own | report.as_dict())]
+    written = [_write_json(evaluation.folder / "consistency.json", own | report.as_dict())]
+    print(report.text())
+    return written
 
 
 def write_heldout(evaluation: Evaluation) -> list[Path]:
@@ -287,13 +291,18 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
     views = builders.build_pose_sampler(config, heldout, renderer.cameras).views
 
     is_known = builders.shows_known_object(renderer.generator, labels)
-    if not is_known.any():
-        raise ConfigError("--heldout: no photograph of the test split shows a known instance; set data.heldout_every")
 
-    def choose(rows: Tensor) -> HeldoutPhotographs:
+    def choose(rows: Tensor, shown: str) -> HeldoutPhotographs:
+        if rows.sum() < 2:
+            raise ConfigError(
+                f"--heldout: {int(rows.sum())} of the {len(rows)} photographs of the test split show {shown}, with "
+                f"data.heldout_every={config.data.heldout_every}: expected at least 2; train with a value of 2 or more "
+                "that is below half of the number of distinct angles (of photographs, where data.type=transforms)"
+            )
         return HeldoutPhotographs(images[rows], views[rows.nonzero()[:, 0]], class_means, renderer.classes)
 
-    photographs, unseen = choose(is_known), None if is_known.all() else choose(~is_known)
+    photographs = choose(is_known, "an object that the generator knows")
+    unseen = None if is_known.all() else choose(~is_known, "an object that it does not know")
     total = NUM_HELDOUT_CODES * len(images) + 3 * int(is_known.sum())
     with progress_bar(desc="held-out views", unit="image", total=total) as bar:
 
@@ -320,13 +329,14 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
     if renderer.ccsr is not None:
         shown = torch.stack([heldout[index][0] for index in is_known.nonzero()[:, 0].tolist()])
         report = replace(report, enlargement=_measure_enlargement(evaluation, shown, photographs.views))
-    print(report.text())
     super_resolve = renderer.ccsr is not None
     picture = compare_with_photographs(renderer, shown, photographs.views, evaluation.options.views, super_resolve)
-    return [
+    written = [
         _write_json(evaluation.folder / "heldout.json", {"never_seen": never_seen} | report.as_dict()),
         save_png(evaluation.folder / "heldout.png", picture),
     ]
+    print(report.text())
+    return written
 
 
 def _never_seen(evaluation: Evaluation, training: PhotoDataset) -> bool | None:

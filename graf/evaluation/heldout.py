@@ -9,6 +9,7 @@ photographs of objects are held out that training never saw in any view, KID is 
 objects of their class?
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ CodeNumbers = int | range | None
 #: two seeds differ by 0.1 to 0.3 dB
 MARGIN_DB = 1.0
 LEAST_PSNR_DB = 19.0
+MIRROR_GATE = f"psnr over mirrored + {MARGIN_DB} dB"
 
 
 class HeldoutError(UserError):
@@ -53,10 +55,8 @@ class HeldoutPhotographs:
 
     def __post_init__(self) -> None:
         if len(self.images) < 2 or len(self.views) != len(self.images):
-            raise HeldoutError(
-                f"the held-out set has {len(self.images)} images and {len(self.views)} views: expected at least 2 of "
-                "each; hold more out (a smaller data.heldout_every, the column split of labels.csv), or add photographs"
-            )
+            numbers = f"{len(self.images)} images and {len(self.views)} views"
+            raise HeldoutError(f"the held-out set has {numbers}: expected at least 2 of each")
         for class_idx in self.classes():
             if class_idx not in self.training_means:
                 raise HeldoutError(
@@ -114,21 +114,27 @@ class HeldoutReport:
         return ObjectRow("average", sum(row.photographs for row in self.objects), *(mean(column) for column in columns))
 
     def gates(self) -> list[Gate]:
-        """(name, value, threshold, passed) of each gate; a value that is NaN does not pass."""
+        """(name, value, threshold, passed) of each gate that can be measured; a value that is NaN does not pass."""
         average = self.average()
         kid, kid_mean = self.renders.values[self.kid_name], self.mean_images.values[self.kid_name]
         noise = self.renders.values[self.kid_name.replace("kid", "kid_std", 1)]
         mirrored, plus90 = average.mirrored + MARGIN_DB, average.plus90 + MARGIN_DB
         return [
             (f"{self.kid_name} below mean images by its deviation", kid, kid_mean - noise, kid < kid_mean - noise),
-            (f"psnr over mirrored + {MARGIN_DB} dB", *_at_least(average.labelled_unmirrored, mirrored)),
+            *([] if self.unmeasured() else [(MIRROR_GATE, *_at_least(average.labelled_unmirrored, mirrored))]),
             (f"psnr over +90 degrees + {MARGIN_DB} dB", *_at_least(average.labelled, plus90)),
             ("psnr", *_at_least(average.labelled, LEAST_PSNR_DB)),
             *(self.enlargement.gates() if self.enlargement is not None else []),
         ]
 
+    def unmeasured(self) -> dict[str, str]:
+        """{name: reason} of each gate that these photographs cannot decide; it counts for nothing."""
+        if math.isnan(self.average().mirrored):
+            return {MIRROR_GATE: "all photographs are at 0 or 180 degrees, which mirror onto themselves"}
+        return {}
+
     def passed(self) -> bool:
-        """Whether every gate holds."""
+        """Whether every gate that can be measured holds."""
         return all(gate[3] for gate in self.gates())
 
     def rows(self) -> list[dict[str, Plain]]:
@@ -158,6 +164,7 @@ class HeldoutReport:
         lines += self.enlargement.lines() if self.enlargement is not None else []
         for name, value, threshold, passed in self.gates():
             lines.append(f"{'pass' if passed else 'FAIL'}  {name}: {value:.5g} (gate {threshold:.5g})")
+        lines += [f"none  {name}: not measured, {reason}" for name, reason in self.unmeasured().items()]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
@@ -173,6 +180,7 @@ class HeldoutReport:
                 for name, scores in (self.enlargement.outputs.items() if self.enlargement is not None else ())
             },
             "gates": [_plain_row(dict(zip(gate_keys, gate, strict=True))) for gate in self.gates()],
+            "unmeasured": self.unmeasured(),
             "passed": self.passed(),
         }
 
