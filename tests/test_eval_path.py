@@ -28,6 +28,14 @@ def test_a_path_becomes_a_video_of_its_length_and_shape(smoke_run, run_program, 
     assert ", 30x20" in description
 
 
+def test_a_path_and_a_turn_of_one_name_are_two_videos(smoke_run, run_program, tmp_path, capsys):
+    write_path(tmp_path / "rotation.json", make_path(8))
+    arguments = ["--run", smoke_run.folder, "--device", "cpu", "--fps", "4", "--frames", "2", "--classes", "car"]
+    assert run_program("eval.py", *arguments, "--rotation", "--path", tmp_path / "rotation.json") == 0
+    written = [smoke_run.folder / "eval" / name for name in ("rotation.mp4", "path_rotation.mp4")]
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {written[0]} {written[1]}"
+
+
 def test_a_path_too_wide_for_a_video_is_told(smoke_run, run_program, tmp_path, capsys):
     write_path(tmp_path / "wide.json", replace(make_path(8), aspect=10.0))
     arguments = ["--run", smoke_run.folder, "--device", "cpu", "--resolution", "1700", "--path", tmp_path / "wide.json"]

@@ -202,14 +202,19 @@ def write_interpolation(evaluation: Evaluation) -> list[Path]:
 
 
 def write_camera_path(evaluation: Evaluation) -> list[Path]:
-    """A video along the camera path of --path, at its own speed, super-resolved with --sr."""
+    """A video along the camera path of --path, at its own speed, super-resolved with --sr.
+
+    It has the name of the file, with path_ before it where the videos of other actions have such names.
+    """
     options, renderer = evaluation.options, evaluation.renderer
     assert options.path is not None
     path = read_path(options.path)
     check_video_size(round(evaluation.side * path.aspect), evaluation.side, "lower --resolution")
     pictures = render_path(renderer, path, renderer.resolution, options.fps, options.sr)
     shown = progress_bar(pictures, desc="path", total=len(path.frames(options.fps)), unit="frame")
-    return [write_video(evaluation.folder / f"{Path(options.path).stem}.mp4", shown, options.fps)]
+    name = Path(options.path).stem
+    name = f"path_{name}" if name.startswith(("rotation", "elevation", "interpolation")) else name
+    return [write_video(evaluation.folder / f"{name}.mp4", shown, options.fps)]
 
 
 def write_shape_appearance(evaluation: Evaluation) -> list[Path]:

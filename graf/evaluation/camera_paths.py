@@ -64,6 +64,13 @@ class CameraPath:
     def __post_init__(self) -> None:
         if len(self.keyframes) < 2:
             raise UserError(f"a camera path needs at least two keyframes, this one has {len(self.keyframes)}")
+        first = len(self.keyframes[0].code)
+        for number, keyframe in enumerate(self.keyframes):
+            if len(keyframe.code) != first:
+                raise UserError(
+                    f"keyframe {number}: its code has {len(keyframe.code)} numbers and that of keyframe 0 has {first}: "
+                    "expected codes of one run"
+                )
         if not 0 < self.seconds <= MAX_SECONDS:
             raise UserError(f"camera path: seconds={self.seconds}: expected above 0 and at most {MAX_SECONDS:.0f}")
         if not 1 / MAX_ASPECT <= self.aspect <= MAX_ASPECT:

@@ -5,6 +5,7 @@ Images are float (N, 3, H, W) in [-1, 1] until `to_uint8`; pictures are uint8 (H
 
 import math
 import secrets
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
@@ -68,6 +69,7 @@ def tiled_side(count: int, side: int, padding: int = 2) -> int:
 def label_grid(grid: Picture, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> Picture:
     """Write a caption left of each row and above each column of an evenly tiled picture, on a white margin."""
     font = ImageFont.load_default()
+    row_labels, column_labels = ([_plain_letters(text) for text in labels] for labels in (row_labels, column_labels))
     margin_left = 8 + math.ceil(max(font.getlength(text) for text in row_labels)) if row_labels else 0
     margin_top = 18 if column_labels else 0
     canvas = Image.new("RGB", (grid.shape[1] + margin_left, grid.shape[0] + margin_top), "white")
@@ -80,6 +82,15 @@ def label_grid(grid: Picture, row_labels: Sequence[str] = (), column_labels: Seq
         centre = margin_left + (column + 0.5) * grid.shape[1] / len(column_labels)
         draw.text((centre - font.getlength(text) / 2, 3), text, fill="black", font=font)
     return np.array(canvas)
+
+
+def _plain_letters(text: str) -> str:
+    """A text whose accented Latin letters have lost their marks, which Pillow's own font lacks; the rest stays."""
+    stripped = (
+        "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
+        for letter in text
+    )
+    return "".join(plain if plain.isascii() else letter for letter, plain in zip(text, stripped, strict=True))
 
 
 def depth_to_rgb(depth: Tensor, near: float, far: float, opacity: Tensor | None = None) -> Tensor:

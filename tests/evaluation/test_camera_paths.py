@@ -128,6 +128,7 @@ def changed_keyframe(**changes: object) -> str:
         (changed_keyframe(fov=True), '"fov"'),
         (changed_keyframe(code="x"), '"code"'),
         (changed_keyframe(code=[[1.0]]), '"code"'),
+        (changed_keyframe(code=[1.0]), "keyframe 1: its code has 1 numbers and that of keyframe 0 has 5"),
         (changed_keyframe(code=[math.inf]), "infinity"),
         (changed_keyframe(camera_to_world=[[1, 0], [0, 1]]), "4 rows"),
         (changed_keyframe(camera_to_world=[[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "no rotation"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from graf.evaluation import pictures
 from graf.evaluation.pictures import (
@@ -99,6 +99,22 @@ def test_captions_stand_on_a_margin_and_leave_the_grid_as_it_is() -> None:
     assert (labelled[: -grid.shape[0]] < 128).any()
     assert (labelled[:, : -grid.shape[1]] < 128).any()
     assert np.array_equal(label_grid(grid), grid)
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"), [("été 2", "ete 2"), ("e\u0301te\u0301 2", "ete 2"), ("Łódź", "Łodz"), ("猫が한", "猫が한")]
+)
+def test_captions_lose_marks_that_the_font_lacks_and_nothing_else(given: str, drawn: str) -> None:
+    grid = tile_grid(torch.zeros(1, 3, 30, 30, dtype=torch.uint8), columns=1)
+    found = label_grid(grid, [given], [given])
+    font = ImageFont.load_default()
+    canvas = Image.new("RGB", (found.shape[1], found.shape[0]), "white")
+    canvas.paste(Image.fromarray(grid), (found.shape[1] - grid.shape[1], 18))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((4, 18 + grid.shape[0] / 2 - 6), drawn, fill="black", font=font)
+    middle = found.shape[1] - grid.shape[1] / 2
+    draw.text((middle - font.getlength(drawn) / 2, 3), drawn, fill="black", font=font)
+    assert np.array_equal(found, np.array(canvas))
 
 
 def test_a_png_holds_exactly_its_pixels(tmp_path: Path) -> None:
