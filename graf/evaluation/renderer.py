@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,21 +166,16 @@ class Renderer:
         """
         given = _broadcast(
             seed=seed,
-            z=None if z is None else z.reshape(-1, z.shape[-1]),
+            z=_rows(z),
             class_name=0 if class_name is None else class_name,
             azimuth=azimuth,
             elevation=self.default_elevation if elevation is None else elevation,
             radius=self.cameras.radius if radius is None else radius,
         )
-        for degrees in given["azimuth"]:
-            if not math.isfinite(degrees):
-                raise UserError(f"azimuth={degrees}: expected a finite number of degrees")
-        for degrees in given["elevation"]:
-            if not -90 <= degrees <= 90:
-                raise UserError(f"elevation={degrees}: expected -90 to 90 degrees above the horizon")
-        for distance in given["radius"]:
-            if not 0 < distance < math.inf:
-                raise UserError(f"radius={distance}: expected a finite distance above 0 from the origin, world units")
+        _check("azimuth", given["azimuth"], math.isfinite, "a finite number of degrees")
+        _check("elevation", given["elevation"], lambda v: -90 <= v <= 90, "-90 to 90 degrees above the horizon")
+        distance = "a finite distance above 0 from the origin, world units"
+        _check("radius", given["radius"], lambda v: 0 < v < math.inf, distance)
         views = self.cameras.views_at(
             self._class_indices(given["class_name"]),
             torch.tensor([float(degrees) % 360 / 360 for degrees in given["azimuth"]]),
@@ -212,9 +208,7 @@ class Renderer:
         """
         if camera_to_world.shape[-2:] != (4, 4) or camera_to_world.dim() > 3:
             raise UserError(f"camera_to_world has shape {tuple(camera_to_world.shape)}: expected (4, 4) or (B, 4, 4)")
-        given = _broadcast(
-            z=z.reshape(-1, z.shape[-1]), class_name=class_name, camera_to_world=camera_to_world.reshape(-1, 4, 4)
-        )
+        given = _broadcast(z=_rows(z), class_name=class_name, camera_to_world=camera_to_world.reshape(-1, 4, 4))
         poses = torch.stack(given["camera_to_world"]).float().cpu()
         class_idx = self._class_indices(given["class_name"])
         views = replace(self.cameras.views_at(class_idx, *angles_from_pose(poses)), poses=poses)
@@ -333,9 +327,15 @@ class Renderer:
     def instance_codes(self, instances: Tensor | Sequence[int]) -> Tensor:
         """Codes z (B, dim_z) of known instances, by number (B,), as learned; z = 0 for -1, an instance that is unknown.
 
+        A generator that knows none answers z = 0 to every number. Raises UserError for any other number.
+
         >>> renderer.instance_codes([-1, -1]).shape
         torch.Size([2, 8])
         """
+        known = self.generator.instances
+        high = math.inf if known is None else len(known) - 1
+        expected = "a whole number of at least -1" if known is None else f"a whole number from -1 to {high}"
+        _check("instance", instances, lambda number: _is_whole(number, -1, high), expected)
         numbers = torch.as_tensor(instances, dtype=torch.int64, device=self.device)  # an empty list would be float
         zero = torch.zeros(len(numbers), self.generator.dim_z, device=self.device)
         return self.generator.codes(zero, numbers).detach().cpu()
@@ -346,6 +346,7 @@ class Renderer:
         >>> torch.equal(renderer.codes(0, range(8))[5:], renderer.codes(0, range(5, 8)))
         True
         """
+        _check("seed", [seed], _is_whole, "a whole number")
         z = draw_latents(Draws(seed, 0, indices), "sample/z", self.generator.dim_z, self.uniform_z)
         return self.truncation * z
 
@@ -411,18 +412,18 @@ class Renderer:
         """The same generator at another resolution, with another number of samples per ray."""
         changes: dict[str, Any] = {}
         if resolution is not None:
-            if resolution < 1:
-                raise UserError(f"resolution={resolution}: expected at least 1 pixel")
+            _check("resolution", [resolution], lambda number: _is_whole(number, 1), "at least 1 pixel, whole")
             changes["resolution"] = resolution
         if num_samples is not None:
-            if num_samples < 2:
-                raise UserError(f"num_samples={num_samples}: expected at least 2 samples per ray")
+            _check(
+                "num_samples", [num_samples], lambda number: _is_whole(number, 2), "at least 2 samples per ray, whole"
+            )
             changes["sampling"] = replace(self.sampling or self.generator.sampling, coarse=num_samples)
         return replace(self, **changes)
 
     def _codes_of(self, given: dict[str, list[Any]]) -> Tensor:
         """The codes (B, dim_z) that broadcast arguments name, by `z` or else by `seed`."""
-        if "z" not in given:
+        if given["z"][0] is None:
             return torch.cat([self.codes(seed, range(1)) for seed in given["seed"]])
         z = torch.stack(given["z"]).float().cpu()
         if z.shape[-1] != self.generator.dim_z:
@@ -518,7 +519,7 @@ class Renderer:
         given = _broadcast(
             points=together[None] if points.dim() == 2 else together,
             seed=seed,
-            z=None if z is None else z.reshape(-1, z.shape[-1]),
+            z=_rows(z),
             class_name=0 if class_name is None else class_name,
         )
         if points.dim() == 2 and len(given["points"]) > 1:
@@ -563,8 +564,8 @@ class Renderer:
 
 
 def _broadcast(**arguments: Any) -> dict[str, list[Any]]:
-    """Every argument but None as a list, those of one value repeated to the length of the longest."""
-    lists = {name: _as_list(value) for name, value in arguments.items() if value is not None}
+    """Every argument as a list, those of one value repeated to the length of the longest."""
+    lists = {name: _as_list(value) for name, value in arguments.items()}
     longest = max(lists, key=lambda name: len(lists[name]))
     count = len(lists[longest])
     for name, values in lists.items():
@@ -576,3 +577,24 @@ def _broadcast(**arguments: Any) -> dict[str, list[Any]]:
 def _as_list(value: Any) -> list[Any]:
     many = isinstance(value, (Tensor, np.ndarray, Sequence)) and not isinstance(value, str)
     return list(value) if many else [value]
+
+
+def _rows(z: Tensor | None) -> Tensor | None:
+    """Codes as rows (B, numbers); None where none are given."""
+    return None if z is None else torch.atleast_2d(z).flatten(0, -2)
+
+
+def _is_whole(number: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether a whole number lies in [low, high]. Raises TypeError for any other value."""
+    return low <= operator.index(number) <= high
+
+
+def _check(name: str, values: Iterable[Any], fits: Callable[[Any], bool], expected: str) -> None:
+    """Raise UserError for the first value of an argument that does not fit, or is of a type that cannot."""
+    for value in values:
+        try:
+            good = fits(value)
+        except (TypeError, ValueError, RuntimeError):
+            good = False
+        if not good:
+            raise UserError(f"{name}={value}: expected {expected}")

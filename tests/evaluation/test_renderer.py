@@ -99,6 +99,15 @@ def test_codes_are_stable_row_by_row_and_differ_between_rows_and_seeds(renderer)
     assert float(many.std()) == pytest.approx(3**-0.5, rel=0.06)
 
 
+def test_instances_that_a_generator_does_not_know_are_refused(renderer):
+    generator = renderer.generator
+    known = replace(renderer, generator=Generator(generator.field, generator.sampling, num_instances=4))
+    assert known.instance_codes(torch.tensor([-1, 3])).any(dim=1).tolist() == [False, True]
+    for number in (-2, 4, 99, 3.7):
+        with pytest.raises(UserError, match=f"instance={number}: expected a whole number from -1 to 3"):
+            known.instance_codes([0, number])
+
+
 @pytest.mark.parametrize("ranges", [None, PoseRanges(0, 1, 0.1, 0.4, 3.5, 3.5)])
 def test_random_renders_are_stable_image_by_image(renderer, ranges):
     pose_sampler = PoseSampler(torch.tensor([[0, 0, 0, 0], [1, 1, 90, -1], [2, 0, 200, 1]]), CAMERAS, ranges=ranges)
