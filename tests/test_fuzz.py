@@ -340,10 +340,12 @@ def test_transforms_files(cases, inside):
     frames = st.lists(
         st.one_of(PLAIN, st.fixed_dictionaries({"file_path": path, "transform_matrix": entry})), max_size=3
     )
+    lens_keys = st.sampled_from(["w", "h", "fl_x", "cx", "cy", "k4", "p1", "camera_model"])
     contents = st.one_of(
         damaged(json.dumps(good).encode()),
         st.lists(st.floats(-4, -3).map(placed), min_size=2, max_size=4).map(described),
         st.fixed_dictionaries({"camera_angle_x": st.one_of(st.just(0.6), PLAIN), "frames": frames}),
+        st.dictionaries(lens_keys, PLAIN).map(good.__or__),
         PLAIN,
     )
 

@@ -5,7 +5,6 @@ A photograph that cannot be used is never dropped silently: every index carries 
 
 import difflib
 import json
-import math
 import os
 import unicodedata
 from collections import Counter
@@ -32,6 +31,7 @@ from graf.data.labels import (
     parse_file_name,
     read_labels_csv,
 )
+from graf.data.lens import read_lens
 from graf.geometry.cameras import angle_label, angles_from_pose
 
 MAX_DERIVED_HEIGHTS = 8
@@ -48,6 +48,7 @@ class LoadReport:
     not_images: list[str] = field(default_factory=list)  # other files; harmless, so not an error even when strict
     outside: list[str] = field(default_factory=list)  # used, but links or paths lead out of the folder to them
     repeated: list[str] = field(default_factory=list)  # folders left out, as links lead to what was read already
+    lens: list[str] = field(default_factory=list)  # keys of transforms.json that move the picture by a pixel or so
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the usable photographs
 
     def problems(self) -> list[tuple[str, list[str]]]:
@@ -65,6 +66,7 @@ class LoadReport:
             ("files that are not images", self.not_images),
             ("photographs outside of the folder, by links or paths", self.outside),
             ("folders that links lead to a second time, left out", self.repeated),
+            ("keys of the lens passed over, which move the edge of a picture by this share of its width", self.lens),
         ]
         noted = self.problems() + [(what, names) for what, names in harmless if names]
         return [f"{len(names)} {what}: {_list_names(names)}" for what, names in noted]
@@ -169,14 +171,14 @@ def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
     """Photographs with true poses from NeRF's transforms_*.json.
 
     `path` is a folder with transforms_train.json (or transforms.json), or one such file. Poses are taken as they
-    stand (OpenGL camera-to-world, world z-up, object at the origin; their radius may vary). Labels: class 0, the
-    nearest entry of `v_list` (where it is not given: the centres of at most 8 equal bins over the poses' v), the
-    pose's label angle, instance -1.
+    stand (OpenGL camera-to-world, world z-up, object at the origin; their radius may vary), the lens as `read_lens`
+    takes it. Labels: class 0, the nearest entry of `v_list` (where it is not given: the centres of at most 8 equal bins
+    over the poses' v), the pose's label angle, instance -1.
     """
     transforms_path = _find_transforms(path)
     root = transforms_path.parent
-    camera_angle_x, frames = _read_transforms(transforms_path)
-    report = LoadReport()
+    camera_angle_x, frames, passed_over = _read_transforms(transforms_path)
+    report = LoadReport(lens=passed_over)
     paths: list[Path] = []
     matrices: list[Tensor] = []
     for number, frame in enumerate(frames):
@@ -358,7 +360,8 @@ def _find_transforms(path: Path) -> Path:
     )
 
 
-def _read_transforms(path: Path) -> tuple[float, list[Any]]:
+def _read_transforms(path: Path) -> tuple[float, list[Any], list[str]]:
+    """Field of view, frames, and keys of the lens that are passed over."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -367,13 +370,13 @@ def _read_transforms(path: Path) -> tuple[float, list[Any]]:
         raise DataError(f"{path} cannot be read ({error.strerror}); allow it to be read") from error
     keys = list(content) if isinstance(content, dict) else [type(content).__name__]
     frames = content.get("frames") if isinstance(content, dict) else None
-    angle = content.get("camera_angle_x") if isinstance(content, dict) else None
-    if not isinstance(frames, list) or not frames or not isinstance(angle, (int, float)) or not 0 < angle < math.pi:
+    angle, passed_over = read_lens(content, frames, str(path)) if isinstance(frames, list) else (None, [])
+    if not frames or angle is None:
         raise DataError(
-            f"{path}: found {_list_names(keys)} with camera_angle_x={angle!r}; expected camera_angle_x in radians "
-            f"(0 to pi) and a non-empty list 'frames'"
+            f"{path}: found {_list_names(keys)}; expected camera_angle_x in radians (or fl_x and w in pixels) and a "
+            f"non-empty list 'frames'"
         )
-    return float(angle), frames
+    return angle, frames, passed_over
 
 
 def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:

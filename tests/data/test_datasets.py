@@ -634,6 +634,72 @@ def test_one_camera_angle_for_different_shapes_is_an_error(tmp_path):
         open_dataset(transforms(tmp_path))
 
 
+# what a file says of a lens of 0.6 radians beside camera_angle_x, as colmap2nerf, nerfstudio and graf itself write it
+FOCAL = 8 / math.tan(0.3)
+FULL_LENS = {"camera_model": "OPENCV", "is_fisheye": False, "fl_x": FOCAL, "fl_y": FOCAL, "cx": 8, "cy": 8.0, "w": 16}
+FULL_LENS |= {"h": 16, "camera_angle_y": 0.6, "k1": 0, "k2": 0, "k3": 0, "k4": 0, "p1": 0, "p2": 0, "aabb_scale": 4}
+
+
+def describe_lens(folder, of_frame=None, **changes):
+    """Transforms whose file says more of the lens; of_frame: what frame 1 says of its own. None removes a key."""
+    file = write_transforms(folder, 3) / "transforms_train.json"
+    content = json.loads(file.read_text()) | changes
+    content["frames"][1] |= of_frame or {}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return transforms(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cx": 8.5}, r"json: cx=8\.5 moves .* by 3\.1% of its width; expected at most 2%.*crop"),
+        ({"cy": 7}, "cy=7 .* 6.2%"),
+        ({"fl_y": 1.3 * FOCAL}, "fl_y=33.6.*square pixels"),
+        ({"camera_angle_x": 0.7}, "fl_x=25.*one lens"),
+        ({"of_frame": {"fl_x": 1.5 * FOCAL}}, "json, frame 1: fl_x=38.*one lens"),
+        ({"of_frame": {"camera_angle_x": 0.7}}, "frame 1: camera_angle_x=0.7 .*one lens"),
+        ({"k1": 0.5}, r"k1=0\.5 .* 2\.4%.*image_undistorter"),
+        ({"k3": -60}, "k3=-60 .*undistort"),
+        ({"p2": 0.05}, "p2=0.05 .*undistort"),
+        ({"camera_model": "OPENCV_FISHEYE"}, "camera_model='OPENCV_FISHEYE' .*undistort"),
+        ({"of_frame": {"camera_model": "EQUIRECTANGULAR"}}, "frame 1: camera_model='EQUIRECTANGULAR'"),
+        ({"is_fisheye": True}, "is_fisheye .*undistort"),
+        ({"cx": "middle"}, "cx='middle'; expected a number"),
+        ({"k1": math.nan}, "k1=nan; expected a number"),
+        ({"w": 0}, "w=0; expected pixels"),
+        ({"w": None}, "fl_x=25.* without w and h"),
+    ],
+)
+def test_a_lens_that_is_no_centred_pinhole_is_an_error(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        open_dataset(describe_lens(tmp_path, **FULL_LENS | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"cx": 8.05, "k1": 0.01, "of_frame": {"fl_x": 1.005 * FOCAL, "w": 16}}, []),
+        ({"cx": 8.2, "k1": -0.15}, ["cx=8.2 (1.2%)", "k1=-0.15 (0.7%)"]),
+        ({"of_frame": {"fl_x": 1.02 * FOCAL}}, ["fl_x=26.3791 (1.0%)"]),
+    ],
+)
+def test_what_moves_pictures_by_a_pixel_or_so_is_told(tmp_path, changes, told):
+    dataset = open_dataset(describe_lens(tmp_path, **FULL_LENS | changes))
+    assert dataset.report.lens == told
+    assert not dataset.report.problems()
+    assert [line.partition(": ")[2] for line in dataset.report.lines()] == ([", ".join(told)] if told else [])
+    assert dataset.fov == pytest.approx(math.degrees(0.6))
+
+
+@pytest.mark.parametrize("in_frames", [False, True])
+def test_focal_length_and_width_are_a_field_of_view_too(tmp_path, in_frames):
+    lens = {"fl_x": FOCAL, "w": 16}
+    changes = {"of_frame": lens} if in_frames else lens
+    dataset = open_dataset(describe_lens(tmp_path, camera_angle_x=None, **changes))
+    assert dataset.fov == pytest.approx(math.degrees(0.6))
+
+
 def test_missing_frames_are_reported(tmp_path):
     (write_transforms(tmp_path, 3) / "train" / "r_1.png").unlink()
     dataset = open_dataset(transforms(tmp_path))
