@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,29 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from graf.runtime.logs import setup_console
 
         setup_console()
-        with _ended_as_by_ctrl_c():
-            lines = capture(options)
-        print("\n".join(lines))
+        print("\n".join(capture(options)))
         return 0
 
     return run_command(command, debug=options.debug, interrupted="interrupted; the set is as it was")
-
-
-@contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM ends a capture with nothing left behind: no decoder, no worker, no temporary folder."""
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ from graf.app.builders import (
 )
 from graf.app.failures import ErrorLog, run_command
 from graf.app.refined_cameras import build_camera_refinement
-from graf.base.errors import UserError
+from graf.base.files import check_writable
 from graf.config import Config, DataConfig, load_config
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.pictures import to_uint8
@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(errors: ErrorLog) -> int:
         setup_console()
+        check_writable(Path(options.out))
         inspection = inspect_data(load_config(options.config, options.overrides))
         print("\n".join(describe(inspection)))
         for path in write_pictures(inspection, Path(options.out)):
@@ -166,18 +167,15 @@ def _describe_views(inspection: Inspection) -> list[str]:
 
 
 def write_pictures(inspection: Inspection, folder: Path) -> list[Path]:
-    """Write contact_sheet.png, cameras.png and overlay.png into `folder`; returns their paths. Raises UserError."""
+    """Write contact_sheet.png, cameras.png and overlay.png into `folder`; returns their paths. Raises OSError."""
     pictures = {
         "contact_sheet.png": draw_contact_sheet(inspection.dataset),
         "cameras.png": draw_cameras(inspection.poses),
         "overlay.png": draw_overlays(inspection),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            picture.save(folder / name)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(folder / name)
     return [folder / name for name in pictures]
 
 

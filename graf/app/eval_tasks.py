@@ -22,7 +22,7 @@ from graf.app.eval_options import ACTIONS, EvalOptions
 from graf.app.failures import ErrorLog
 from graf.app.loading import open_checkpoint
 from graf.app.runs import find_run, named_run
-from graf.base.files import write_atomically
+from graf.base.files import check_writable, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
 from graf.evaluation.camera_paths import read_path, render_path
@@ -85,6 +85,7 @@ def run_evaluation(options: EvalOptions, errors: ErrorLog) -> list[Path]:
     """
     evaluation = open_evaluation(options)
     errors.folder = evaluation.folder.parent
+    check_writable(evaluation.folder)
     asked = [pkgutil.resolve_name(function) for name, (function, _) in ACTIONS.items() if name in options.actions]
     return [path for act in asked for path in act(evaluation)]
 

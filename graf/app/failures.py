@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -10,10 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
 from graf.runtime.interrupt import deaf
+
+#: a disk or folder that a person can put right -> the next step
+_NEXT_STEPS = {
+    **dict.fromkeys((errno.EACCES, errno.EROFS), "allow it, or choose another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another place"),
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: nothing half done is left behind."""
 
 
 @dataclass
@@ -39,18 +52,19 @@ class ErrorLog:
 
 
 def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted: str) -> int:
-    """Run a command; the exit code is its own, or 1 (after Ctrl-C 130) and a last line on stderr says what is wrong.
+    """Run a command; the exit code is its own, or 1 (after Ctrl-C 130, after SIGTERM 143) and a last line on stderr
+    says what is wrong.
 
-    debug: print the traceback of a failure too; interrupted: what to say after Ctrl-C.
+    debug: print the traceback of a failure too; interrupted: what to say after these signals.
     """
     log = ErrorLog()
     with _lost_readers():
         try:
-            with _short_thread_failures(debug):
+            with _ended_by_sigterm(), _short_thread_failures(debug):
                 return command(log)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as request:
             _say(f"error: {interrupted}")
-            return 130
+            return 128 + (signal.SIGTERM if isinstance(request, Terminated) else signal.SIGINT)
         except Exception as error:
             with deaf():
                 _tell(error, log, debug)
@@ -93,6 +107,23 @@ def _lost_readers() -> Iterator[None]:
 
 
 @contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises Terminated, wherever nothing else (a StopRequest) hears it."""
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
 def _short_thread_failures(debug: bool) -> Iterator[None]:
     """A thread that fails, such as TensorBoard's on a full disk, is one line too; who waits for it has the error."""
 
@@ -113,6 +144,8 @@ def explain_failure(error: Exception) -> str | None:
     """What to print for a failure that the user can put right; None for any other."""
     if isinstance(error, UserError):
         return _message(error)
+    if isinstance(error, OSError) and error.errno in _NEXT_STEPS and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {_NEXT_STEPS[error.errno]}, and run the same command again"
     from graf.runtime.memory import is_out_of_memory  # imports torch, for which a misspelt key need not wait
 
     if is_out_of_memory(error):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graf.app.failures import ErrorLog, run_command
 from graf.app.run_arguments import add_run_arguments, open_run
+from graf.base.files import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +131,7 @@ class Inversion:
             raise UserError(f"{options.photograph}: would be replaced by a result of that name; choose another --out")
         if options.tune is not None:
             refuse_other_runs(RunFolder(inversion.folder / "tuned"))
+        check_writable(inversion.folder)
         return inversion
 
     @property

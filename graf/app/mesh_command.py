@@ -99,13 +99,14 @@ def write_object(opened: OpenedRun, given: dict[str, Any]) -> list[str]:
         progress=True,
     )
     options.grid(shape.radius)  # what does not fit is told before anything is computed
+    paths = [output_path(file, opened, f"mesh_{name}.glb") for file in given["out"] or [None]]  # as is where to write
     level = shape.level() if given["level"] is None else Level(given["level"], "as given")
     mesh = extract_mesh(opened.renderer, z, class_name, replace(options, level=level.density))
     lines = [f"level: {level.density:.4g} ({level.reason})", describe(mesh)]
-    for path in [Path(file) for file in given["out"] or ()] or [output_path(None, opened, f"mesh_{name}.glb")]:
+    for path in paths:
         save_mesh(path, mesh, unlit=not given["lit"])
         lines.append(f"wrote {path}")
-    base = Path(given["out"][0]).with_suffix("") if given["out"] else output_path(None, opened, f"mesh_{name}")
+    base = paths[0].with_suffix("") if given["out"] else paths[0].with_name(f"mesh_{name}")
     if given["points"]:
         cloud = collect_points(shape, AZIMUTHS, RESOLUTION)
         path = base.with_name(f"{base.name}_points.ply")

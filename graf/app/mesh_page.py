@@ -8,7 +8,7 @@ from graf.app.run_arguments import open_run
 from graf.app.viewing import ViewOptions, describe
 from graf.base.errors import UserError
 from graf.base.extras import MissingExtra, import_optional
-from graf.base.files import write_atomically
+from graf.base.files import check_writable, write_atomically
 from graf.mesh import MeshOptions, extract_mesh
 from graf.runtime.logs import logger, progress_bar
 from graf.viewer.page import PageCamera, build_page
@@ -22,6 +22,7 @@ RESOLUTION = 128
 def write_mesh_page(options: ViewOptions, path: Path) -> int:
     """One page with a mesh of each class, of the object that the seed names; returns the exit code."""
     import_optional("skimage", "mesh")  # before the run is opened: what is missing is told at once
+    check_writable(path.parent)
     opened = open_run(options.run, options.device, options.truncation, options.trust)
     renderer = opened.renderer
     z, meshes = renderer.codes(options.seed, range(1))[0], {}

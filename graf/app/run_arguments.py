@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graf.base.files import check_writable
+
 if TYPE_CHECKING:  # torch is imported when a run is opened, so that --help answers at once
     from torch import Tensor
 
@@ -125,7 +127,7 @@ def _object_of_file(path: Path, renderer: Renderer, class_name: str | None) -> t
 
 
 def output_path(given: str | None, opened: OpenedRun, name: str) -> Path:
-    """Where a command writes: --out, else `name` in the run's eval/ folder; its folder is made."""
+    """Where a command writes: --out, else `name` in the run's eval/ folder, which is tried. Raises UserError."""
     path = opened.folder.evaluation / name if given is None else Path(given)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path.parent)
     return path

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +24,7 @@ def replace_file(
 
     Folders on the way are made. Where the block fails or is interrupted nothing of it is left and `path` is untouched.
     mode and options: as for :func:`open`. temporary_name: by default one that no other process has; what a killed
-    process leaves of it, `remove_leftovers` finds. Raises OSError.
+    process leaves of it, `remove_leftovers` finds. Raises OSError, which names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,8 +35,11 @@ def replace_file(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # an interrupt too must not leave half a file behind
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:  # an interrupt too must not leave half a file behind
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary, str(temporary)):
+            error.filename = str(path)  # a full disk names no file, and nobody knows the temporary one
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -45,6 +48,16 @@ def write_atomically(path: Path | str, content: str | bytes) -> None:
     """Replace a file by `content`, text in UTF-8. Raises OSError."""
     with replace_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try it, before anything is computed that is to be written there. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 @contextmanager

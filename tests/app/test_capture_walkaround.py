@@ -159,7 +159,7 @@ def test_a_walk_that_is_ended_leaves_no_worker_and_no_temporary_folder(tmp_path,
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)  # the worker, which has its standard error, would hold it open
-    assert process.returncode == 130, said
+    assert process.returncode == 143, said
     assert said.splitlines()[-1] == "error: interrupted; the set is as it was"
     assert list((tmp_path / "temporary").iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shots", "temporary"]

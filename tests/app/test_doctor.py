@@ -104,7 +104,7 @@ def test_what_is_held_out_of_photographs_without_angles_is_said(photographs, cap
 def test_pictures_that_cannot_be_written_are_one_line(photographs, capsys, out):
     assert run(photographs, "--out", str(photographs / out)) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: --out {photographs / out}: cannot be written (")
+    assert error.startswith(f"error: {photographs / out}: cannot be written (")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")

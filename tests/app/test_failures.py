@@ -7,9 +7,11 @@ import io
 import os
 import pkgutil
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +24,10 @@ from PIL import Image
 
 import graf
 from graf.app import builders, training_run
+from graf.app.command_line import main
 from graf.app.failures import ErrorLog, explain_failure, run_command
 from graf.base.errors import UserError
+from graf.base.files import create_folder
 from graf.models.generator import Generator
 from graf.runtime import logs
 from graf.runtime.checkpoint import read_checkpoint
@@ -291,6 +295,31 @@ def test_a_folder_that_cannot_be_written_is_one_line(train, read_error, tmp_path
     assert read_error().startswith("error: taken/smoke: cannot be written (Not a directory); choose another folder")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--run", "run"],
+        ["mesh", "run"],
+        ["invert", "run", "photo.png"],
+        ["card", "run"],
+        ["export", "run", "--transforms", "2"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_results_that_cannot_be_written_are_told_before_they_are_computed(
+    smoke_run, tmp_path, monkeypatch, read_error, command
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke_run.folder, "run", ignore=shutil.ignore_patterns("eval"))
+    Path("run", "eval").touch()
+    Image.new("RGB", (32, 32)).save("photo.png")
+    monkeypatch.setattr(Generator, "forward", lambda *_: 1 / 0)
+    assert main(command) == 1
+    error = read_error()
+    assert error.startswith("error: run/eval")
+    assert "cannot be written (" in error
+
+
 # ---------------------------------------------------------------- what nobody foresaw
 
 
@@ -324,16 +353,15 @@ def test_debug_shows_where_a_foreseen_failure_was_noticed_too(train, capsys):
     assert line.startswith("error: nerf.netwidth=0: ")
 
 
-def test_a_full_disk_under_the_logs_is_one_line_and_not_called_foreseen(train, read_error, monkeypatch):
+def test_a_full_disk_under_the_logs_is_one_line_and_no_defect(train, read_error, monkeypatch):
     def fail(path: Path, _: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(logs, "_append_line", fail)
     assert train(*BARE) == 1
-    error = read_error()
-    assert error.startswith("error: unexpected OSError: [Errno 28] No space left on device: ")
-    assert "metrics.jsonl" in error
-    assert "OSError" in Path("results", "smoke", "error.log").read_text()
+    file = Path("results", "smoke", "metrics.jsonl")
+    assert read_error().startswith(f"error: {file}: No space left on device; free some space, or ")
+    assert not file.with_name("error.log").exists()
 
 
 def test_a_traceback_that_cannot_be_written_either_is_still_one_line(train, read_error, monkeypatch, tmp_path):
@@ -371,6 +399,19 @@ def test_a_request_to_stop_does_not_cut_the_message_short(read_error, in_thread)
     assert read_error() == "error: process 1 of 2 has ended"
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_the_code_that_shells_expect(read_error, tmp_path):
+    def command(_: ErrorLog) -> None:
+        with create_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    former = signal.getsignal(signal.SIGTERM)
+    assert run_command(command, debug=False, interrupted="interrupted; nothing was written") == 143
+    assert read_error() == "error: interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
 class LostReader(io.StringIO):
     """Standard error of a program whose terminal has gone."""
 
@@ -403,7 +444,11 @@ def test_a_program_without_readers_exits_with_the_code_of_its_failure():
 
 def test_only_failures_that_a_person_can_put_right_are_foreseen():
     assert explain_failure(ZeroDivisionError("a bug")) is None
-    assert explain_failure(OSError(errno.ENOSPC, "No space left on device")) is None
+    assert explain_failure(OSError(errno.ENOSPC, "No space left on device")) is None  # of which nobody knows the place
+    assert explain_failure(OSError(errno.EIO, "Input/output error", "a")) is None
+    for number in (errno.EACCES, errno.EROFS):
+        said = explain_failure(OSError(number, "why", "a"))
+        assert said == "a: why; allow it, or choose another place, and run the same command again"
     assert explain_failure(UserError("one line")) == "one line"
 
 

@@ -1,10 +1,13 @@
 """Files are replaced as a whole or not at all."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from graf.base.files import replace_file, write_atomically
+from graf.base.errors import UserError
+from graf.base.files import check_writable, replace_file, write_atomically
 
 
 def test_a_file_is_written_with_its_folders_and_replaced(tmp_path):
@@ -65,3 +68,25 @@ def test_a_temporary_name_of_ones_own_is_used_and_gone_afterwards(tmp_path):
         file.write(b"new")
         assert [file.name for file in tmp_path.iterdir()] == [".saving"]
     assert [file.name for file in tmp_path.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path, named):
+    """A full disk names none; a folder that cannot be written would name the temporary file."""
+
+    def fail() -> None:
+        with replace_file(tmp_path / "a.txt") as file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *[file.name][: int(named)])
+
+    with pytest.raises(OSError, match="No space") as error:
+        fail()
+    assert error.value.filename == str(tmp_path / "a.txt")
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_another_is_left_empty(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match=rf"^{folder}: cannot be written \(.*\); choose another folder$"):
+            check_writable(folder)
