@@ -112,6 +112,8 @@ def test_a_configuration_that_lacks_a_later_key_takes_its_default(run, tmp_path)
 
 def test_what_cannot_be_opened_is_said(run, tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint"):
+        graf.load(tmp_path / "absent.pt")
+    with pytest.raises(ConfigError, match="absent: no run is there"):
         graf.load(tmp_path / "absent")
     with pytest.raises(ConfigError, match="no run is there"):
         graf.load(tmp_path)

@@ -403,6 +403,12 @@ FIELDS: dict[str, Callable[[Config, int], RadianceField]] = {
 }
 
 
+def check_field(config: Config) -> None:
+    """Raise ConfigError for a nerf.field that is none of FIELDS."""
+    if config.nerf.field not in FIELDS:
+        raise ConfigError(f"nerf.field={config.nerf.field!r}: expected one of {', '.join(FIELDS)}")
+
+
 def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
     """The generator of a configuration, with weights that depend on config.seed alone.
 
@@ -410,8 +416,7 @@ def build_generator(config: Config, dataset_info: DatasetInfo) -> Generator:
     """
     num_instances = len(dataset_info.instance_names) if config.training.photometric else 0
     nerf = config.nerf
-    if nerf.field not in FIELDS:
-        raise ConfigError(f"nerf.field={nerf.field!r}: expected one of {', '.join(FIELDS)}")
+    check_field(config)
     background = nerf.background
     learn_background = background == "learned"
     if background in ("auto", "learned"):

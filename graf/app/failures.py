@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
@@ -23,6 +25,10 @@ _NEXT_STEPS = {
     **dict.fromkeys((errno.EACCES, errno.EROFS), "allow it, or choose another place"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another place"),
 }
+
+
+#: the exit code of a program that a lost reader ends: what shells make of SIGPIPE
+_UNREAD = 128 + 13
 
 
 class Terminated(KeyboardInterrupt):
@@ -53,7 +59,7 @@ class ErrorLog:
 
 def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted: str) -> int:
     """Run a command; the exit code is its own, or 1 (after Ctrl-C 130, after SIGTERM 143) and a last line on stderr
-    says what is wrong.
+    says what is wrong. A command whose output nobody reads any more (`| head`) ends without a word, with 141.
 
     debug: print the traceback of a failure too; interrupted: what to say after these signals.
     """
@@ -66,6 +72,8 @@ def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted:
             _say(f"error: {interrupted}")
             return 128 + (signal.SIGTERM if isinstance(request, Terminated) else signal.SIGINT)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+                return _UNREAD
             with deaf():
                 _tell(error, log, debug)
             return 1
@@ -90,6 +98,15 @@ def _say(text: str) -> None:
         sys.stdout.flush()
     with suppress(OSError):
         print(text, file=sys.stderr)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether the reader of a pipe has gone: other pipes may break too, such as those to processes of one's own."""
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no poll, and not every stream is a file
+        watch = select.poll()
+        watch.register(stream, 0)
+        return bool(watch.poll(0))
+    return False
 
 
 @contextmanager

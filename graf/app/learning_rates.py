@@ -119,6 +119,7 @@ def find_checkpoints(config: Config, resume: str, trust: bool) -> list[Path]:
 
 def open_start(config: Config, checkpoints: list[Path], accept_new_data: bool, trust: bool) -> TrialStart:
     """Find device and photographs; raises what training with them would."""
+    builders.check_field(config)
     training = config.training.model_copy(update={"nworkers": 0})  # workers would outlive a trial that ends early
     config = config.model_copy(update={"training": training})
     device = pick_device(training.device)

@@ -13,7 +13,7 @@ from torch import nn
 
 from graf.app import builders
 from graf.app.builders import DatasetInfo
-from graf.app.runs import RunFolder, read_first, require_origin
+from graf.app.runs import WEIGHT_SUFFIXES, RunFolder, read_first, require_origin
 from graf.config import ConfigError, build_config
 from graf.data.errors import DataError
 from graf.data.labels import check_name
@@ -35,7 +35,7 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0, trust:
     are left as they are. truncation: factor in [0, 1] on drawn codes; below 1 objects are surer and less various.
     trust: take a .pt file that lies in no run folder though torch is so old that it could do harm; .safetensors cannot.
 
-    Raises an error that says what to do: CheckpointError where nothing is there, where the file cannot be read or was
+    Raises an error that says what to do: CheckpointError where no such file is there, where it cannot be read or was
     written by another version; UntrustedFile where it needs `trust`; ConfigError where a folder is no run; DeviceError
     where there is no such device.
 
@@ -47,11 +47,11 @@ def load(path: str | Path, device: str = "auto", truncation: float = 1.0, trust:
     16
     >>> renderer.sample(class_name="mug", azimuth=45, elevation=20).pil()[0].save(run / "mug.png")
     """
-    if Path(path).is_dir():
-        files = RunFolder(Path(path)).best_first()
-    else:
+    if Path(path).is_file() or Path(path).suffix in WEIGHT_SUFFIXES:
         files = [Path(path)]
         require_origin(files[0], trust)
+    else:
+        files = RunFolder(Path(path)).best_first()
     return replace(open_checkpoint(files, pick_device(device)).renderer, truncation=truncation)
 
 

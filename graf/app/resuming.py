@@ -91,7 +91,7 @@ def check_photographs(
     if not accept and not _asks_for_others(meta["config"], config.model_dump(mode="json")):
         raise DataError(f"{text}. To go on with them give --accept_new_data, to start anew --resume none")
     seen = "" if exchange is None else ". Training may have seen some of those that are held out from now on"
-    logger.info("%s; they are accepted%s", text, seen)
+    logger.info("%s; they are accepted from the next checkpoint on%s", text, seen)
 
 
 def keeps_sizes(config: Config, meta: Mapping[str, Any], device: torch.device, precision: Precision) -> bool:

@@ -76,8 +76,8 @@ class RunFolder:
 def read_first(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     """The first of several checkpoints that can be read, and its contents; every one before it is reported.
 
-    Raises the CheckpointError of the first one where none can be read, and ReadError where the system cannot read one
-    that may be whole: whoever stepped over it would go back for nothing.
+    Raises CheckpointError where none can be read, and ReadError where the system cannot read one that may be whole:
+    whoever stepped over it would go back for nothing.
     """
     failures: list[CheckpointError] = []
     for file in files:
@@ -93,7 +93,14 @@ def read_first(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
         if failures:
             warn_once(f"{file} is used instead")
         return file, contents
-    raise failures[0]
+    if len(failures) == 1:
+        raise failures[0]
+    for failure in failures:
+        warn_once(str(failure))
+    raise CheckpointError(
+        f"{files[0].parent}: none of its checkpoints can be read ({', '.join(file.name for file in files)}); restore "
+        "one of them, or train anew with --resume none"
+    )
 
 
 def set_aside(refused: Sequence[Path]) -> None:

@@ -61,6 +61,7 @@ def train(
     profile: write a trace of so many steps; started: time.monotonic() from which training.max_minutes counts; program:
     what to type to go on; errors: is told the run folder.
     """
+    builders.check_field(config)
     launch = Launch.read(os.environ)
     setup_console(launch.rank)
     prepare_allocator()

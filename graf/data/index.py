@@ -266,8 +266,8 @@ def _check_folder(root: Path, expected: str) -> None:
     if not os.path.isdir(root):
         found = "is a file" if os.path.exists(root) else "does not exist"
         raise DataError(
-            f"data.datadir={root} {found}; expected a folder of {expected}; correct data.datadir, or use "
-            f"data.type=synthetic, which makes its own data"
+            f"data.datadir={root} {found}; expected a folder of {expected}; correct data.datadir (in graf eval "
+            f"and graf view: --datadir), or train with data.type=synthetic, which makes its own data"
         )
 
 

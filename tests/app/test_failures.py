@@ -252,6 +252,7 @@ def test_a_misspelt_key_ends_the_real_program_with_one_line(run_command_line, tm
     [
         (["--max_iterations", "0"], "training.max_iterations=0"),
         (["--device", "tpu"], "training.device='tpu'"),
+        (["nerf.field=foo", "data.type=turntable", "data.datadir=nowhere"], "nerf.field='foo': expected one of mlp, "),
         (["nerf.N_samples"], "expected section.key=value"),
         (["ray_sampler.N_samples=1000"], "try 1024"),
         (["--resume", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
@@ -285,8 +286,8 @@ def test_checkpoints_that_are_all_cut_short_are_one_line(train, read_error, tmp_
         file.write_bytes(file.read_bytes()[:5000])
     assert train(*BARE, "--max_iterations", "3") == 1
     error = read_error()
-    assert "model_00000002.pt: cannot be read" in error
-    assert "model_00000001.pt" in error
+    assert "none of its checkpoints can be read (model_00000002.pt, model_00000001.pt)" in error
+    assert error.endswith("train anew with --resume none")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(train, read_error, tmp_path):
@@ -440,6 +441,35 @@ def test_a_program_without_readers_exits_with_the_code_of_its_failure():
     with subprocess.Popen(command, stdout=writer, stderr=writer, env=buffered) as process:
         os.close(writer)
         assert process.wait(30) == 1
+
+
+PRINTING = """
+import os, sys
+from graf.app.failures import run_command
+def command(_):
+    if sys.argv[1] == "own":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.write(writer, b"a process that has died")
+    for _ in range(5000):
+        print("what a command has to say")
+    return 0
+sys.exit(run_command(command, debug=False, interrupted=""))
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "said"), [("output", 141, ""), ("own", 1, "error: unexpected BrokenPipeError")]
+)
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(broken, code, said):
+    command = [sys.executable, "-c", PRINTING, broken]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        if broken == "output":
+            assert process.stdout.readline() == "what a command has to say\n"
+            process.stdout.close()
+        stderr = process.stderr.read()
+        assert stderr.startswith(said) if said else stderr == ""
+        assert process.wait(30) == code
 
 
 def test_only_failures_that_a_person_can_put_right_are_foreseen():
