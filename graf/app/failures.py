@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,8 +25,6 @@ _NEXT_STEPS = {
     **dict.fromkeys((errno.EACCES, errno.EROFS), "allow it, or choose another place"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another place"),
 }
-
-
 #: the exit code of a program that a lost reader ends: what shells make of SIGPIPE
 _UNREAD = 128 + 13
 
@@ -57,16 +55,19 @@ class ErrorLog:
         return f"its traceback is in {file}"
 
 
-def run_command(command: Callable[[ErrorLog], int], *, debug: bool, interrupted: str) -> int:
+def run_command(
+    command: Callable[[ErrorLog], int], *, debug: bool, interrupted: str, ends_on_sigterm: bool = True
+) -> int:
     """Run a command; the exit code is its own, or 1 (after Ctrl-C 130, after SIGTERM 143) and a last line on stderr
     says what is wrong. A command whose output nobody reads any more (`| head`) ends without a word, with 141.
 
-    debug: print the traceback of a failure too; interrupted: what to say after these signals.
+    debug: print the traceback of a failure too; interrupted: what to say after these signals; ends_on_sigterm: not for
+    a command that hears it itself in time, and before that may wait for other processes, where only the system ends it.
     """
     log = ErrorLog()
     with _lost_readers():
         try:
-            with _ended_by_sigterm(), _short_thread_failures(debug):
+            with _ended_by_sigterm() if ends_on_sigterm else nullcontext(), _short_thread_failures(debug):
                 return command(log)
         except KeyboardInterrupt as request:
             _say(f"error: {interrupted}")

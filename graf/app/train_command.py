@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
     interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
     if options.plan or options.lr_range_test:
         interrupted = "interrupted; nothing was written"
-    return run_command(command, debug=options.debug, interrupted=interrupted)
+    return run_command(command, debug=options.debug, interrupted=interrupted, ends_on_sigterm=False)
 
 
 def plan(arguments: Sequence[str]) -> int:

@@ -143,7 +143,8 @@ def test_known_cameras_are_told_and_drawn_as_training_takes_them(photographs, ca
         """Middle and width, in pixels, of the sphere on a photograph from the side."""
         series = {name: [framing.get(name, 0.0)] + 6 * [0.0] for name in ("log_scale", "right", "down")}
         known = {"fov": framing.get("fov", 30.0), "elevations": [40.0], "framing": {"cup": series}}
-        assert run(photographs, f"data.refined_cameras={json.dumps(known)}") == 0
+        keys = ("data.radius=6", "data.near=5", "data.far=7")  # the whole sphere is to be seen
+        assert run(photographs, *keys, f"data.refined_cameras={json.dumps(known)}") == 0
         overlay = np.asarray(Image.open(photographs / "out" / "overlay.png")).astype(int)
         columns = np.nonzero((abs(overlay[:320, :320] - 130).max(-1) == 0).any(0))[0]
         return (columns[0] + columns[-1]) / 2, columns[-1] - columns[0]
