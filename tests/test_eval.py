@@ -212,7 +212,8 @@ def test_the_held_out_angles_are_measured(look, monkeypatch, smoke_run):
     [
         ({"number": 43, "identity": "others"}, False, "not those that it was on (43 photographs then, 42 now"),
         ({"exchanged": True}, False, "the run has gone on with others than it began with; only a new run can leave"),
-        (None, None, ""),  # an older version wrote it
+        ({"exchanged": None}, None, ""),  # an older version began the run
+        (None, None, ""),  # or wrote it
     ],
 )
 def test_photographs_that_training_may_have_seen_are_not_called_unseen(

@@ -21,6 +21,7 @@ from graf.geometry.rays import Patches
 from graf.models.camera_refinement import STORED_FACTOR
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint
+from graf.runtime.logs import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -224,6 +225,22 @@ def test_splits_of_labels_csv_choose_the_best_checkpoint_and_are_reported(run_pr
     said = capsys.readouterr()
     assert "training.save_best=psnr: there are no photographs to compare with" in said.err
     assert "set data.heldout_every=6, or add photographs" in said.out + said.err
+
+
+def test_a_line_that_a_disk_has_refused_is_written_by_a_start_with_other_terms(train, tmp_path, monkeypatch):
+    write = RunLog.scalars
+
+    def refuse(log, iteration, scalars):
+        if iteration == 2:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(log, iteration, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "scalars", refuse)
+        assert train(*BARE, "training.max_iterations=3", "training.opacity=0.3") == 1
+    assert train(*BARE, "training.max_iterations=3", "training.opacity=0") == 0
+    rows = [json.loads(row) for row in (tmp_path / "results" / "smoke" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["iteration"], "loss_g_opacity" in row) for row in rows] == [(1, True), (2, True), (3, False)]
 
 
 def test_a_term_that_a_resumed_run_leaves_out_is_logged_no_more(train, tmp_path):

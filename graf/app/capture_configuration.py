@@ -12,7 +12,6 @@ from graf.base.errors import UserError
 from graf.base.files import write_atomically
 from graf.config.loading import ConfigError, read_yaml
 from graf.config.schema import is_device
-from graf.data.labels import MAX_NAME
 
 INHERITED = "coil100.yaml"  # how real turntables are trained
 POSED_INHERITED = "lego128.yaml"  # and photographs with true poses
@@ -122,7 +121,7 @@ def _run_name(folder: Path) -> str:
     name = "".join(sign if sign.isalpha() or sign.isdecimal() or sign in "_.-" else "_" for sign in signs)
     name = name.lstrip(".-")
     name = f"_{name}" if is_device(name) else name
-    return name.encode()[:MAX_NAME].decode(errors="ignore").rstrip(".") or "photos"
+    return name[:100].rstrip(".") or "photos"
 
 
 def _quote(text: str) -> str:

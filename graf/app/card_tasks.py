@@ -207,8 +207,8 @@ def _describe_exchange(trained: TrainedGenerator) -> str:
     if not trained.photographs.get("exchanged"):
         return ""
     return (
-        " The run went on with others than it began with: training may have seen photographs that scores of the splits "
-        "validation and test are about."
+        " The run went on with other photographs than it began with, so training may have seen some of its validation "
+        "and test photographs."
     )
 
 

@@ -86,10 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command(errors: ErrorLog) -> int:
         setup_console()
+        config = load_config(options.config, options.overrides)
         check_writable(Path(options.out))
-        inspection = inspect_data(load_config(options.config, options.overrides))
+        inspection = inspect_data(config)
+        pictures = write_pictures(inspection, Path(options.out))  # first: who reads the rest may leave, as head does
         print("\n".join(describe(inspection)))
-        for path in write_pictures(inspection, Path(options.out)):
+        for path in pictures:
             print(f"wrote {path}")
         return 0
 

@@ -26,11 +26,10 @@ ACTIONS = {
 class EvalOptions:
     """The choices of one evaluation, named as on the command line. Raises ConfigError for values out of range.
 
-    run: folder, which results go to; checkpoint: file, alone also its run; neither: the newest run of `outdir`, its
-    best checkpoint. trust: take a file that lies
-    in no run folder and that an old torch cannot read safely. actions: keys of ACTIONS; path: file of a camera
-    path, which the action of that name needs. heights: values v in [0, 1]; elevations: the same in degrees, one of the
-    two at most.
+    run: the folder that results go to, by default that of the checkpoint; checkpoint: the file, by default the run's
+    best one; without either the newest run of `outdir`. trust: take a file that lies in no run folder and that an old
+    torch cannot read safely. actions: keys of ACTIONS; path: file of a camera path, which the action of that name
+    needs. heights: values v in [0, 1]; elevations: the same in degrees, one of the two at most.
     """
 
     run: str | None = None

@@ -25,6 +25,7 @@ from graf.app.runs import find_run, named_run
 from graf.base.files import check_writable, write_atomically
 from graf.config import Config, ConfigError
 from graf.data.datasets import PhotoDataset
+from graf.data.labels import LABELS_FILE
 from graf.evaluation.camera_paths import read_path, render_path
 from graf.evaluation.enlargement import EnlargementReport, measure_enlargement
 from graf.evaluation.extractor import choose_extractor
@@ -303,7 +304,8 @@ def write_heldout(evaluation: Evaluation) -> list[Path]:
             raise ConfigError(
                 f"--heldout: {int(rows.sum())} of the {len(rows)} photographs of the test split show {shown}, with "
                 f"data.heldout_every={config.data.heldout_every}: expected at least 2; train with a value of 2 or more "
-                "that is below half of the number of distinct angles (of photographs, where data.type=transforms)"
+                "that is below half of the number of distinct angles (of photographs, where data.type=transforms), or "
+                f"with more of them in the column split of {LABELS_FILE}, where that decides"
             )
         return HeldoutPhotographs(images[rows], views[rows.nonzero()[:, 0]], class_means, renderer.classes)
 
@@ -358,7 +360,7 @@ def _never_seen(evaluation: Evaluation, training: PhotoDataset) -> bool | None:
     elif known.get("exchanged"):
         reason = "the run has gone on with others than it began with; only a new run can leave its test split unseen"
     else:
-        return True if known else None
+        return True if known.get("exchanged") is False else None
     logger.warning("%s: training may have seen photographs of the test split: %s", training.index.root, reason)
     return False
 

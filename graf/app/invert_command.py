@@ -276,7 +276,7 @@ def choose_starts(trained: TrainedGenerator, class_name: str | None, count: int,
     screened = sum(map(len, starts.values()))
     if screened < wanted:
         logger.info(
-            "%d of %d codes are screened, %d of each class: the mean object, known ones and drawn ones, in this order",
+            "%d of %d codes are screened, at most %d of each class: the mean, known ones, drawn ones, in this order",
             screened,
             wanted,
             room,

@@ -18,7 +18,7 @@ from graf.config import Config
 from graf.data.datasets import PhotoDataset
 from graf.data.errors import DataError
 from graf.runtime.amp import Precision
-from graf.runtime.checkpoint import CheckpointError, read_checkpoint
+from graf.runtime.checkpoint import CheckpointError, ReadError, read_checkpoint
 from graf.runtime.logs import logger
 from graf.training.trainer import Trainer
 
@@ -28,6 +28,12 @@ SIZE_KEYS = {
     "evaluation": ("batch_size",),
 }
 
+#: beginnings of the keys that decide which terms losses have, and what else is told of a step
+TERM_KEYS = (
+    *("training.gan_type", "training.reg_", "training.photometric", "training.instance_prior", "training.opacity"),
+    *("training.layer_norms", "discriminator.class_loss", "ccsr."),
+)
+
 #: of data: which photographs are used, and what is known of them
 CHOOSING_KEYS = (
     *("type", "classes", "file_pattern", "v_list", "angle_direction", "heldout_every", "max_megapixels", "strict"),
@@ -35,13 +41,15 @@ CHOOSING_KEYS = (
 )
 
 
-def describe_photographs(photographs: PhotoDataset, before: Mapping[str, Any]) -> dict[str, Any]:
+def describe_photographs(photographs: PhotoDataset, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a checkpoint remembers of the photographs besides DatasetInfo.
 
-    before: the same of the checkpoint that the run goes on from, empty where there is none. exchanged: whether the run
-    has trained on others too, which may be held out now.
+    before: the same of the checkpoint that the run goes on from, None where there is none. exchanged: whether the run
+    has trained on others too, which may be held out now; None where a checkpoint of an older version did not tell.
     """
-    exchanged = bool(before.get("exchanged")) or compare_photographs(photographs, before) is not None
+    exchanged = False if before is None else before.get("exchanged")
+    if before is not None and compare_photographs(photographs, before) is not None:
+        exchanged = True
     return {"number": len(photographs), "identity": photographs.identity, "exchanged": exchanged}
 
 
@@ -54,9 +62,9 @@ def compare_photographs(photographs: PhotoDataset, known: Mapping[str, Any]) -> 
     return f"{known.get('number')} photographs then, {len(photographs)} now, with other names, sizes or labels"
 
 
-def acts_on_losses(change: str) -> bool:
+def acts_on_terms(change: str) -> bool:
     """Whether a change, as describe_changes tells it, may decide which statistics a step has."""
-    return change.startswith(("training.", "ccsr.", "discriminator.")) and "training.max_iterations" not in change
+    return change.startswith(TERM_KEYS)
 
 
 def check_photographs(
@@ -129,7 +137,10 @@ def _asks_for_others(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def bring_best(file: Path, folder: RunFolder, trainer: Trainer) -> None:
-    """Into another folder the best checkpoint goes with its score; where it is missing the best score starts over."""
+    """Into another folder the best checkpoint goes with its score; where it is missing the best score starts over.
+
+    Raises ReadError.
+    """
     target, source = folder.checkpoints / BEST_CHECKPOINT, file.with_name(BEST_CHECKPOINT)
     best = trainer.progress.best
     if not best or target.is_file():
@@ -140,6 +151,8 @@ def bring_best(file: Path, folder: RunFolder, trainer: Trainer) -> None:
                 shutil.copyfileobj(original, copy)
             return
         reason = f"{source} is of another iteration"
+    except ReadError:
+        raise
     except CheckpointError as error:
         reason = str(error)
     trainer.progress.best = {}

@@ -57,10 +57,11 @@ def main(arguments: Sequence[str] | None = None, program: str = "graf train") ->
         is_zero = finished or options.exit_zero_when_stopped or "TORCHELASTIC_RUN_ID" in os.environ
         return 0 if is_zero else EXIT_STOPPED
 
-    interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
-    if options.plan or options.lr_range_test:
-        interrupted = "interrupted; nothing was written"
-    return run_command(command, debug=options.debug, interrupted=interrupted, ends_on_sigterm=False)
+    trains = not (options.plan or options.lr_range_test)
+    interrupted = "interrupted; nothing was written"
+    if trains:
+        interrupted = "interrupted before the step was finished; nothing was saved since the last checkpoint"
+    return run_command(command, debug=options.debug, interrupted=interrupted, ends_on_sigterm=not trains)
 
 
 def plan(arguments: Sequence[str]) -> int:

@@ -347,17 +347,15 @@ def open_run(
         changes += resuming.describe_precision(meta, precision)
         shown = [f"\n  {change}" for change in changes if "refined_cameras" not in change]  # the weights have them
         logger.info("resuming from %s%s", file, "".join(shown))
-        if any(resuming.acts_on_losses(change) for change in changes):
-            trainer.latest.clear()  # a term that is left out from now on would keep its last value
-        if processes.is_first:
-            resuming.bring_best(file, folder, trainer)
+        trainer.latest_is_outdated = any(resuming.acts_on_terms(change) for change in changes)
+        processes.together(lambda: resuming.bring_best(file, folder, trainer) if processes.is_first else None)
         has_sizes = bool(checkpoint["objects"]["limits"])  # older formats have none
         keeps_sizes = has_sizes and resuming.keeps_sizes(config, meta, device, precision)
         if not keeps_sizes:
             resuming.forget_sizes(config, trainer)
         elif trainer.memory != builders.build_memory_settings(config, device.type):
             logger.info("memory: %s, as this run has found out", trainer.memory)
-    described = resuming.describe_photographs(photographs, {} if meta is None else read_photographs(meta))
+    described = resuming.describe_photographs(photographs, None if meta is None else read_photographs(meta))
     run = TrainingRun(
         *(config, folder, device, precision, photographs, described, info, pose_sampler, extractor, trainer, processes)
     )

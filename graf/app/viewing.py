@@ -187,7 +187,8 @@ def find_photographs(
     datadir: where the photographs are, if not in the run's data.datadir.
     """
     config = renderer.config
-    known = {"classes": info.class_names}  # the folder may have got others since
+    # the folder may have got other classes since; that of posed photographs is named after it, and may have moved
+    known = {} if config.data.type == "transforms" else {"classes": info.class_names}
     data = config.data.model_copy(update=known if datadir is None else known | {"datadir": datadir})
     config = config.model_copy(update={"data": data})
     try:
@@ -199,7 +200,7 @@ def find_photographs(
         return _cameras_of_labels(renderer, info)
     poses = _find_poses(renderer, builders.build_pose_sampler(config, photographs, renderer.cameras).views)
     found = []
-    for class_idx, name in enumerate(photographs.class_names):
+    for class_idx, name in enumerate(info.class_names):
         members = torch.nonzero(photographs.labels[:, 0] == class_idx)[:, 0].tolist()
         members.sort(key=lambda index: photographs.labels[index, 1:3].tolist())
         step = max(1.0, len(members) / CAMERAS_PER_CLASS)

@@ -27,6 +27,7 @@ from graf.data.labels import CAPTURE_FILE, LABELS_FILE, LABELS_HEADER, LabelRow,
 from graf.runtime.run_lock import LockedError, RunLock, UnwritableError
 
 COLUMNS = (*LABELS_HEADER, "instance")
+MAX_SUBJECT = 200  # bytes: names of files have a number and endings besides, and disks take 255
 SAME_HEIGHT = 0.004  # of v: about half a degree of elevation
 
 
@@ -82,6 +83,11 @@ def check_subject(rows: Sequence[LabelRow], subject: Subject, replace: bool) -> 
             check_name(name, what, f"--{what}")
         except DataError as error:
             raise CaptureError(str(error)) from error
+    if (length := len(subject.name.encode())) > MAX_SUBJECT:
+        raise CaptureError(
+            f"--class {subject.class_name}: names of class and instance take {length} bytes in UTF-8; expected at most "
+            f"{MAX_SUBJECT}, for folders and files are named after them"
+        )
     if not subject.class_name.strip() or subject.class_name.startswith("."):
         raise CaptureError(f"--class {subject.class_name!r}: expected a name, for example --class duck")
     same = [row for row in rows if subject.shows(row)]

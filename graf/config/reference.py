@@ -29,8 +29,9 @@ data:
 
 Any key can be given on the command line too: `graf train --config default training.batch_size=2`. A wrong key is
 answered with the nearest right one, a value out of range with the range, before anything is read. Values are YAML, with
-the numbers of YAML 1.2 (010 is 10); where a key is text, what is typed is taken (`expname: 2024`). `graf train` writes
-the resolved configuration to `config.yaml` in the run's folder. The shipped files, in `configs/`, are working examples.
+the numbers of YAML 1.2 (010 is 10); where a key is text, what is typed is taken (`expname: 2024`), but for `null`.
+`graf train` writes the resolved configuration to `config.yaml` in the run's folder. The shipped files, in `configs/`,
+are working examples.
 
 This page is made by `python -m graf.config.reference > docs/configuration.md` out of `graf/config/schema.py`.
 """

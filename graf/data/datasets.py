@@ -272,6 +272,8 @@ def _choose_subset(index: PhotoIndex, settings: DataSettings) -> list[int]:
     if not chosen:
         is_helped = subset != "train" and len(distinct) > 2  # then one of each split can be held out, and one be left
         other_value = f"set data.heldout_every={min(6, len(distinct) - 1)}, or " if is_helped else ""
+        if subset == "train" and every and undecided:
+            other_value = "set data.heldout_every=0, or "
         raise DataError(
             f"{index.root}: data.heldout_every={every} {'leaves' if every else 'holds nothing out, which leaves'} no "
             f"photograph of {len(splits)} in the subset {subset!r}, nor does a column split of {LABELS_FILE} put one "

@@ -45,10 +45,11 @@ class LoadReport:
     unreadable: list[str] = field(default_factory=list)  # corrupt or truncated, or not an image despite the suffix
     unlabelled: list[str] = field(default_factory=list)  # images outside of the pattern, labels.csv or class folders
     missing: list[str] = field(default_factory=list)  # labelled, but no such file
+    closed: list[str] = field(default_factory=list)  # folders that cannot be read
     not_images: list[str] = field(default_factory=list)  # other files; harmless, so not an error even when strict
     outside: list[str] = field(default_factory=list)  # used, but links or paths lead out of the folder to them
     repeated: list[str] = field(default_factory=list)  # folders left out, as links lead to what was read already
-    lens: list[str] = field(default_factory=list)  # keys of transforms.json that move the picture by a pixel or so
+    lens: list[str] = field(default_factory=list)  # keys of transforms.json that hardly move what is seen
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) of the usable photographs
 
     def problems(self) -> list[tuple[str, list[str]]]:
@@ -57,6 +58,7 @@ class LoadReport:
             ("unreadable photographs", self.unreadable),
             ("photographs without a label", self.unlabelled),
             ("labelled photographs that are missing", self.missing),
+            ("folders that cannot be read", self.closed),
         )
         return [(what, names) for what, names in kinds if names]
 
@@ -66,7 +68,7 @@ class LoadReport:
             ("files that are not images", self.not_images),
             ("photographs outside of the folder, by links or paths", self.outside),
             ("folders that links lead to a second time, left out", self.repeated),
-            ("keys of the lens passed over, which move the edge of a picture by this share of its width", self.lens),
+            ("keys of the lens are passed over (how far each moves the edge of a picture, of its width)", self.lens),
         ]
         noted = self.problems() + [(what, names) for what, names in harmless if names]
         return [f"{len(names)} {what}: {_list_names(names)}" for what, names in noted]
@@ -177,8 +179,9 @@ def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
     """
     transforms_path = _find_transforms(path)
     root = transforms_path.parent
-    camera_angle_x, frames, passed_over = _read_transforms(transforms_path)
-    report = LoadReport(lens=passed_over)
+    content = _read_transforms(transforms_path)
+    frames, used = content["frames"], {}
+    report = LoadReport()
     paths: list[Path] = []
     matrices: list[Tensor] = []
     for number, frame in enumerate(frames):
@@ -187,12 +190,19 @@ def index_transforms(path: Path, v_list: Sequence[float] | None) -> PhotoIndex:
         if image_path is None:
             report.missing.append(file)
         else:
+            used[number] = frame
             paths.append(image_path)
             matrices.append(matrix)
     if not paths:
         raise DataError(
             f"{transforms_path}: none of its {len(frames)} photographs is there ({_list_names(report.missing)}); "
             f"expected them relative to {root}, with or without suffix"
+        )
+    camera_angle_x, report.lens = read_lens(content, used, str(transforms_path))
+    if camera_angle_x is None:
+        raise DataError(
+            f"{transforms_path}: found {_list_names(content)}; expected camera_angle_x in radians, or fl_x and w in "
+            "pixels"
         )
     _note_outside(root, paths, report)
     poses = torch.stack(matrices)
@@ -274,7 +284,7 @@ def _check_folder(root: Path, expected: str) -> None:
 def _list_images(root: Path, report: LoadReport) -> list[str]:
     """Image files under `root` in natural order, relative to it; other files go into the report."""
     images = []
-    files, report.repeated = _list_files(root)
+    files, report.repeated, report.closed = _list_files(root)
     for file in files:
         if Path(file).suffix.lower() in IMAGE_SUFFIXES:
             images.append(file)
@@ -283,12 +293,19 @@ def _list_images(root: Path, report: LoadReport) -> list[str]:
     return images
 
 
-def _list_files(root: Path) -> tuple[list[str], list[str]]:
-    """Files under `root` in natural order, relative to it, but for hidden ones, which are no part of a set; and folders
-    that are left out, as links lead there from elsewhere too. Raises DataError for a folder that cannot be read.
+def _list_files(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """Files under `root` in natural order, relative to it, but for hidden ones, which are no part of a set; folders
+    that are left out, as links lead there from elsewhere too; and folders that cannot be read. Raises DataError where
+    `root` cannot.
     """
-    files, repeated, seen = [], [], set()
-    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+    files, repeated, closed, seen = [], [], [], set()
+
+    def note_closed(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise DataError(f"{root} cannot be read ({error.strerror}); allow it to be read") from error
+        closed.append(f"{Path(error.filename).relative_to(root).as_posix()} ({error.strerror})")
+
+    for folder, folders, names in os.walk(root, onerror=note_closed, followlinks=True):
         inside = Path(folder).relative_to(root)
         real = os.path.realpath(folder)
         if real in seen:
@@ -298,13 +315,7 @@ def _list_files(root: Path) -> tuple[list[str], list[str]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         files += [(inside / name).as_posix() for name in names if not _is_hidden(name)]
-    return sorted(files, key=natural_key), repeated
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise DataError(
-        f"{error.filename} cannot be read ({error.strerror}); allow it to be read, or move it out of data.datadir"
-    ) from error
+    return sorted(files, key=natural_key), repeated, closed
 
 
 def _is_hidden(name: str) -> bool:
@@ -318,7 +329,7 @@ def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list
     Except companions of labelled photographs: depth/a.png and mask/a.png belong to a.png; and what graf capture writes
     besides photographs. A name that only another form of Unicode tells from a file's, as on a Mac, is that file's.
     """
-    files, _ = _list_files(root)
+    files, _, report.closed = _list_files(root)
     forms = {unicodedata.normalize("NFC", file): file for file in files}
     present = []
     for row in rows:
@@ -360,8 +371,8 @@ def _find_transforms(path: Path) -> Path:
     )
 
 
-def _read_transforms(path: Path) -> tuple[float, list[Any], list[str]]:
-    """Field of view, frames, and keys of the lens that are passed over."""
+def _read_transforms(path: Path) -> dict[str, Any]:
+    """The file's object, which has a list of frames."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -369,14 +380,9 @@ def _read_transforms(path: Path) -> tuple[float, list[Any], list[str]]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); allow it to be read") from error
     keys = list(content) if isinstance(content, dict) else [type(content).__name__]
-    frames = content.get("frames") if isinstance(content, dict) else None
-    angle, passed_over = read_lens(content, frames, str(path)) if isinstance(frames, list) else (None, [])
-    if not frames or angle is None:
-        raise DataError(
-            f"{path}: found {_list_names(keys)}; expected camera_angle_x in radians (or fl_x and w in pixels) and a "
-            f"non-empty list 'frames'"
-        )
-    return angle, frames, passed_over
+    if not isinstance(content, dict) or not isinstance(content.get("frames"), list) or not content["frames"]:
+        raise DataError(f"{path}: found {_list_names(keys)}; expected camera_angle_x and a non-empty list 'frames'")
+    return content
 
 
 def _read_frame(frame: Any, where: str) -> tuple[str, Tensor]:

@@ -22,7 +22,7 @@ CAPTURE_FILE, CAPTURE_FOLDER = "capture.yaml", "capture_check"  # what graf capt
 LABELS_HEADER = ("file", "class", "height", "angle")
 OPTIONAL_COLUMNS = ("instance", "split")
 SPLITS = ("train", "validation", "test")
-MAX_NAME = 100  # bytes: names of files are made of two such names and numbers, and disks take 255
+MAX_NAME = 100
 DEFAULT_FILE_PATTERN = r"(?P<class>.+?)(?:_h(?P<height>\d+))?__(?P<angle>-?\d+(?:\.\d+)?)\.\w+"
 
 
@@ -54,10 +54,10 @@ def natural_key(text: str) -> tuple[tuple[int, int, str, str], ...]:
 def check_name(name: str, what: str, where: str) -> str:
     """A name that may become part of a file name; raises DataError for one that could lead out of a folder."""
     is_plain = name.isprintable() and not set(name) & set("/\\") and name not in (".", "..")
-    if not is_plain or len(name.encode()) > MAX_NAME:
+    if not is_plain or len(name) > MAX_NAME:
         raise DataError(
-            f"{where}: {what} {name[:MAX_NAME]!r}; expected a name of printable characters without slashes, at most "
-            f"{MAX_NAME} bytes in UTF-8, for files are named after it"
+            f"{where}: {what} {name[:MAX_NAME]!r}; expected a name of at most {MAX_NAME} printable characters without "
+            "slashes, for files are named after it"
         )
     return name
 

@@ -218,6 +218,8 @@ class JoinedProcesses(Processes):
         return {"a term of another process": total[0]}
 
     def sum_to_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not values:  # of a checkpoint of an older version, which holds none
+            return {}
         numbers = torch.stack([value.detach().cpu().double() for value in values.values()])
         with self._connected(numbers):
             _distributed().all_reduce(numbers)

@@ -207,6 +207,7 @@ class Trainer:
         self.stop_reason: str | None = None
         self.in_step = False
         self.latest: Statistics = {}
+        self.latest_is_outdated = False  # of other settings, whose terms the next step may lack
 
     def use(self, memory: MemorySettings) -> None:
         """Train, and render with the averaged weights, with these settings from now on."""
@@ -268,7 +269,9 @@ class Trainer:
         with self.timer.phase("data"):
             batch = self.processes.together(lambda: next(batches))  # the arguments of a step
         self.in_step = True
-        self.latest |= self.step(*batch)
+        statistics = self.step(*batch)
+        self.latest = statistics if self.latest_is_outdated else self.latest | statistics
+        self.latest_is_outdated = False
         self._check_equality()
         self.in_step = False
         self.progress.seconds += time.monotonic() - started

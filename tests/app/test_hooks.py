@@ -43,7 +43,7 @@ def trainer_at(iteration: int, seconds: float = 0.0, **training: Any) -> SimpleN
         state={"progress": Progress(iteration, seconds)},
         stop_reason=None,
         processes=Processes(),
-        latest={},
+        latest={"loss_d": torch.ones(())},
         share_statistics=lambda: None,
         scalars_of=lambda statistics: {"loss_d": 1.0, "loss_g": 2.0},
     )

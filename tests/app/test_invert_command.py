@@ -204,7 +204,7 @@ def test_all_classes_share_one_number_of_starts_and_what_is_left_out_is_said(
     torch.testing.assert_close(starts[0], torch.cat([torch.zeros(1, 8), known.renderer.instance_codes([0, 1])]))
     torch.testing.assert_close(starts[1], torch.cat([torch.zeros(1, 8), known.renderer.codes(0, range(2))]))
     assert caplog.messages == [
-        "12 of 27 codes are screened, 3 of each class: the mean object, known ones and drawn ones, in this order"
+        "12 of 27 codes are screened, at most 3 of each class: the mean, known ones, drawn ones, in this order"
     ]
     caplog.clear()
     assert sum(map(len, choose_starts(known, "duck", count=11, seed=0).values())) == 12

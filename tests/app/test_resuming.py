@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from graf.app import builders
+from graf.app import builders, resuming
 from graf.app.resuming import describe_photographs, describe_precision, keeps_sizes
+from graf.app.runs import RunFolder
 from graf.config import load_config
 from graf.runtime.amp import Precision
+from graf.runtime.checkpoint import ReadError
 
 
 @pytest.mark.parametrize(
@@ -70,11 +72,21 @@ def test_a_run_remembers_that_it_was_trained_on_other_photographs():
             return 3
 
     one, other = Photographs(identity="one"), Photographs(identity="other")
-    begun = describe_photographs(one, {})
+    begun = describe_photographs(one, None)
     assert begun == {"number": 3, "identity": "one", "exchanged": False}
     assert describe_photographs(one, begun) == begun
     changed = describe_photographs(other, begun)
     assert changed == {"number": 3, "identity": "other", "exchanged": True}
     assert describe_photographs(other, changed) == changed
     assert describe_photographs(one, changed)["exchanged"]
-    assert not describe_photographs(one, {"number": 3, "identity": "one"})["exchanged"]  # of a version before
+    for before in ({"number": 3, "identity": "one"}, {}):  # of versions that did not tell
+        assert describe_photographs(one, describe_photographs(one, before))["exchanged"] is None
+        assert describe_photographs(other, describe_photographs(one, before))["exchanged"] is True
+
+
+def test_a_best_checkpoint_that_cannot_be_read_for_the_moment_keeps_its_score(tmp_path, monkeypatch):
+    trainer = SimpleNamespace(progress=SimpleNamespace(best={"iteration": 3, "fid": 9.0}))
+    monkeypatch.setattr(resuming, "read_checkpoint", lambda _: (_ for _ in ()).throw(ReadError("stale")))
+    with pytest.raises(ReadError):
+        resuming.bring_best(tmp_path / "model_00000004.pt", RunFolder(tmp_path / "other"), trainer)
+    assert trainer.progress.best["fid"] == 9.0

@@ -128,11 +128,11 @@ def test_what_is_advised_for_an_empty_split_leaves_photographs_in_all(tmp_path, 
         assert len(open_dataset(settings(tmp_path, type=kind, heldout_every=advised, subset=subset)))
 
 
-@pytest.mark.parametrize(("count", "subset"), [(2, "validation"), (1, "train")])
-def test_where_no_split_is_possible_photographs_are_asked_for(tmp_path, count, subset):
+@pytest.mark.parametrize(("count", "subset", "first"), [(2, "validation", ""), (1, "train", "set .*_every=0, or ")])
+def test_where_no_split_is_possible_photographs_are_asked_for(tmp_path, count, subset, first):
     for number in range(count):
         write_photo(tmp_path / f"obj__{10 * number}.png")
-    with pytest.raises(DataError, match=r"put one there; add photographs from other angles$"):
+    with pytest.raises(DataError, match=rf"put one there; {first}add photographs from other angles$"):
         open_dataset(settings(tmp_path, heldout_every=6, subset=subset))
 
 
@@ -422,17 +422,22 @@ def test_a_hidden_file_that_labels_csv_names_counts(turntable):
 
 
 @pytest.mark.parametrize("kind", ["turntable", "image_folder"])
-def test_a_folder_that_may_not_be_read_is_an_error(turntable, kind, monkeypatch):
+def test_a_folder_that_may_not_be_read_is_reported_and_the_set_itself_an_error(turntable, kind, monkeypatch):
     write_photo(turntable / "secret" / "obj5__7.png")
-    scan = os.scandir
+    scan, refused = os.scandir, "secret"
 
     def refuse(path):
-        if str(path).endswith("secret"):
+        if str(path).endswith(refused):
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"secret cannot be read \(Permission denied\); allow it to be read"):
+    if kind == "turntable":
+        assert open_dataset(settings(turntable)).report.closed == ["secret (Permission denied)"]
+    with pytest.raises(DataError, match=r"1 folders that cannot be read: secret \(Permission denied\)"):
+        open_dataset(settings(turntable, type=kind, strict=True))
+    refused = turntable.name
+    with pytest.raises(DataError, match=rf"{refused} cannot be read \(Permission denied\); allow it to be read"):
         open_dataset(settings(turntable, type=kind))
 
 
@@ -667,7 +672,10 @@ def describe_lens(folder, of_frame=None, **changes):
         ({"cx": "middle"}, "cx='middle'; expected a number"),
         ({"k1": math.nan}, "k1=nan; expected a number"),
         ({"w": 0}, "w=0; expected pixels"),
-        ({"w": None}, "fl_x=25.* without w and h"),
+        ({"w": None, "camera_angle_x": None}, "expected camera_angle_x in radians, or fl_x and w"),
+        ({"camera_angle_y": 0.3}, "camera_angle_y=0.3 .*square pixels"),
+        ({"k1": 0.25, "k2": 1.5, "k3": 20}, r"k1=0\.25 .* 2\.8%.*image_undistorter"),
+        ({"p1": -0.03, "p2": 0.02}, "p1=-0.03 .* 2.3%"),
     ],
 )
 def test_a_lens_that_is_no_centred_pinhole_is_an_error(tmp_path, changes, message):
@@ -682,6 +690,7 @@ def test_a_lens_that_is_no_centred_pinhole_is_an_error(tmp_path, changes, messag
         ({"cx": 8.05, "k1": 0.01, "of_frame": {"fl_x": 1.005 * FOCAL, "w": 16}}, []),
         ({"cx": 8.2, "k1": -0.15}, ["cx=8.2 (1.2%)", "k1=-0.15 (0.7%)"]),
         ({"of_frame": {"fl_x": 1.02 * FOCAL}}, ["fl_x=26.3791 (1.0%)"]),
+        ({"k1": 0.3, "k2": -3.0, "cx": 5, "w": None, "camera_model": None}, []),
     ],
 )
 def test_what_moves_pictures_by_a_pixel_or_so_is_told(tmp_path, changes, told):
@@ -736,7 +745,7 @@ def test_poses_that_are_none_are_errors_that_name_file_and_frame(tmp_path, matri
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"frames": [{}]}', '{"frames": [{}], "camera_angle_x": 0}'])
 def test_json_without_cameras_is_an_error(tmp_path, content):
     (tmp_path / "transforms_train.json").write_text(content)
-    with pytest.raises(DataError, match=r"transforms_train\.json.*camera_angle_x"):
+    with pytest.raises(DataError, match=r"transforms_train\.json.*(camera_angle_x|file_path)"):
         open_dataset(transforms(tmp_path))
 
 

@@ -159,11 +159,11 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         read_labels_csv(path)
 
 
-@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "a\nb", "\udce9", "x" * 101, "あ" * 34])
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "a\nb", "\udce9", "x" * 101])
 def test_names_that_files_cannot_have_are_refused(name):
-    with pytest.raises(DataError, match=r"here: class .* at most 100 bytes"):
+    with pytest.raises(DataError, match=r"here: class .* at most 100 printable characters"):
         check_name(name, "class", "here")
-    assert check_name("あ" * 33, "class", "here") == "あ" * 33
+    assert check_name("あ" * 100, "class", "here") == "あ" * 100
 
 
 def test_a_name_without_the_optional_angle_of_its_pattern_has_no_label():

@@ -143,6 +143,7 @@ def test_the_first_one_decides_works_first_and_collects(run_processes, tmp_path)
         any_of = [processes.any(processes.rank == rank) for rank in (2, 5)]
         gathered = processes.gather(torch.full((processes.rank,), processes.rank))
         sums = processes.sum_to_first({"a": torch.tensor(0.1), "b": torch.tensor(processes.rank)})
+        assert processes.sum_to_first({}) == {}
         return decided, seen, any_of, [part.tolist() for part in gathered], {k: float(v) for k, v in sums.items()}
 
     first, *others = run_processes(3, work)

@@ -1,6 +1,7 @@
 """`graf view` as people type it: it serves, follows, warns, writes its page, and says what is wrong."""
 
 import atexit
+import json
 import math
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from graf.app import mesh_page, viewing
 from graf.app.loading import open_checkpoint
@@ -27,7 +29,7 @@ from graf.base.errors import UserError
 from graf.base.extras import name_install_command
 from graf.config import ConfigError
 from graf.evaluation.renderer import Renderer
-from graf.geometry.cameras import angles_from_pose, elevation_from_height
+from graf.geometry.cameras import angles_from_pose, elevation_from_height, pose_from_angles
 from graf.mesh import ColouredMesh, MeshOptions
 from graf.mesh.extraction import EmptySurface
 from graf.models.camera_refinement import STORED_FACTOR, CameraRefinement
@@ -269,6 +271,23 @@ def test_training_cameras_have_their_photographs_where_these_are_at_hand(smoke_r
     shutil.copytree(own, Path("elsewhere", "synthetic_of_another_run"))
     assert find_photographs(renderer, info, "elsewhere")[0].thumbnail is None
     assert [folder.name for folder in Path("elsewhere").iterdir()] == ["synthetic_of_another_run"]
+
+
+def test_posed_photographs_are_found_where_their_folder_has_moved(smoke_run, tmp_path):
+    """Their class is named after the folder that they were in."""
+    poses = pose_from_angles(torch.rand(2), torch.full((2,), 0.3), 3.5)
+    frames = [{"file_path": f"{number}.png", "transform_matrix": pose.tolist()} for number, pose in enumerate(poses)]
+    for number in range(2):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{number}.png")
+    (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 0.5, "frames": frames}))
+    trained = open_checkpoint([smoke_run.folder / "checkpoints" / "model_00000006.pt"], torch.device("cpu"))
+    data = trained.renderer.config.data.model_copy(update={"type": "transforms", "heldout_every": 0})
+    config = trained.renderer.config.model_copy(update={"data": data})
+    info = replace(trained.dataset_info, class_names=("desk",), instance_names=())
+    found = find_photographs(replace(trained.renderer, config=config), info, str(tmp_path))
+    assert [photograph.class_name for photograph in found] == ["desk", "desk"]
+    assert torch.equal(torch.stack([photograph.camera_to_world for photograph in found]), poses)
+    assert all(photograph.thumbnail is not None for photograph in found)
 
 
 def test_training_cameras_stand_where_training_has_found_them(smoke_run):
