@@ -21,6 +21,7 @@ from graf.geometry.rays import Patches
 from graf.models.camera_refinement import STORED_FACTOR
 from graf.runtime.amp import Precision
 from graf.runtime.checkpoint import read_checkpoint
+from graf.runtime.interrupt import Stopped, StopRequest
 from graf.runtime.logs import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,9 +244,18 @@ def test_a_line_that_a_disk_has_refused_is_written_by_a_start_with_other_terms(t
     assert [(row["iteration"], "loss_g_opacity" in row) for row in rows] == [(1, True), (2, True), (3, False)]
 
 
-def test_a_term_that_a_resumed_run_leaves_out_is_logged_no_more(train, tmp_path):
+@pytest.mark.parametrize("is_stopped_before", [False, True])
+def test_a_term_that_a_resumed_run_leaves_out_is_logged_no_more(train, tmp_path, monkeypatch, is_stopped_before):
+    def leave(_):
+        raise Stopped("at once")
+
     assert train(*BARE, "training.max_iterations=2", "training.opacity=0.3", "training.layer_norms=true") == 0
-    assert train(*BARE, "training.max_iterations=4", "training.opacity=0", "training.layer_norms=false") == 0
+    without = ("training.max_iterations=4", "training.opacity=0", "training.layer_norms=false")
+    if is_stopped_before:  # its first step; the checkpoint that it saves has its settings already
+        with monkeypatch.context() as patch:
+            patch.setattr(StopRequest, "leave_if_asked", leave)
+            assert train(*BARE, *without) == 75
+    assert train(*BARE, *without) == 0
     rows = [json.loads(row) for row in (tmp_path / "results" / "smoke" / "metrics.jsonl").read_text().splitlines()]
     assert ["loss_g_opacity" in row for row in rows] == [True, True, False, False]
     assert [any(name.startswith("grad_norm_g/") for name in row) for row in rows] == [True, True, False, False]

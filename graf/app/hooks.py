@@ -89,7 +89,9 @@ class LogHook:
 
     def catch_up(self, trainer: Trainer) -> None:
         """Write the line that a full or failing disk has refused of the iteration that was reached."""
-        if trainer.latest and trainer.progress.logged != trainer.progress.iteration:
+        if not trainer.latest:  # of a checkpoint that holds no statistics there is nothing to write
+            trainer.progress.logged = trainer.progress.iteration
+        elif trainer.progress.logged != trainer.progress.iteration:
             self(trainer, trainer.latest)
 
     def _write(self, trainer: Trainer, statistics: dict[str, Tensor]) -> None:

@@ -73,6 +73,10 @@ class LoadReport:
         noted = self.problems() + [(what, names) for what, names in harmless if names]
         return [f"{len(names)} {what}: {_list_names(names)}" for what, names in noted]
 
+    def closed_folders(self) -> str:
+        """For an error about photographs that are not there: the folders that they may be in."""
+        return f" (folders that cannot be read: {_list_names(self.closed)})" if self.closed else ""
+
 
 @dataclass(frozen=True)
 class PhotoIndex:
@@ -164,6 +168,7 @@ def index_turntable(root: Path, v_list: Sequence[float] | None, file_pattern: st
     if not rows:
         raise DataError(
             f"{root}: no photographs; expected names like obj14__235.png or a {LABELS_FILE}; correct data.datadir"
+            f"{report.closed_folders()}"
         )
     check_heights(rows, v_list, source)
     return _index_rows(root, rows, v_list, report)
@@ -250,7 +255,7 @@ def index_image_folder(root: Path, v_list: Sequence[float] | None) -> PhotoIndex
     if not rows:
         raise DataError(
             f"{root}: no photographs; expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in it or in class "
-            f"folders; correct data.datadir"
+            f"folders; correct data.datadir{report.closed_folders()}"
         )
     return replace(_index_rows(root, rows, v_list or (0.5,), report), poses_known=False)
 
@@ -352,7 +357,7 @@ def _list_labelled(root: Path, rows: list[LabelRow], report: LoadReport) -> list
     if rows and not present:
         raise DataError(
             f"{root / LABELS_FILE}: none of its {len(rows)} photographs is there ({_list_names(report.missing)}); "
-            f"expected paths relative to {root}"
+            f"expected paths relative to {root}{report.closed_folders()}"
         )
     return present
 

@@ -97,15 +97,12 @@ def _shifts(lens: Mapping[str, float], angle: float) -> Iterator[tuple[str, floa
             yield key, abs(scale * lens[key] - lens[size] / 2) / lens["w"]
     if lens.keys() >= {"camera_angle_y", "w", "h"}:
         yield "camera_angle_y", abs(edge * lens["h"] / lens["w"] / math.tan(lens["camera_angle_y"] / 2) - 1) / 2
-    radial = {key: lens[key] * edge ** (2 * power) for power, key in enumerate(RADIAL, 1) if key in lens}
-    if radial:
-        yield (
-            max(radial, key=lambda key: abs(radial[key])),
-            max(_distort(lens, edge * step / 8) for step in range(9)) / (2 * edge),
-        )
-    tangential = {key: abs(lens[key]) for key in TANGENTIAL if key in lens}
-    if tangential:
-        yield max(tangential, key=lambda key: tangential[key]), 1.5 * edge * sum(tangential.values())
+    shares = {key: abs(lens[key]) * edge ** (2 * power) / 2 for power, key in enumerate(RADIAL, 1) if key in lens}
+    shares |= {key: abs(lens[key]) * 1.5 * edge for key in TANGENTIAL if key in lens}
+    if shares:
+        radial = max(_distort(lens, edge * step / 8) for step in range(9)) / (2 * edge)
+        tangential = math.hypot(*(shares[key] for key in TANGENTIAL if key in shares))
+        yield max(shares, key=lambda key: shares[key]), radial + tangential
 
 
 def _distort(lens: Mapping[str, float], radius: float) -> float:

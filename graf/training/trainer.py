@@ -111,12 +111,16 @@ class SuperResolutionRenders(TensorBatch):
 
 @dataclass
 class LatestStatistics:
-    """The latest value of every statistic: some are not computed in every step, and the next line shows them all."""
+    """The latest value of every statistic: some are not computed in every step, and the next line shows them all.
+
+    None of settings that no longer hold: a run may be stopped again before its first step.
+    """
 
     trainer: Trainer
 
     def state_dict(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self.trainer.latest.items()}
+        kept = {} if self.trainer.latest_is_outdated else self.trainer.latest
+        return {name: float(value) for name, value in kept.items()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         share = float(self.trainer.processes.is_first)  # of sums over the processes

@@ -181,3 +181,14 @@ def test_several_processes_draw_the_grids_of_one(run_processes, tmp_path, size, 
     alone = draw(Processes())
     assert set(alone) == {f"{kind}_00000007.png" for kind in ("rgb", "depth", "opacity")}
     assert run_processes(size, draw)[0] == alone
+
+
+def test_of_a_checkpoint_without_statistics_no_line_is_made_up_for(tmp_path):
+    """Else a run that has done all its steps would never be complete."""
+    log = RunLog(tmp_path, total=9, start=3, progress=False)
+    hook = hooks.LogHook(log, CacheRelease("never", CPU, make_timer(CPU)))
+    trainer = trainer_at(3)
+    trainer.latest, trainer.progress.logged = {}, 2
+    hook.catch_up(trainer)
+    assert trainer.progress.logged == 3
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -436,6 +436,11 @@ def test_a_folder_that_may_not_be_read_is_reported_and_the_set_itself_an_error(t
         assert open_dataset(settings(turntable)).report.closed == ["secret (Permission denied)"]
     with pytest.raises(DataError, match=r"1 folders that cannot be read: secret \(Permission denied\)"):
         open_dataset(settings(turntable, type=kind, strict=True))
+    for file in turntable.glob("*.png"):
+        file.unlink()
+    reason = r"no photographs; .*\(folders that cannot be read: secret \(Permission denied\)\)"
+    with pytest.raises(DataError, match=reason):
+        open_dataset(settings(turntable, type=kind))
     refused = turntable.name
     with pytest.raises(DataError, match=rf"{refused} cannot be read \(Permission denied\); allow it to be read"):
         open_dataset(settings(turntable, type=kind))
@@ -674,8 +679,9 @@ def describe_lens(folder, of_frame=None, **changes):
         ({"w": 0}, "w=0; expected pixels"),
         ({"w": None, "camera_angle_x": None}, "expected camera_angle_x in radians, or fl_x and w"),
         ({"camera_angle_y": 0.3}, "camera_angle_y=0.3 .*square pixels"),
+        ({"k1": 0.3, "p1": 0.02}, r"k1=0\.3 .* 2\.4%.*image_undistorter"),
         ({"k1": 0.25, "k2": 1.5, "k3": 20}, r"k1=0\.25 .* 2\.8%.*image_undistorter"),
-        ({"p1": -0.03, "p2": 0.02}, "p1=-0.03 .* 2.3%"),
+        ({"p1": -0.04, "p2": 0.03}, "p1=-0.04 .* 2.3%"),
     ],
 )
 def test_a_lens_that_is_no_centred_pinhole_is_an_error(tmp_path, changes, message):
