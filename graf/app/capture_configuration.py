@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from graf.app.runs import run_name
 from graf.base.errors import UserError
 from graf.base.files import write_atomically
 from graf.config.loading import ConfigError, read_yaml
-from graf.config.schema import is_device
 
 INHERITED = "coil100.yaml"  # how real turntables are trained
 POSED_INHERITED = "lego128.yaml"  # and photographs with true poses
@@ -73,7 +72,7 @@ def write_posed_configuration(file: Path, keys: Mapping[str, float], *, masked: 
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train.",
         f"inherit_from: {POSED_INHERITED if side >= 128 else INHERITED}",
-        f"expname: {_quote(_run_name(folder))}",
+        f"expname: {_quote(run_name(folder.resolve().name))}",
         "data:",
         "  type: transforms",
         f"  datadir: {_quote(folder.as_posix())}",
@@ -95,7 +94,7 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -
     lines = [
         "# Written by graf capture: a --config for graf doctor and graf train. Later captures change v_list only.",
         f"inherit_from: {INHERITED}",
-        f"expname: {_quote(_run_name(folder))}",
+        f"expname: {_quote(run_name(folder.resolve().name))}",
         "data:",
         "  type: turntable",
         f"  datadir: {_quote(folder.as_posix())}",
@@ -113,15 +112,6 @@ def _compose(folder: Path, camera: SetCamera, v_list: str, many_objects: bool) -
         lines += ["z_dist:", "  dim: 16", "  dim_appearance: 8", "discriminator:", "  augment: {colour: 0}"]
         lines += ["training:", "  reg_param: 0.1", "  instance_prior: 0.02"]
     return "\n".join([*lines, *(["nerf:", *nerf] if nerf else []), ""])
-
-
-def _run_name(folder: Path) -> str:
-    """The folder's name as expname may be: letters, digits, and _ . - behind the first."""
-    signs = unicodedata.normalize("NFKC", folder.resolve().name)
-    name = "".join(sign if sign.isalpha() or sign.isdecimal() or sign in "_.-" else "_" for sign in signs)
-    name = name.lstrip(".-")
-    name = f"_{name}" if is_device(name) else name
-    return name[:100].rstrip(".") or "photos"
 
 
 def _quote(text: str) -> str:

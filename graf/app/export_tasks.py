@@ -14,6 +14,7 @@ from torch import Tensor
 from graf import __version__
 from graf.app.loading import TUNED_KEY, TrainedGenerator
 from graf.app.run_arguments import OpenedRun, object_code, output_path
+from graf.app.runs import run_name
 from graf.base.errors import UserError
 from graf.config import Config
 from graf.sharing.programs import write_onnx, write_torch_program
@@ -123,7 +124,8 @@ def write_pictures(opened: OpenedRun, given: dict[str, Any], pictures: PictureOp
     provenance = {"class": class_name, "object": name, "iteration": opened.trained.iteration, "graf": __version__}
     write_transforms(folder, renderer, z, views, provenance | {"truncation": renderer.truncation})
     near, far = renderer.caster.near, renderer.caster.far
-    expname, datadir = (json.dumps(text, ensure_ascii=False) for text in (name, str(folder)))  # texts in YAML too
+    texts = run_name(name), str(folder)
+    expname, datadir = (json.dumps(text, ensure_ascii=False) for text in texts)  # texts in YAML too
     keys = [f"expname={expname}", "data.type=transforms", f"data.datadir={datadir}"]
     keys += [f"data.imsize={renderer.resolution}", f"data.radius={renderer.cameras.radius:g}"]
     keys += [f"data.near={near:g}", f"data.far={far:g}"]

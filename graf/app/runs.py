@@ -6,12 +6,14 @@ It knows no network and no image.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graf.config import Config, ConfigError
+from graf.config.schema import is_device
 from graf.runtime.checkpoint import CheckpointError, ReadError, read_checkpoint, read_iteration
 from graf.runtime.logs import logger, warn_once
 from graf.runtime.torch_release import require_trust
@@ -71,6 +73,15 @@ class RunFolder:
         """Every checkpoint of the run, in no order."""
         files = self.checkpoints.glob("*.pt")
         return [file for file in files if file.name == BEST_CHECKPOINT or _NUMBERED.fullmatch(file.name)]
+
+
+def run_name(text: str) -> str:
+    """A text as expname may be: letters, digits, and _ . - behind the first, at most 100 of them."""
+    signs = unicodedata.normalize("NFKC", text)
+    name = "".join(sign if sign.isalpha() or sign.isdecimal() or sign in "_.-" else "_" for sign in signs)
+    name = name.lstrip(".-")
+    name = f"_{name}" if is_device(name) else name
+    return name[:100].rstrip(".") or "photos"
 
 
 def read_first(files: Sequence[Path]) -> tuple[Path, dict[str, Any]]:

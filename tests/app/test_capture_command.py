@@ -17,8 +17,8 @@ imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 from graf.app import capture_command, capture_turntable  # noqa: E402
 from graf.app.capture_command import main  # noqa: E402
-from graf.app.capture_configuration import _run_name  # noqa: E402
 from graf.app.command_line import main as graf  # noqa: E402
+from graf.app.runs import run_name  # noqa: E402
 from graf.capture import photo_set  # noqa: E402
 from graf.config import Config, load_config  # noqa: E402
 from graf.data.shapes import CLASS_NAMES  # noqa: E402
@@ -329,7 +329,7 @@ def test_a_folder_of_any_name_gives_a_name_that_a_run_may_have():
         "\udce9",
     ]
     for name in (*odd, *any_names(300)):
-        found = _run_name(Path(name))
+        found = run_name(name)
         assert Config(expname=found).expname == found
 
 

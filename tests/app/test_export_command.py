@@ -118,6 +118,15 @@ def test_a_program_is_told_the_lens_that_was_learned(trained):
     assert fov == pytest.approx(2 * math.degrees(math.atan(half_width)))
 
 
+def test_the_command_that_trains_on_pictures_has_a_name_that_runs_may_have(smoke_run, tmp_path, monkeypatch, capsys):
+    find = export_tasks.object_code
+    monkeypatch.setattr(export_tasks, "object_code", lambda *_: (*find(*_)[:2], "toy car & co_0"))
+    out = ["--class", "car", "--out", "pictures", "--resolution", "32"]
+    assert main(["export", str(smoke_run.folder), "--transforms", "2", *out]) == 0
+    command = shlex.split(capsys.readouterr().out.partition("to train on it: ")[2])
+    assert load_config("toys", command[4:]).expname == "toy_car___co_0"
+
+
 def test_pictures_of_an_object_by_name_and_the_command_that_trains_on_them(smoke_run, tmp_path, capsys):
     out = ["--out", "set #2: [a] käfer", "--resolution", "32"]
     assert main(["export", str(smoke_run.folder), "--transforms", "3", "--class", "duck", "--seed", "2", *out]) == 0
