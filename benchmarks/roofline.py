@@ -157,6 +157,8 @@ def _count_traffic(function: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def count_bytes(tensor: Tensor) -> int:
     """Bytes of the numbers that a tensor refers to, each once."""
+    if tensor.layout is not torch.strided:
+        return tensor.numel() * tensor.element_size()
     sides = [side for side, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
     return math.prod(sides) * tensor.element_size() if tensor.numel() else 0
 
@@ -166,6 +168,8 @@ def _tensors_in(values: Any) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided:  # packed by a library for itself
+        return id(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 

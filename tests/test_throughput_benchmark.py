@@ -11,7 +11,7 @@ from benchmarks import stepping, throughput
 from benchmarks.roofline import Limits, LimitsMeter, WorkMeter, count_bytes
 from benchmarks.throughput import Measured
 from graf.config import load_config
-from graf.models.linear_relu import linear_relu
+from graf.models.linear_relu import PackedWeights, linear_relu
 from graf.runtime import operator_classes
 from graf.runtime.profiling import REST, TimeSplit
 
@@ -41,7 +41,7 @@ def test_a_layer_with_its_relu_costs_the_same_products(has_second):
     again = (leaves[0], leaves[1]) if has_second else None
     for dtype, mode in (("float32", torch.no_grad()), ("bfloat16", torch.autocast("cpu", torch.bfloat16))):
         with WorkMeter() as meter, mode:
-            result = linear_relu(*leaves, again)
+            result = linear_relu(*leaves, again, PackedWeights())
         assert dict(meter.operations) == {dtype: (1 + has_second) * 2 * ROWS * INPUTS * OUTPUTS}
     with WorkMeter() as meter:
         result.sum().backward()

@@ -17,36 +17,68 @@ _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 #: what it is asked for instead of its ReLU, which would make zeros out of NaN and hide that training has diverged;
 #: -inf stays too, which a ReLU makes 0
 _ACTIVATION = ("leaky_relu", [1e-30])
+#: lays a weight out as that product reads it, which it would do in each call
+_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
-def linear_relu(x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None) -> Tensor:
+class PackedWeights:
+    """Weights as a processor's products read them, each packed when it is first asked for: a tenth of a product's time.
+
+    For as long as weights stay as they are, as in a rendering; one that has changed all the same is packed again.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]] = {}
+
+    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight (out, in) in a dtype, for oneDNN's product alone."""
+        key = id(weight), dtype
+        source, version, packed = self._found.get(key, (None, 0, weight))
+        if source is not weight or version != weight._version:
+            packed = _PACK(weight.detach().to(dtype))  # type: ignore[misc]
+            self._found[key] = weight, weight._version, packed
+        return packed
+
+
+def linear_relu(
+    x: Tensor,
+    weight: Tensor,
+    shares: Tensor,
+    again: tuple[Tensor, Tensor] | None = None,
+    packed: PackedWeights | None = None,
+) -> Tensor:
     """relu(x W^T + shares), (..., out), of x (..., in) and W = weight (out, in), in autocast's dtype.
 
     shares: as many dimensions as x, the last one out, the others those of x or 1: a bias, or what an image or a ray
-    adds. again: (y, V), a second input (..., in') and weight (out, in'), whose y V^T is added. There is no second
-    derivative.
+    adds. again: (y, V), a second input (..., in') and weight (out, in'), whose y V^T is added. packed: keeps what can
+    be used again in calls with the same weight. There is no second derivative.
     """
     y, second = (None, None) if again is None else again
     if torch.is_grad_enabled():
-        output: Tensor = _LinearReLU.apply(x, weight, shares, y, second)
+        output: Tensor = _LinearReLU.apply(x, weight, shares, y, second, packed)
         return output
-    return _compute(x, weight, shares, y, second)
+    return _compute(x, weight, shares, y, second, packed)
 
 
-def _compute(x: Tensor, weight: Tensor, shares: Tensor, y: Tensor | None, second: Tensor | None) -> Tensor:
+def _compute(
+    x: Tensor, weight: Tensor, shares: Tensor, y: Tensor | None, second: Tensor | None, packed: PackedWeights | None
+) -> Tensor:
     dtype = product_dtype(x)
-    x, weight, shares = x.to(dtype), weight.to(dtype), shares.to(dtype)
+    x, shares = x.to(dtype), shares.to(dtype)
     # to ask an exported program would fix the number of its shares
     is_bias = not is_exporting() and shares.numel() == shares.shape[-1]
-    if is_bias and x.device.type == "cpu" and _is_fused(dtype):
-        activation = _ACTIVATION if y is None else ("none", [])
-        output: Tensor = _LINEAR_POINTWISE(x, weight, shares.flatten(), *activation, "")  # type: ignore[misc]
-        if y is None:
+    bias = shares.flatten() if is_bias else None
+    if x.device.type == "cpu" and not is_exporting() and _is_fused(dtype):
+        own = weight.to(dtype) if packed is None else packed.pack(weight, dtype)
+        is_whole = is_bias and y is None
+        activation = _ACTIVATION if is_whole else ("none", [])
+        output: Tensor = _LINEAR_POINTWISE(x, own, bias, *activation, "")  # type: ignore[misc]
+        if is_whole:
             return output
-    elif is_bias:
-        output = functional.linear(x, weight, shares.flatten())
     else:
-        output = functional.linear(x, weight).add_(shares)
+        output = functional.linear(x, weight.to(dtype), bias)
+    if not is_bias:
+        output.add_(shares)
     if y is not None and second is not None:
         rows = output.flatten(0, -2)
         torch.addmm(rows, y.to(dtype).flatten(0, -2), second.to(dtype).T, out=rows)
@@ -59,7 +91,7 @@ def _is_fused(dtype: torch.dtype) -> bool:
 
     It is tried on torch 2.14 and newer; with torch 2.1.2 a long run of it has corrupted memory.
     """
-    if torch_release() < (2, 14) or _LINEAR_POINTWISE is None or not torch.backends.mkldnn.is_available():
+    if torch_release() < (2, 14) or None in (_LINEAR_POINTWISE, _PACK) or not torch.backends.mkldnn.is_available():
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -70,8 +102,16 @@ class _LinearReLU(torch.autograd.Function):
     """Keeps inputs and output. autograd's own layers, their ReLU in place, clear and copy each gradient besides."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shares: Tensor, y: Tensor | None, second: Tensor | None) -> Tensor:
-        output = _compute(x, weight, shares, y, second)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        shares: Tensor,
+        y: Tensor | None,
+        second: Tensor | None,
+        packed: PackedWeights | None,
+    ) -> Tensor:
+        output = _compute(x, weight, shares, y, second, packed)
         ctx.save_for_backward(output, x, weight, y, second)
         ctx.shape_of_shares, ctx.dtype_of_shares = shares.shape, shares.dtype
         return output
@@ -80,14 +120,14 @@ class _LinearReLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         output, x, weight, y, second = ctx.saved_tensors
-        needs_x, needs_weight, needs_shares, needs_y, needs_second = ctx.needs_input_grad
+        needs_x, needs_weight, needs_shares, needs_y, needs_second, _ = ctx.needs_input_grad
         gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
         of_x, of_weight = _backward_of_product(gradient, x, weight, needs_x, needs_weight)
         of_y, of_second = None, None
         if y is not None:
             of_y, of_second = _backward_of_product(gradient, y, second, needs_y, needs_second)
         of_shares = gradient.sum_to_size(ctx.shape_of_shares).to(ctx.dtype_of_shares) if needs_shares else None
-        return of_x, of_weight, of_shares, of_y, of_second
+        return of_x, of_weight, of_shares, of_y, of_second, None
 
 
 def _backward_of_product(

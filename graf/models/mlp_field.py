@@ -24,7 +24,7 @@ from torch.nn import functional
 from graf.base.tensors import SHARED, TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
-from graf.models.linear_relu import linear_relu
+from graf.models.linear_relu import PackedWeights, linear_relu
 from graf.runtime.amp import at_least_float32, float32_region, product_dtype
 
 
@@ -53,12 +53,14 @@ class MLPCodes(TensorBatch):
 
     trunk_in, trunk_skip, view: each (B, 1, width of its layer), the latents' shares with the layer's bias.
     view_weight: (half width, width), `feature_linear` folded into the view layer, the same for all images.
+    packed: what the products of all points make of the weights.
     """
 
     trunk_in: Tensor
     trunk_skip: Tensor | None
     view: Tensor
     view_weight: Tensor = field(metadata=SHARED)
+    packed: PackedWeights = field(default_factory=PackedWeights)
 
 
 class MLPField(RadianceField):
@@ -131,7 +133,9 @@ class MLPField(RadianceField):
         if self.shape.use_viewdirs:
             encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
             per_ray = per_ray + functional.linear(encoded_directions, self.view_directions.weight)
-        colour = linear_relu(hidden.view(*points.shape[:3], -1), codes.view_weight, per_ray[:, :, None])
+        colour = linear_relu(
+            hidden.view(*points.shape[:3], -1), codes.view_weight, per_ray[:, :, None], None, codes.packed
+        )
         return torch.tanh(at_least_float32(self.rgb(colour))), density
 
     def density(self, points: Tensor, codes: MLPCodes) -> Tensor:
@@ -142,12 +146,14 @@ class MLPField(RadianceField):
         """The last hidden layer (B, N S, width) and the density (B, N, S)."""
         encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).flatten(1, 2)
         encoded = encoded.to(product_dtype(encoded))  # once for both layers
-        hidden = linear_relu(encoded, self.trunk_in.weight, codes.trunk_in)
+        packed = codes.packed
+        hidden = linear_relu(encoded, self.trunk_in.weight, codes.trunk_in, None, packed)
         for layer in cast(Iterable[nn.Linear], self.trunk):
             if codes.trunk_skip is not None and layer is self._skip_layer:
-                hidden = linear_relu(hidden, layer.weight, codes.trunk_skip, (encoded, self.trunk_skip.weight))
+                second = encoded, self.trunk_skip.weight
+                hidden = linear_relu(hidden, layer.weight, codes.trunk_skip, second, packed)
             else:
-                hidden = linear_relu(hidden, layer.weight, layer.bias[None, None])
+                hidden = linear_relu(hidden, layer.weight, layer.bias[None, None], None, packed)
         raw = at_least_float32(self.raw_density(hidden)).view(points.shape[:3])
         return hidden, self.shape.density(raw, points, noise)
 

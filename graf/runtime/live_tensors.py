@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+#: the layout of what oneDNN has packed for itself
+_PACKED = torch._mkldnn  # type: ignore[attr-defined]
+
 
 class LiveTensorMeter(TorchDispatchMode):
     """Follows every storage that operations create inside, in backward passes and their threads too.
@@ -83,14 +86,19 @@ class LiveTensorMeter(TorchDispatchMode):
             for item in tensor:
                 self._see(item)
             return
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.layout not in (torch.strided, _PACKED):
             return
         if self.device_type is not None and tensor.device.type != self.device_type:
             return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        if tensor.layout is _PACKED:  # has no storage, and no views
+            key, size = id(tensor), tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
-        if known is None:
+        if known is None and tensor.layout is _PACKED:
+            weakref.finalize(tensor, self._forget, key).atexit = False  # type: ignore[misc]
+        elif known is None:
             self._watch(storage, key)
         self._sizes[key] = size
         self._counted += size - (known or 0)

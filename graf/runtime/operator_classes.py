@@ -40,7 +40,7 @@ _NAMES = {
     COPY: """copy _to_copy to cat stack clone contiguous fill zero zeros zeros_like ones ones_like full full_like
         new_zeros new_ones new_full constant_pad_nd pad reflection_pad2d replication_pad2d repeat repeat_interleave
         arange linspace eye tril triu pin_memory _pin_memory select slice select_scatter slice_scatter pixel_shuffle
-        pixel_unshuffle scalar_tensor""",
+        pixel_unshuffle scalar_tensor _reorder_linear_weight""",
     RANDOM: """randn rand randint randperm normal uniform bernoulli random exponential randn_like rand_like
         multinomial native_dropout""",
     WAIT: "item _local_scalar_dense is_nonzero",

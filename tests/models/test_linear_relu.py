@@ -7,7 +7,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from graf.models import linear_relu as module
-from graf.models.linear_relu import linear_relu
+from graf.models.linear_relu import PackedWeights, linear_relu
 
 #: dimensions of the shares of 4 images of 6 rays with 5 samples: a bias, what images add, what rays add
 SHARES = [(1, 1, 1), (4, 1, 1), (4, 6, 1)]
@@ -51,6 +51,41 @@ def test_without_onednns_layer_the_numbers_are_the_same(monkeypatch, has_second)
     fused = call(*inputs)
     monkeypatch.setattr(module, "_is_fused", lambda dtype: False)
     assert_close(call(*inputs), fused, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("has_second", [False, True])
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_change_no_number(dtype, shares, has_second):
+    inputs = draw(shares, torch.float32, has_second)
+    x, weight, own_shares, *again = inputs
+    packed, weights = PackedWeights(), torch.randn(4, 6, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        expected = call(*inputs)
+        found = [linear_relu(x, weight, own_shares, again or None, packed) for _ in range(2)]
+    for values in found:
+        assert torch.equal(values, expected)
+        gradients = torch.autograd.grad((values * weights).sum(), inputs)
+        plain = torch.autograd.grad((expected * weights).sum(), inputs, retain_graph=True)
+        assert all(map(torch.equal, gradients, plain))
+
+
+@pytest.mark.skipif(not module._is_fused(torch.float32), reason="this torch's products are not oneDNN's")
+def test_a_weight_is_packed_once_for_each_dtype_until_it_changes(monkeypatch):
+    calls = []
+    pack = module._PACK
+    monkeypatch.setattr(module, "_PACK", lambda weight: calls.append(weight.dtype) or pack(weight))
+    x, weight, shares = (part.detach() for part in draw((1, 1, 1), torch.float32, False))
+    packed = PackedWeights()
+    for _ in range(3):
+        linear_relu(x, weight, shares, None, packed)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_relu(x, weight, shares, None, packed)
+    assert calls == [torch.float32, *([torch.bfloat16] if module._is_fused(torch.bfloat16) else [])]
+    weight.mul_(-2)
+    assert_close(linear_relu(x, weight, shares, None, packed), compute_plainly(x, weight, shares))
+    other = weight + 1
+    assert_close(linear_relu(x, other, shares, None, packed), compute_plainly(x, other, shares))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

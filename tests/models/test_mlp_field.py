@@ -188,7 +188,9 @@ def test_codes_made_of_their_own_tensors_are_the_same_codes(depth):
     assert_close(field(points, directions, again), field(points, directions, codes))
 
 
-def plain_layer(x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def plain_layer(
+    x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None, packed: object = None
+) -> Tensor:
     return torch.relu(functional.linear(x, weight) + shares + (0 if again is None else functional.linear(*again)))
 
 

@@ -33,6 +33,14 @@ def test_a_tensor_counts_from_its_creation_until_it_is_dropped(meter):
     assert meter.current == 0
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_what_a_library_has_packed_for_itself_counts_too(meter):
+    packed = torch.ones(1000).to_mkldnn()
+    assert meter.current == 1000 * FLOAT
+    del packed
+    assert meter.current == 0
+
+
 def test_temporaries_inside_an_expression_count_towards_the_peak(meter):
     result = (torch.ones(1000) + 1) * 2  # at most two at a time
     assert meter.peak == 2 * 1000 * FLOAT

@@ -28,7 +28,9 @@ PLANES = (
 CASES = {"tri-planes": (*PLANES, *SUPER_RESOLUTION), "MLP": ()}
 
 
-def linear_relu(x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def linear_relu(
+    x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None, packed: Any = None
+) -> Tensor:
     return torch.relu(functional.linear(x, weight) + shares + (0 if again is None else functional.linear(*again)))
 
 
