@@ -53,14 +53,14 @@ class MLPCodes(TensorBatch):
 
     trunk_in, trunk_skip, view: each (B, 1, width of its layer), the latents' shares with the layer's bias.
     view_weight: (half width, width), `feature_linear` folded into the view layer, the same for all images.
-    packed: what the products of all points make of the weights.
+    packed: the field's weights as products read them, filled in as they are used.
     """
 
     trunk_in: Tensor
     trunk_skip: Tensor | None
     view: Tensor
     view_weight: Tensor = field(metadata=SHARED)
-    packed: PackedWeights = field(default_factory=PackedWeights)
+    packed: PackedWeights | None = None
 
 
 class MLPField(RadianceField):
@@ -119,7 +119,8 @@ class MLPField(RadianceField):
             if self.shape.skip is not None:
                 skip = (self.trunk_skip_codes(shape_code) + self._skip_layer.bias)[:, None]
             view = self.view_codes(appearance_code) + (self.view.weight @ self.feature_linear.bias + self.view.bias)
-            return MLPCodes(trunk_in[:, None], skip, view[:, None], self.view.weight @ self.feature_linear.weight)
+            view_weight = self.view.weight @ self.feature_linear.weight
+            return MLPCodes(trunk_in[:, None], skip, view[:, None], view_weight, PackedWeights())
 
     def forward(
         self, points: Tensor, directions: Tensor, codes: MLPCodes, noise: Tensor | None = None

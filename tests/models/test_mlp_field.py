@@ -1,5 +1,6 @@
 """The factored radiance field against the plain GRAF network with its concatenations, and its output laws."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -192,6 +193,17 @@ def plain_layer(
     x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None, packed: object = None
 ) -> Tensor:
     return torch.relu(functional.linear(x, weight) + shares + (0 if again is None else functional.linear(*again)))
+
+
+def test_codes_that_have_been_used_can_be_copied_and_need_no_graph():
+    field = MLPField(SMALL)
+    points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
+    with torch.no_grad():
+        codes = field.prepare(z, class_idx)
+        expected = field(points, directions, codes)
+        assert_close(field(points, directions, copy.deepcopy(codes)), expected, atol=0, rtol=0)
+    with torch.inference_mode():
+        assert_close(field(points, directions, field.prepare(z, class_idx)), expected, atol=0, rtol=0)
 
 
 def learn(steps: int) -> list[float]:
