@@ -67,10 +67,11 @@ def _compute(
 ) -> Tensor:
     dtype = product_dtype(x)
     x, shares = x.to(dtype), shares.to(dtype)
+    is_exported = is_exporting()
     # to ask an exported program would fix the number of its shares
-    is_bias = not is_exporting() and shares.numel() == shares.shape[-1]
+    is_bias = not is_exported and shares.numel() == shares.shape[-1]
     bias = shares.flatten() if is_bias else None
-    if x.device.type == "cpu" and not is_exporting() and _is_fused(dtype):
+    if x.device.type == "cpu" and not is_exported and _is_fused(dtype):
         own = weight.to(dtype) if packed is None else packed.pack(weight, dtype)
         is_whole = is_bias and y is None
         activation = _ACTIVATION if is_whole else ("none", [])

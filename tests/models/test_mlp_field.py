@@ -195,7 +195,7 @@ def plain_layer(
     return torch.relu(functional.linear(x, weight) + shares + (0 if again is None else functional.linear(*again)))
 
 
-def test_codes_that_have_been_used_can_be_copied_and_need_no_graph():
+def test_codes_that_have_been_used_can_be_copied_and_inference_mode_takes_codes_of_its_own():
     field = MLPField(SMALL)
     points, directions, z, class_idx = draw_inputs(SMALL, torch.float32)
     with torch.no_grad():
