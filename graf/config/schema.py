@@ -341,8 +341,8 @@ class TrainingConfig(Section):
     memory_strategy: Literal["auto", "dense", "checkpoint", "deferred"] = Field(
         "auto",
         description="which activations of rendering are kept: all (dense), those of one chunk, or none before D's "
-        "gradient (deferred), which on a CPU leaves points without density out of the backward pass; auto: dense, or "
-        "deferred where that is faster: mlp and siren with density relu and no N_importance on a CPU",
+        "gradient (deferred); auto: dense, or, for mlp and siren with density relu and no N_importance on a CPU, "
+        "deferred: points without density are left out of the backward pass there, so that it is nearly as fast",
     )
     empty_cache: Literal["phase", "never"] | PositiveInt = Field(
         "phase",

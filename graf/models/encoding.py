@@ -10,10 +10,10 @@ from torch import Tensor
 from graf.runtime.amp import at_least_float32, float32_region
 
 
-def positional_encoding(x: Tensor, octaves: int, base_frequency: float) -> Tensor:
+def positional_encoding(x: Tensor, octaves: int, base_frequency: float, dtype: torch.dtype | None = None) -> Tensor:
     """[x, sin(2^k w x), cos(2^k w x)] for k < octaves, w = base_frequency (NeRF, eq. 4).
 
-    (..., D) -> (..., D (1 + 2 octaves)).
+    (..., D) -> (..., D (1 + 2 octaves)), in a dtype or as computed.
     Computed in float32 (or x's own float64) outside autocast: at 2^9 pi, half precision has no correct digit left. Only
     every fifth octave calls sin and cos; the others follow from the double-angle formulas, which lose about 1.3 bits an
     octave. Whole periods are taken off before the product with w is rounded (the period in two parts, as Cody & Waite
@@ -24,7 +24,8 @@ def positional_encoding(x: Tensor, octaves: int, base_frequency: float) -> Tenso
     coarse = math.ldexp(round(256 * mantissa) / 256, exponent)  # 8 bits: exact when multiplied by up to 2^16 periods
     with float32_region(x.device.type):
         x = at_least_float32(x)
-        parts = [x]
+        dtype = x.dtype if dtype is None else dtype
+        parts = [x.to(dtype)]
         for octave in range(octaves):
             if octave % 5 == 0:
                 scaled = 2**octave * x
@@ -32,8 +33,9 @@ def positional_encoding(x: Tensor, octaves: int, base_frequency: float) -> Tenso
                 angle = base_frequency * (scaled - periods * coarse - periods * (period - coarse))
                 sin, cos = torch.sin(angle), torch.cos(angle)
             else:
-                sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
-            parts += [sin, cos]
+                twice = 2 * sin
+                sin, cos = twice * cos, 1 - twice * sin
+            parts += [sin.to(dtype), cos.to(dtype)]
         return torch.cat(parts, dim=-1)
 
 

@@ -72,6 +72,16 @@ class RadianceField(nn.Module, ABC):
         noise: (B, N, S), added to the density before its activation.
         """
 
+    def forward_visible(
+        self, points: Tensor, directions: Tensor, codes: Any, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, for renderings: colours of points without density, which nobody sees, may be 0.
+
+        Nor have such points a gradient, so that a field may keep nothing of them.
+        """
+        found: tuple[Tensor, Tensor] = self(points, directions, codes, noise)
+        return found
+
     @abstractmethod
     def density(self, points: Tensor, codes: Any) -> Tensor:
         """The density of :meth:`forward` alone (B, N, S), without noise and without computing colours."""

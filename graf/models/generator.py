@@ -125,8 +125,7 @@ class Generator(nn.Module):
             own_rays = rays.with_tensors(tensors[count:])[chunk.images].slice(chunk.start, chunk.stop)
 
             def evaluate(points: Tensor, directions: Tensor, density_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-                found: tuple[Tensor, Tensor] = self.field(points, directions, own_codes, density_noise)
-                return found
+                return self.field.forward_visible(points, directions, own_codes, density_noise)
 
             field: FieldFunction = evaluate
             if occupied is not None:

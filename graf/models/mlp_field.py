@@ -13,7 +13,7 @@ through the camera alone, otherwise the field could paint each view separately a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,7 +25,9 @@ from graf.base.tensors import SHARED, TensorBatch
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.field import FieldShape, RadianceField
 from graf.models.linear_relu import PackedWeights, linear_relu
+from graf.models.occupied_points import number_occupied, pick, place
 from graf.runtime.amp import at_least_float32, float32_region, product_dtype
+from graf.runtime.torch_release import is_exporting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,34 +131,95 @@ class MLPField(RadianceField):
 
         points: (B, N, S, 3); directions: (B, N, 3), unit length; noise: (B, N, S), added to the raw density.
         """
-        hidden, density = self._run_trunk(points, codes, noise)
-        per_ray = codes.view
-        if self.shape.use_viewdirs:
-            encoded_directions = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
-            per_ray = per_ray + functional.linear(encoded_directions, self.view_directions.weight)
-        colour = linear_relu(
-            hidden.view(*points.shape[:3], -1), codes.view_weight, per_ray[:, :, None], None, codes.packed
-        )
-        return torch.tanh(at_least_float32(self.rgb(colour))), density
+        hidden = self._run_trunk(self._encode(points), codes)
+        density = self._read_density(hidden, points, noise)
+        return self._read_colour(hidden, self._share_of_rays(directions, codes), codes, points.shape[:3]), density
+
+    def forward_visible(
+        self, points: Tensor, directions: Tensor, codes: MLPCodes, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As the protocol says. On a CPU colours are computed, and activations kept, where there is density alone.
+
+        The trunk runs everywhere first, without a graph, to tell where that is; its outputs there get one afterwards.
+        """
+        if points.device.type != "cpu" or is_exporting():  # how many points there are is not to be asked
+            return self(points, directions, codes, noise)
+        encoded, of_rays = self._encode(points), self._share_of_rays(directions, codes)
+        known: list[Tensor] | None = [] if torch.is_grad_enabled() else None
+        with torch.no_grad():
+            hidden = self._run_trunk(encoded, codes, keep=known)
+            density = self._read_density(hidden, points, noise)
+            numbers = number_occupied(density != 0)  # NaN is not left out
+        shape = points.shape[:3]
+        if numbers is None:
+            if known is not None:
+                hidden = self._run_trunk(encoded, codes, known=known)
+                density = self._read_density(hidden, points, noise)
+            return self._read_colour(hidden, of_rays, codes, shape), density
+        if known is None:
+            hidden = pick(hidden, numbers)
+        else:
+            del hidden
+            for index, output in enumerate(known):
+                known[index] = pick(output, numbers)
+                del output
+            hidden = self._run_trunk(pick(encoded, numbers), codes, known=known)
+            own_noise = None if noise is None else pick(noise.flatten(1, 2)[..., None], numbers)
+            own_density = self._read_density(hidden, pick(points.flatten(1, 2), numbers)[:, :, None], own_noise)
+            density = place(own_density, numbers, shape)[..., 0]
+        of_points = pick(of_rays, numbers // shape[2]) if self.shape.use_viewdirs else of_rays
+        rgb = self._read_colour(hidden, of_points, codes, (*numbers.shape, 1))
+        return place(rgb[:, :, 0], numbers, shape), density
 
     def density(self, points: Tensor, codes: MLPCodes) -> Tensor:
         """The density (B, N, S) of points (B, N, S, 3), without computing colours."""
-        return self._run_trunk(points, codes, None)[1]
+        return self._read_density(self._run_trunk(self._encode(points), codes), points, None)
 
-    def _run_trunk(self, points: Tensor, codes: MLPCodes, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The last hidden layer (B, N S, width) and the density (B, N, S)."""
-        encoded = positional_encoding(points, self.shape.multires, self.shape.base_frequency).flatten(1, 2)
-        encoded = encoded.to(product_dtype(encoded))  # once for both layers
-        packed = codes.packed
-        hidden = linear_relu(encoded, self.trunk_in.weight, codes.trunk_in, None, packed)
-        for layer in cast(Iterable[nn.Linear], self.trunk):
+    def _encode(self, points: Tensor) -> Tensor:
+        """Points (B, N, S, 3) as the trunk sees them, (B, N S, channels), in autocast's dtype."""
+        dtype = product_dtype(at_least_float32(points))
+        return positional_encoding(points, self.shape.multires, self.shape.base_frequency, dtype).flatten(1, 2)
+
+    def _run_trunk(
+        self, encoded: Tensor, codes: MLPCodes, keep: list[Tensor] | None = None, known: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The last hidden layer (B, P, width) at encoded points (B, P, channels).
+
+        keep: takes the output of each layer. known: these outputs, so that they are not computed.
+        """
+        hidden = encoded
+        for index, layer in enumerate([self.trunk_in, *cast(Iterable[nn.Linear], self.trunk)]):
+            shares, again = codes.trunk_in, None
             if codes.trunk_skip is not None and layer is self._skip_layer:
-                second = encoded, self.trunk_skip.weight
-                hidden = linear_relu(hidden, layer.weight, codes.trunk_skip, second, packed)
-            else:
-                hidden = linear_relu(hidden, layer.weight, layer.bias[None, None], None, packed)
-        raw = at_least_float32(self.raw_density(hidden)).view(points.shape[:3])
-        return hidden, self.shape.density(raw, points, noise)
+                shares, again = codes.trunk_skip, (encoded, self.trunk_skip.weight)
+            elif layer is not self.trunk_in:
+                shares = layer.bias.view(1, 1, -1)
+            hidden = linear_relu(hidden, layer.weight, shares, again, codes.packed, known[index] if known else None)
+            if keep is not None:
+                keep.append(hidden)
+        return hidden
+
+    def _read_density(self, hidden: Tensor, points: Tensor, noise: Tensor | None) -> Tensor:
+        """The density (B, N, S) at points (B, N, S, 3) out of the last hidden layer (B, N S, width)."""
+        # cast here: autocast would keep a weight that it has cast without a graph for where there has to be one
+        raw = at_least_float32(hidden @ self.raw_density.weight[0].to(hidden.dtype)) + self.raw_density.bias
+        return self.shape.density(raw.view(points.shape[:3]), points, noise)
+
+    def _share_of_rays(self, directions: Tensor, codes: MLPCodes) -> Tensor:
+        """The share (B, N or 1, half width) of directions (B, N, 3) and codes in the view layer."""
+        if not self.shape.use_viewdirs:
+            return codes.view
+        encoded = positional_encoding(directions, self.shape.multires_views, self.shape.base_frequency)
+        return codes.view + functional.linear(encoded, self.view_directions.weight)
+
+    def _read_colour(self, hidden: Tensor, of_rays: Tensor, codes: MLPCodes, shape: tuple[int, ...]) -> Tensor:
+        """rgb (B, N, S, 3) of points in a shape (B, N, S) out of the last hidden layer (B, N S, width).
+
+        of_rays: the rays' shares (B, N or 1, half width) in the view layer.
+        """
+        hidden = hidden.view(*shape, -1)
+        colour = linear_relu(hidden, codes.view_weight, of_rays[:, :, None], None, codes.packed)
+        return torch.tanh(at_least_float32(self.rgb(colour)))
 
     @property
     def _skip_layer(self) -> nn.Linear:

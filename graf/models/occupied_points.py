@@ -15,10 +15,10 @@ from torch import Tensor
 from graf.geometry.rays import RayChunk, Rays
 from graf.geometry.volume_rendering import FieldFunction, RaySampling
 
-#: points are picked in whole sixteenths of all of them: libraries make and keep a program for each size
-SHARE = 1 / 16
-#: where more sixteenths have density, all are computed: to pick points and their rays takes time and memory too
-MOST_SHARES = 12
+#: points are picked in whole shares of all of them, since libraries make and keep a program for each size
+SHARE = 1 / 32
+#: where a larger part has density, all are computed: to pick points and their rays takes time and memory too
+MOST = 3 / 4
 
 
 class OccupiedPoints:
@@ -65,15 +65,27 @@ def evaluate_at(
     field: FieldFunction, numbers: Tensor, points: Tensor, directions: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A field at the points (B, K) with these numbers, counted ray by ray; elsewhere colour and density are 0."""
-    batch, rays, samples, _ = points.shape
-    triples = numbers[..., None].expand(-1, -1, 3)
-    own_points = points.flatten(1, 2).gather(1, triples)
-    own_directions = directions.gather(1, (numbers // samples)[..., None].expand(-1, -1, 3))
-    own_noise = None if noise is None else noise.flatten(1, 2).gather(1, numbers)[..., None]
+    samples = points.shape[2]
+    own_points, own_directions = pick(points.flatten(1, 2), numbers), pick(directions, numbers // samples)
+    own_noise = None if noise is None else pick(noise.flatten(1, 2)[..., None], numbers)
     rgb, density = field(own_points[:, :, None], own_directions, own_noise)  # rays of one sample
-    all_rgb = rgb.new_zeros(batch, rays * samples, 3).scatter(1, triples, rgb[:, :, 0])
-    all_density = density.new_zeros(batch, rays * samples).scatter(1, numbers, density[..., 0])
-    return all_rgb.view(points.shape), all_density.view(points.shape[:3])
+    return place(rgb[:, :, 0], numbers, points.shape[:3]), place(density, numbers, points.shape[:3])[..., 0]
+
+
+def pick(rows: Tensor, numbers: Tensor) -> Tensor:
+    """The rows (B, K, C) of (B, P, C) with these numbers (B, K)."""
+    if len(rows) > 1:
+        numbers = numbers + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
+    # whole rows: gather would look up each of their numbers
+    return rows.flatten(0, 1).index_select(0, numbers.flatten()).view(*numbers.shape, -1)
+
+
+def place(rows: Tensor, numbers: Tensor, shape: torch.Size) -> Tensor:
+    """Rows (B, K, C) at their numbers among points of a shape (B, N, S), (B, N, S, C); elsewhere 0."""
+    batch, rays, samples = shape
+    channels = rows.shape[2]
+    found = rows.new_zeros(batch, rays * samples, channels)
+    return found.scatter(1, numbers[..., None].expand(-1, -1, channels), rows).view(*shape, channels)
 
 
 def number_occupied(occupied: Tensor) -> Tensor | None:
@@ -86,5 +98,5 @@ def number_occupied(occupied: Tensor) -> Tensor | None:
         return None
     flat = occupied.flatten(1)
     share = math.ceil(SHARE * flat.shape[1])
-    shares = max(1, -(-int(flat.sum(1).max()) // share))  # of none nothing would have a graph
-    return None if shares > MOST_SHARES else torch.argsort(~flat, dim=1, stable=True)[:, : shares * share]
+    count = share * max(1, -(-int(flat.sum(1).max()) // share))  # of none nothing would have a graph
+    return None if count > MOST * flat.shape[1] else torch.argsort(~flat, dim=1, stable=True)[:, :count]

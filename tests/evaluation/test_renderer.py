@@ -192,7 +192,8 @@ def test_a_device_too_small_for_anything_ends_with_what_to_lower(renderer, monke
     def fail(*_: object, **__: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(renderer.ccsr.trunk if super_resolve else renderer.generator.field, "forward", fail)
+    failing = (renderer.ccsr.trunk, "forward") if super_resolve else (renderer.generator.field, "forward_visible")
+    monkeypatch.setattr(*failing, fail)
     with pytest.raises(OutOfMemory, match="smallest size; lower --resolution"):
         renderer.render_views(renderer.codes(0, range(1)), some_views(1), super_resolve=super_resolve)
 

@@ -87,10 +87,14 @@ def test_without_learned_cameras_views_and_patches_are_as_given_and_whole_images
     ("chunk", "expected"),
     [(8, [(1, 8)] * 6), (10, [(1, 10), (1, 6)] * 3), (16, [(1, 16)] * 3), (40, [(2, 16), (1, 16)]), (99, [(3, 16)])],
 )
-def test_a_chunk_is_a_part_of_one_image_or_whole_images(chunk, expected):
+def test_a_chunk_is_a_part_of_one_image_or_whole_images(monkeypatch, chunk, expected):
     generator = Generator(MLPField(SHAPE), RaySampling(6), chunk=chunk)
-    sizes = []
-    generator.field.register_forward_pre_hook(lambda field, arguments: sizes.append(tuple(arguments[0].shape[:2])))
+    evaluate, sizes = generator.field.forward_visible, []
+    monkeypatch.setattr(
+        generator.field,
+        "forward_visible",
+        lambda points, *others: sizes.append(tuple(points.shape[:2])) or evaluate(points, *others),
+    )
     z, class_idx, rays, _ = draw_inputs(torch.float32, batch=3)
     generator(z, class_idx, rays)
     assert sizes == expected

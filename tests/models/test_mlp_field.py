@@ -190,7 +190,12 @@ def test_codes_made_of_their_own_tensors_are_the_same_codes(depth):
 
 
 def plain_layer(
-    x: Tensor, weight: Tensor, shares: Tensor, again: tuple[Tensor, Tensor] | None = None, packed: object = None
+    x: Tensor,
+    weight: Tensor,
+    shares: Tensor,
+    again: tuple[Tensor, Tensor] | None = None,
+    packed: object = None,
+    known: object = None,
 ) -> Tensor:
     return torch.relu(functional.linear(x, weight) + shares + (0 if again is None else functional.linear(*again)))
 
@@ -206,17 +211,18 @@ def test_codes_that_have_been_used_can_be_copied_and_inference_mode_takes_codes_
         assert_close(field(points, directions, field.prepare(z, class_idx)), expected, atol=0, rtol=0)
 
 
-def learn(steps: int) -> list[float]:
-    """The losses of fitting a small field to random colours and densities, in float64."""
+def learn(steps: int, method: str = "forward", density_law: DensityLaw = SOFT) -> list[float]:
+    """The losses of fitting what is seen of a small field to random colours and densities, in float64."""
     torch.manual_seed(0)
-    shape = replace(SMALL, depth=4, density=SOFT)
+    shape = replace(SMALL, depth=4, density=density_law)
     field = MLPField(shape).double()
     points, directions, z, class_idx = draw_inputs(shape)
     colours, densities = torch.rand(points.shape).double(), torch.rand(points.shape[:3]).double()
     optimizer, losses = torch.optim.Adam(field.parameters(), lr=1e-2), []
     for _ in range(steps):
-        rgb, density = field(points, directions, field.prepare(z, class_idx))
-        loss = (rgb - colours).square().mean() + (density - densities).square().mean()
+        noise = torch.randn(points.shape[:3]).double()
+        rgb, density = getattr(field, method)(points, directions, field.prepare(z, class_idx), noise)
+        loss = (density[..., None] * (rgb - colours)).square().mean() + (density - densities).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -228,8 +234,59 @@ def test_fifty_steps_learn_what_layers_left_to_autograd_learn(monkeypatch):
     found = learn(50)
     monkeypatch.setattr(mlp_field, "linear_relu", plain_layer)
     expected = learn(50)
-    assert expected[-1] < 0.5 * expected[0]
+    assert min(expected[40:]) < 0.7 * expected[0]
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_fifty_steps_learn_from_what_is_visible_what_all_points_teach():
+    expected = learn(50, "forward", PUBLISHED.density)
+    assert min(expected[40:]) < 0.7 * expected[0]
+    assert learn(50, "forward_visible", PUBLISHED.density) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"use_viewdirs": False}, {"depth": 5}, {"density": SOFT}],
+    ids=["three layers", "no directions", "skip", "softplus"],
+)
+@pytest.mark.parametrize("shift", [-100.0, -1.5, 0.0, 2.0, 100.0], ids=["none", "few", "half", "most", "all"])
+def test_what_is_visible_is_as_at_all_points_and_the_rest_has_no_colour_and_teaches_nothing(change, shift):
+    field = MLPField(replace(SMALL, **change)).double()
+    points, directions, z, class_idx = draw_inputs(field.shape)
+    points, directions, z = (inputs.clone().requires_grad_() for inputs in (points, directions, z))
+    noise = torch.randn(points.shape[:3]).double() + shift
+    expected_rgb, expected_density = field(points, directions, field.prepare(z, class_idx), noise)
+    is_visible = expected_density.detach() > 0
+    with torch.no_grad():
+        seen, dense = field.forward_visible(points, directions, field.prepare(z, class_idx), noise)
+    rgb, density = field.forward_visible(points, directions, field.prepare(z, class_idx), noise)
+    for own_rgb, own_density in ((seen, dense), (rgb, density)):
+        assert_close(own_density, expected_density.detach(), atol=1e-12, rtol=0)
+        assert_close(own_rgb[is_visible], expected_rgb.detach()[is_visible], atol=1e-12, rtol=0)
+        if int(is_visible.flatten(1).sum(1).max()) <= 9:  # of 12 points an image
+            chosen = (own_rgb != 0).any(-1).flatten(1).sum(1)
+            assert int(chosen.max()) <= max(1, int(is_visible.flatten(1).sum(1).max()))
+    leaves = [points, directions, z, *field.parameters()]
+    losses = [
+        (density * (0.3 + rgb[..., 0] * rgb[..., 1] - rgb[..., 2])).sin().sum()
+        for rgb, density in ((rgb, density), (expected_rgb, expected_density))
+    ]
+    found, plain = (torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True) for loss in losses)
+    assert_close(found, plain, atol=1e-12, rtol=1e-12)
+
+
+def test_of_points_that_nobody_sees_nothing_is_kept():
+    field = MLPField(replace(SMALL, depth=5))
+    points, directions, z, class_idx = draw_inputs(field.shape, torch.float32)
+    noise = torch.full(points.shape[:3], -100.0)
+    noise[:, 0, :2] = 100.0
+    kept: list[Tensor] = []
+    codes = field.prepare(z, class_idx)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        field.forward_visible(points, directions, codes, noise)
+    wide = [tensor for tensor in kept if tensor.shape[-1] >= field.shape.width and len(tensor) == 2]
+    assert len(wide) >= 5  # a layer's output each, and for the next one as input
+    assert {tensor.flatten(1, -2).shape[1] for tensor in wide} <= {1, 2}  # points, or one share for all of them
 
 
 # -------------------------------------------------------------------------------------------------- positional encoding
@@ -355,7 +412,6 @@ def test_the_density_alone_is_that_beside_the_colours_and_calls_no_colour_layer(
         density = field.density(points, codes)
     assert torch.equal(density, expected)
     assert bool((density > 0).any())
-    assert "raw_density" in called
     assert not {"rgb", "view", "view_codes", "view_directions", "feature_linear"} & set(called)
     of_colour = [codes.view_weight, field.view.weight, field.view_directions.weight, field.rgb.weight]
     assert not any(weight is one for weight in products for one in of_colour)

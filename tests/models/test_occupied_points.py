@@ -66,40 +66,50 @@ def make_generator(field: RadianceField, strategy: str, chunk: int) -> Generator
     return generator
 
 
-def count_points(field: RadianceField) -> list[int]:
-    """A list to which each later call of the field with a graph adds its number of points."""
-    counts: list[int] = []
+@pytest.fixture
+def watch(monkeypatch):
+    """Notes of later calls of a field: how many points it was asked for, how many had density, whether with a graph."""
 
-    def count(field: RadianceField, arguments: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled():
-            counts.append(arguments[0][..., 0].numel())
+    def watch_field(field: RadianceField) -> list[tuple[int, int, bool]]:
+        evaluate, calls = field.forward_visible, []
 
-    field.register_forward_pre_hook(count)
-    return counts
+        def note(points: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+            rgb, density = evaluate(points, *others)
+            calls.append((density.numel(), int((density > 0).sum()), torch.is_grad_enabled()))
+            return rgb, density
+
+        monkeypatch.setattr(field, "forward_visible", note)
+        return calls
+
+    return watch_field
+
+
+def count_points(calls: list[tuple[int, int, bool]]) -> list[int]:
+    """Points of the calls with a graph."""
+    return [count for count, _, has_graph in calls if has_graph]
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 40, 4096])
 @pytest.mark.parametrize("make_field", FIELDS, ids=NAMES)
-def test_what_is_left_out_changes_no_gradient(make_field, chunk):
+def test_what_is_left_out_changes_no_gradient(watch, make_field, chunk):
     field, inputs = make_field(), Inputs()
     expected = inputs.gradients(make_generator(field, "dense", 4096))
-    counts = count_points(field)
+    calls = watch(field)
     found = inputs.gradients(make_generator(field, "deferred", chunk))
     # images that are rendered together take as many points as the fullest one of them, here all
-    assert (sum(counts) < BATCH * RAYS * SAMPLING.total) == (chunk < BATCH * RAYS)
+    assert (sum(count_points(calls)) < BATCH * RAYS * SAMPLING.total) == (chunk < BATCH * RAYS)
     assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_of_each_image_as_many_points_are_computed_again_as_have_density():
+def test_of_each_image_as_many_points_are_computed_again_as_have_density(watch):
     inputs, field = Inputs(), MLPField(SHAPE)
-    generator, occupied = make_generator(field, "deferred", RAYS), []
-    field.register_forward_hook(lambda field, arguments, outputs: occupied.append(int((outputs[1] > 0).sum())))
-    counts = count_points(field)
-    inputs.gradients(generator)
-    noted, further = occupied[: 2 * BATCH : 2], counts[1::2]
-    assert 10 < noted[0] < 72  # of 96, in sixteenths
+    calls = watch(field)
+    inputs.gradients(make_generator(field, "deferred", RAYS))
+    noted, counts = [occupied for _, occupied, _ in calls[: 2 * BATCH : 2]], count_points(calls)
+    further = counts[1::2]
+    assert 10 < noted[0] < 72  # of 96, in 32 shares
     assert noted[1:] == [0, 96]
-    assert counts[::2] == [-(-noted[0] // 6) * 6, 6, 96]
+    assert counts[::2] == [-(-noted[0] // 3) * 3, 3, 96]
     assert further == [48, 48, 48]  # where they are depends on densities
 
 
@@ -113,11 +123,11 @@ def test_where_nothing_has_density_the_background_still_learns():
 
 
 @pytest.mark.parametrize("strategy", ["dense", "checkpoint"])
-def test_other_strategies_compute_all_points(strategy):
+def test_other_strategies_ask_for_all_points(watch, strategy):
     inputs, field = Inputs(), MLPField(SHAPE)
-    counts = count_points(field)
+    calls = watch(field)
     inputs.gradients(make_generator(field, strategy, 16))
-    assert sum(counts) == BATCH * RAYS * SAMPLING.total * (1 if strategy == "dense" else 2)
+    assert sum(count_points(calls)) == BATCH * RAYS * SAMPLING.total * (1 if strategy == "dense" else 2)
 
 
 @pytest.mark.parametrize("make_field", FIELDS, ids=NAMES)
@@ -134,12 +144,12 @@ def test_a_field_at_some_points_is_what_it_is_at_all_of_them_and_nothing_elsewhe
     assert_close(density, torch.where(chosen, all_density, 0.0), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(0, 3), (1, 3), (3, 3), (4, 6), (36, 36)])
+@pytest.mark.parametrize(("most", "expected"), [(0, 3), (1, 3), (3, 3), (4, 6), (72, 72)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_numbers_are_of_all_occupied_points_and_fill_whole_sixteenths(batch, most, expected):
-    occupied = torch.zeros(batch, 6, 8, dtype=torch.bool)
+def test_numbers_are_of_all_occupied_points_and_fill_whole_shares(batch, most, expected):
+    occupied = torch.zeros(batch, 12, 8, dtype=torch.bool)
     for image, count in zip(occupied, range(most, -1, -1), strict=False):
-        image.view(-1)[torch.randperm(48)[:count]] = True
+        image.view(-1)[torch.randperm(96)[:count]] = True
     numbers = number_occupied(occupied)
     assert numbers is not None
     for image, own in zip(occupied, numbers, strict=True):
@@ -149,8 +159,8 @@ def test_numbers_are_of_all_occupied_points_and_fill_whole_sixteenths(batch, mos
     assert numbers.shape == (batch, expected)
 
 
-@pytest.mark.parametrize("most", [37, 48])
+@pytest.mark.parametrize("most", [73, 96])
 def test_where_nearly_all_points_of_some_image_are_occupied_nothing_is_left_out(most):
-    occupied = torch.zeros(2, 6, 8, dtype=torch.bool)
+    occupied = torch.zeros(2, 12, 8, dtype=torch.bool)
     occupied[1].view(-1)[:most] = True
     assert number_occupied(occupied) is None

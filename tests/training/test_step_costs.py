@@ -394,6 +394,8 @@ def test_a_loss_scale_that_skips_is_neither_waited_for_nor_noticed_in_the_weight
     """On the device as on the CPU, where every update is read before it is made."""
     # the strategy of both, as hooks of a parameter are called once for each chunk of another one
     keys = ("training.optimizer=adam", "training.grad_clip=norm", "training.memory_strategy=dense")
+    # in front of instance norm a bias has no gradient but rounding, of which Adam makes whole steps
+    keys += ("discriminator.norm=none",)
     photographs = builders.open_photographs(smoke_config())
     steps = list(batches(4, data=photographs))
 
