@@ -77,7 +77,8 @@ class RadianceField(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, for renderings: colours of points without density, which nobody sees, may be 0.
 
-        Nor have such points a gradient, so that a field may keep nothing of them.
+        Nor have such points a gradient, so that a field may keep nothing of them. A field that has nothing to gain from
+        it leaves this as it is; one that has is not called as a module here, so that hooks of the module do not run.
         """
         found: tuple[Tensor, Tensor] = self(points, directions, codes, noise)
         return found

@@ -157,7 +157,7 @@ class MLPField(RadianceField):
                 density = self._read_density(hidden, points, noise)
             return self._read_colour(hidden, of_rays, codes, shape), density
         if known is None:
-            hidden = pick(hidden, numbers)
+            hidden, of_rays = pick(hidden, numbers), of_rays.to(hidden.dtype)  # what is picked is not cast once more
         else:
             del hidden
             for index, output in enumerate(known):

@@ -1,8 +1,10 @@
-"""Evaluating a radiance field once more, for its gradients, at those points alone that had any density.
+"""Leaving points without density out: which points have any, and evaluating a radiance field at these alone.
 
 A point without density weighs nothing in its ray, so its colour gets no gradient; and a density that is 0 exactly, as a
 ReLU makes it, has none either. In GRAF's model that is half of all points at first, when noise decides, and most of
-them later, when most of a scene is empty. What is left out changes no gradient.
+them later, when most of a scene is empty. What is left out changes no picture and no gradient. A field may leave them
+out by itself (RadianceField.forward_visible); of any field's deferred renderings they are left out when these are
+repeated for their gradients.
 """
 
 from __future__ import annotations

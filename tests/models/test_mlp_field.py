@@ -16,6 +16,7 @@ from graf.models import mlp_field
 from graf.models.density import DensityLaw
 from graf.models.encoding import encoding_size, positional_encoding
 from graf.models.mlp_field import MLPField, MLPShape
+from graf.runtime.live_tensors import LiveTensorMeter
 
 #: GRAF's sizes (Schwarz et al. 2020), with the density of its code
 PUBLISHED = MLPShape(
@@ -234,13 +235,13 @@ def test_fifty_steps_learn_what_layers_left_to_autograd_learn(monkeypatch):
     found = learn(50)
     monkeypatch.setattr(mlp_field, "linear_relu", plain_layer)
     expected = learn(50)
-    assert min(expected[40:]) < 0.7 * expected[0]
+    assert min(expected[40:]) < 0.5 * expected[0]
     assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_fifty_steps_learn_from_what_is_visible_what_all_points_teach():
     expected = learn(50, "forward", PUBLISHED.density)
-    assert min(expected[40:]) < 0.7 * expected[0]
+    assert min(expected[40:]) < 0.5 * expected[0]
     assert learn(50, "forward_visible", PUBLISHED.density) == pytest.approx(expected, rel=1e-9)
 
 
@@ -273,6 +274,21 @@ def test_what_is_visible_is_as_at_all_points_and_the_rest_has_no_colour_and_teac
     ]
     found, plain = (torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True) for loss in losses)
     assert_close(found, plain, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.74, 1.0])
+def test_to_leave_points_out_takes_no_more_memory_than_all_of_them(share, dtype):
+    field = MLPField(replace(SMALL, depth=4, width=128))
+    points, directions = 2 * torch.rand(2, 32, 32, 3) - 1, functional.normalize(torch.randn(2, 32, 3), dim=-1)
+    z, class_idx, peaks = torch.randn(2, 9), torch.zeros(2, dtype=torch.int64), []
+    for noise in (torch.full((2, 1024), 100.0), torch.where(torch.arange(1024) < share * 1024, 100.0, -100.0)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            codes = field.prepare(z, class_idx)
+            with LiveTensorMeter() as meter:
+                field.forward_visible(points, directions, codes, noise.expand(2, -1).view(2, 32, 32))
+        peaks.append(meter.peak)
+    assert peaks[1] <= peaks[0]
 
 
 def test_of_points_that_nobody_sees_nothing_is_kept():

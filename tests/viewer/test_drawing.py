@@ -102,8 +102,8 @@ def test_super_resolution_takes_the_background_too(renderer, look):
 
 def test_quick_pictures_have_fewer_samples_and_no_super_resolution(renderer, look):
     seen = []
-    forward = renderer.generator.field.forward
-    renderer.generator.field.forward = lambda points, *rest: seen.append(points.shape[2]) or forward(points, *rest)
+    field, forward = renderer.generator.field, renderer.generator.field.forward_visible
+    field.forward_visible = lambda points, *rest: seen.append(points.shape[2]) or forward(points, *rest)
     look = replace(look, mode="super-resolved", num_samples=60)
     assert draw(renderer, look, VIEWPOINT, 24, quick=True).picture.shape == (24, 30, 3)
     assert max(seen) == QUICK_SAMPLES
